@@ -1,0 +1,414 @@
+"""Every field of an experiment with its default; load, override, check and compare configs.
+
+In: an experiment file, overrides from the command line, or a run's `config.json`. Out: a locked
+`ConfigDict` whose fields all have the right type and range. No jax here: a wrong key is refused
+before any backend starts.
+"""
+
+import ast
+import difflib
+import hashlib
+import importlib.util
+import inspect
+import json
+import math
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from nanojaxgpt.errors import ConfigError
+
+
+def base_config() -> ConfigDict:
+    """Return every field with its default, locked; 0 or "" means off, whole words, unit last."""
+    cfg = ConfigDict()
+    cfg.model = ConfigDict(
+        dict(
+            num_layers=4,
+            embed_dim=128,
+            num_heads=4,
+            num_kv_heads=0,  # 0: as many as num_heads; 1: multi-query; between: grouped-query
+            head_dim=0,  # 0: embed_dim / num_heads
+            mlp="gelu_tanh",  # gelu_tanh, gelu, relu, relu2, swiglu, geglu, none (attention only)
+            mlp_dim=0,  # 0: 4 x embed_dim
+            seq_len=256,  # context length in tokens
+            vocab_size=0,  # 0: the tokenizer's; a larger number pads the table
+            positions="learned",  # learned, sinusoidal, rotary, alibi, none
+            rotary_base=10000.0,
+            norm="layernorm",  # layernorm, rmsnorm
+            norm_placement="pre",  # pre, post
+            norm_bias=True,  # layernorm only
+            norm_eps=1e-5,
+            final_norm=True,
+            parallel_block=False,  # attention and MLP read the same input
+            bias=True,  # in all projections
+            qk_norm=False,  # per head, shared over heads, no bias
+            windows=(0,),  # attention window of each layer in tokens, repeated; 0: no window
+            smeared_keys=False,  # k_t mixed with k_(t-1) by a learned gate per head
+            attention_scale=0.0,  # 0: 1 / sqrt(head_dim)
+            logit_softcap=0.0,  # c: logits become c * tanh(logits / c)
+            tied_head=True,
+            dropout=0.0,
+            init="gpt2",  # gpt2, fan_in (truncated normal), torch (its layers' defaults)
+            attention="auto",  # auto (by backend), xla, cudnn, splash
+            unroll=0,  # layers per scan iteration; 0: all on CPU, one elsewhere
+            remat="none",  # none, full, dots, dots_no_batch: what the backward pass recomputes
+            param_dtype="float32",  # float32, bfloat16
+            compute_dtype="float32",  # float32, bfloat16
+        )
+    )
+    cfg.data = ConfigDict(
+        dict(
+            source="stdlib",  # stdlib, text:PATH (a file, a folder or a glob)
+            tokenizer="bytes",  # bytes, chars, sentencepiece (trained here), sentencepiece:FILE
+            tokenizer_vocab_size=1024,  # of a tokenizer trained here
+            validation_fraction=0.1,  # the tail of the corpus that is never trained on
+            cache_dir="",  # token stores; "": $XDG_CACHE_HOME/nanojaxgpt or ~/.cache/nanojaxgpt
+        )
+    )
+    cfg.optim = ConfigDict(
+        dict(
+            optimizer="adamw",
+            learning_rate=1e-3,
+            schedule="cosine",  # cosine, linear, constant, inverse_sqrt, wsd
+            warmup_steps=100,
+            final_fraction=0.1,  # of learning_rate, where cosine, linear and wsd end
+            decay_fraction=0.2,  # of num_steps, the length of wsd's decay
+            beta1=0.9,
+            beta2=0.95,
+            eps=1e-8,
+            weight_decay=0.1,
+            decay_pattern=r"_[A-Z]{2,}$",  # paths that decay; default: matrices, tables included
+            clip_norm=1.0,  # global norm of the gradient; 0: off
+        )
+    )
+    cfg.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))  # devices per axis; -1: the rest
+    cfg.train = ConfigDict(
+        dict(
+            num_steps=1000,
+            batch_size=32,  # global, in sequences
+            accumulation_steps=1,  # micro-batches per step; the global batch stays what it is
+            seed=0,
+            z_loss=0.0,  # weight of log(Z)^2
+            loss_chunks=1,  # parts of the sequence whose logits exist at once
+            log_every_steps=10,
+        )
+    )
+    cfg.eval = ConfigDict(
+        dict(
+            every_steps=100,  # 0: only at the end
+            batch_size=0,  # 0: as in training
+            num_batches=0,  # 0: the whole validation split
+        )
+    )
+    cfg.checkpoint = ConfigDict(
+        dict(
+            every_steps=100,  # 0: only at the end
+            keep_last=2,
+            keep_every_steps=0,  # 0: none beyond the newest and the best
+            keep_best=1,  # by validation loss
+        )
+    )
+    cfg.init = ConfigDict(
+        dict(
+            from_run="",  # start from the parameters of this run
+            step=0,  # 0: its newest checkpoint
+        )
+    )
+    cfg.sample = ConfigDict(
+        dict(
+            prompt="\n",
+            max_tokens=256,
+            num_samples=1,
+            temperature=0.8,  # 0: greedy
+            top_k=0,
+            top_p=1.0,
+            min_p=0.0,
+            seed=0,
+        )
+    )
+    return cfg.lock()
+
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "model.mlp": ("gelu_tanh", "gelu", "relu", "relu2", "swiglu", "geglu", "none"),
+    "model.positions": ("learned", "sinusoidal", "rotary", "alibi", "none"),
+    "model.norm": ("layernorm", "rmsnorm"),
+    "model.norm_placement": ("pre", "post"),
+    "model.init": ("gpt2", "fan_in", "torch"),
+    "model.attention": ("auto", "xla", "cudnn", "splash"),
+    "model.remat": ("none", "full", "dots", "dots_no_batch"),
+    "model.param_dtype": ("float32", "bfloat16"),
+    "model.compute_dtype": ("float32", "bfloat16"),
+    "optim.optimizer": ("adamw",),
+    "optim.schedule": ("cosine", "linear", "constant", "inverse_sqrt", "wsd"),
+}
+
+_COUNT, _SIZE = (0, 2**31 - 1), (1, 2**31 - 1)  # off or a number; at least one
+_FRACTION, _BELOW_ONE, _ANY = (0.0, 1.0), (0.0, math.nextafter(1.0, 0.0)), (0.0, 1e30)
+_ABOVE_ZERO, _AXIS = (1e-30, 1e30), (-1, 2**31 - 1)
+
+RANGES: dict[str, tuple[float, float]] = {
+    "model.num_layers": _SIZE,
+    "model.embed_dim": _SIZE,
+    "model.num_heads": _SIZE,
+    "model.num_kv_heads": _COUNT,
+    "model.head_dim": _COUNT,
+    "model.mlp_dim": _COUNT,
+    "model.seq_len": _SIZE,
+    "model.vocab_size": _COUNT,
+    "model.rotary_base": _ABOVE_ZERO,
+    "model.norm_eps": _ABOVE_ZERO,
+    "model.windows": _COUNT,
+    "model.attention_scale": _ANY,
+    "model.logit_softcap": _ANY,
+    "model.dropout": _BELOW_ONE,
+    "model.unroll": _COUNT,
+    "data.tokenizer_vocab_size": _SIZE,
+    "data.validation_fraction": _BELOW_ONE,
+    "optim.learning_rate": _ANY,
+    "optim.warmup_steps": _COUNT,
+    "optim.final_fraction": _FRACTION,
+    "optim.decay_fraction": _FRACTION,
+    "optim.beta1": _BELOW_ONE,
+    "optim.beta2": _BELOW_ONE,
+    "optim.eps": _ABOVE_ZERO,
+    "optim.weight_decay": _ANY,
+    "optim.clip_norm": _ANY,
+    "mesh.data": _AXIS,
+    "mesh.fsdp": _AXIS,
+    "mesh.tensor": _AXIS,
+    "train.num_steps": _SIZE,
+    "train.batch_size": _SIZE,
+    "train.accumulation_steps": _SIZE,
+    "train.seed": _COUNT,
+    "train.z_loss": _ANY,
+    "train.loss_chunks": _SIZE,
+    "train.log_every_steps": _SIZE,
+    "eval.every_steps": _COUNT,
+    "eval.batch_size": _COUNT,
+    "eval.num_batches": _COUNT,
+    "checkpoint.every_steps": _COUNT,
+    "checkpoint.keep_last": _SIZE,
+    "checkpoint.keep_every_steps": _COUNT,
+    "checkpoint.keep_best": _COUNT,
+    "init.step": _COUNT,
+    "sample.max_tokens": _SIZE,
+    "sample.num_samples": _SIZE,
+    "sample.temperature": _ANY,
+    "sample.top_k": _COUNT,
+    "sample.top_p": (1e-6, 1.0),
+    "sample.min_p": _FRACTION,
+    "sample.seed": _COUNT,
+}
+
+# What may change when a run goes on: none of it changes the function that is being trained.
+FREE_ON_RESUME = re.compile(
+    r"(mesh|eval|checkpoint|sample)\..*|train\.log_every_steps|data\.cache_dir"
+    r"|model\.(attention|unroll|remat)"
+)
+
+
+def fields(cfg: ConfigDict) -> Iterator[tuple[str, Any]]:
+    """Yield every dotted field name with its value."""
+    for section, values in cfg.items():
+        for name, value in values.items():
+            yield f"{section}.{name}", value
+
+
+def load_config(experiment: str, overrides: dict[str, str] | None = None) -> ConfigDict:
+    """Return the checked config of `experiment`, "FILE.py" or "FILE.py:VARIANT", plus overrides.
+
+    `overrides` maps dotted fields to text from the command line. Raises ConfigError.
+    """
+    cfg = load_experiment(experiment)
+    return override_config(cfg, overrides or {})
+
+
+def load_experiment(experiment: str) -> ConfigDict:
+    """Return what `get_config(variant)` of an experiment file gives. Raises ConfigError."""
+    path, _, variant = experiment.partition(":")
+    module = load_module(path)
+    if not hasattr(module, "get_config"):
+        raise ConfigError(f"{path} has no function get_config(variant='') -> ConfigDict")
+    takes_variant = bool(inspect.signature(module.get_config).parameters)
+    if variant and not takes_variant:
+        raise ConfigError(f"{path} has no variants; leave out ':{variant}'")
+    try:
+        return module.get_config(variant) if takes_variant else module.get_config()
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        line = next((f.lineno for f in reversed(inspect.trace()) if f.filename == path), 0)
+        text = str(error.args[0] if error.args else error).strip()
+        raise ConfigError(f"{path}:{line}: {text}") from error
+
+
+def load_module(path: str) -> ModuleType:
+    """Import the Python file at `path`. Raises ConfigError where it is missing or broken."""
+    if not Path(path).is_file():
+        near = sorted(str(p) for p in Path(path).parent.glob("*.py") if p.name[0] != "_")
+        guess = difflib.get_close_matches(path, near, 1) or near[:5]
+        hint = f"; there is {', '.join(guess)}" if guess else ""
+        raise ConfigError(f"no experiment file {path}{hint}")
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ConfigError(f"{path} can't be imported: {type(error).__name__}: {error}") from error
+    return module
+
+
+def override_config(cfg: ConfigDict, overrides: dict[str, str]) -> ConfigDict:
+    """Return a copy of `cfg` with dotted fields set from text, then checked."""
+    cfg = cfg.copy_and_resolve_references()
+    known = dict(fields(cfg))
+    for name, text in overrides.items():
+        if name not in known:
+            raise ConfigError(unknown_name("config field", name, list(known)))
+        section, field = name.split(".")
+        cfg[section][field] = parse_value(name, text, known[name])
+    check_config(cfg)
+    return cfg.lock()
+
+
+def unknown_name(kind: str, name: str, known: list[str]) -> str:
+    """Return the sentence for a name that does not exist, with the nearest that do."""
+    leaves = {k.split(".")[-1]: k for k in known}
+    near = difflib.get_close_matches(name, known, 3, 0.6)
+    near += [leaves[n] for n in difflib.get_close_matches(name.split(".")[-1], leaves, 2, 0.75)]
+    hint = f"; did you mean {' or '.join(dict.fromkeys(near))}?" if near else ""
+    return f"no {kind} {name}{hint}"
+
+
+def parse_value(name: str, text: str, default: Any) -> Any:
+    """Return `text` as the type of `default` (bool, int, float, str or tuple of int)."""
+    try:
+        if isinstance(default, bool):
+            return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+        if isinstance(default, int):
+            number = float(text) if re.search(r"[eE.]", text) else int(text)
+            if number != int(number):
+                raise ValueError
+            return int(number)
+        if isinstance(default, float):
+            return float(text)
+        if isinstance(default, tuple):
+            value = ast.literal_eval(text)
+            return tuple(value) if isinstance(value, tuple | list) else (value,)
+        return text
+    except (KeyError, ValueError, SyntaxError, OverflowError):
+        kind = type(default).__name__
+        raise ConfigError(f"{name}={text!r} is not a {kind}, like {default!r}") from None
+
+
+def check_config(cfg: ConfigDict) -> None:
+    """Raise ConfigError with every field that has a wrong type, range, choice or partner."""
+    problems = []
+    defaults = dict(fields(base_config()))
+    for name, value in fields(cfg):
+        problems += field_problems(name, value, defaults[name])
+    problems = problems or partner_problems(cfg)
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def field_problems(name: str, value: Any, default: Any) -> list[str]:
+    """Return what is wrong with one field by itself."""
+    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if type(value) is not type(default):
+        return [f"{name}={value!r} is a {type(value).__name__}, not a {type(default).__name__}"]
+    if name in CHOICES and value not in CHOICES[name]:
+        return [f"{name}={value!r} is none of {', '.join(CHOICES[name])}"]
+    if name in RANGES:
+        low, high = RANGES[name]
+        for number in value if isinstance(value, tuple) else (value,):
+            if not low <= number <= high:  # NaN fails this too
+                bounds = f"at least {low:g}" if high > 1e9 else f"from {low:g} to {high:g}"
+                return [f"{name}={value!r} must be {bounds}"]
+    return []
+
+
+def partner_problems(cfg: ConfigDict) -> list[str]:
+    """Return the fields that don't fit together."""
+    model, train, problems = cfg.model, cfg.train, []
+    if not model.head_dim and model.embed_dim % model.num_heads:
+        problems.append(
+            f"model.embed_dim={model.embed_dim} does not divide by "
+            f"model.num_heads={model.num_heads}; change one, or set model.head_dim"
+        )
+    if model.num_heads % (model.num_kv_heads or model.num_heads):
+        problems.append(
+            f"model.num_heads={model.num_heads} does not divide by "
+            f"model.num_kv_heads={model.num_kv_heads}"
+        )
+    head_dim = model.head_dim or model.embed_dim // model.num_heads
+    if model.positions == "rotary" and head_dim % 2:
+        problems.append(f"rotary positions need an even head_dim, not {head_dim}")
+    if model.positions == "sinusoidal" and model.embed_dim % 2:
+        problems.append(f"sinusoidal positions need an even embed_dim, not {model.embed_dim}")
+    if not model.windows:
+        problems.append("model.windows is empty; (0,) means no window")
+    if train.batch_size % train.accumulation_steps:
+        problems.append(
+            f"train.batch_size={train.batch_size} does not divide by "
+            f"train.accumulation_steps={train.accumulation_steps}"
+        )
+    if model.seq_len % train.loss_chunks:
+        problems.append(
+            f"model.seq_len={model.seq_len} does not divide by train.loss_chunks={train.loss_chunks}"
+        )
+    if list(cfg.mesh.values()).count(-1) > 1:
+        problems.append(f"only one mesh axis can be -1 (the rest): {dict(cfg.mesh)}")
+    if 0 in cfg.mesh.values():
+        problems.append(f"a mesh axis has no devices: {dict(cfg.mesh)}; 1 leaves it unused")
+    try:
+        re.compile(cfg.optim.decay_pattern)
+    except re.error as error:
+        problems.append(f"optim.decay_pattern is no regular expression: {error}")
+    return problems
+
+
+def to_json(cfg: ConfigDict) -> str:
+    """Return the config as JSON text that `from_json` reads back."""
+    return json.dumps(cfg.to_dict(), indent=2) + "\n"
+
+
+def from_json(text: str, origin: str = "config.json") -> ConfigDict:
+    """Return the checked config in `text`. Raises ConfigError, naming `origin`."""
+    cfg = base_config().unlock()
+    known = dict(fields(cfg))
+    try:
+        for section, values in json.loads(text).items():
+            for name, value in values.items():
+                if f"{section}.{name}" not in known:
+                    field = unknown_name("config field", f"{section}.{name}", list(known))
+                    raise ConfigError(f"{origin}: {field}; it was written by another version")
+                cfg[section][name] = tuple(value) if isinstance(value, list) else value
+    except (json.JSONDecodeError, AttributeError) as error:
+        raise ConfigError(f"{origin} is not a config: {error}") from error
+    check_config(cfg)
+    return cfg.lock()
+
+
+def config_hash(cfg: ConfigDict) -> str:
+    """Return 16 hex digits that name the resolved config."""
+    text = json.dumps(cfg.to_dict(), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def differences(old: ConfigDict, new: ConfigDict) -> list[tuple[str, Any, Any]]:
+    """Return (field, old value, new value) wherever two configs differ."""
+    after = dict(fields(new))
+    return [(name, value, after[name]) for name, value in fields(old) if value != after[name]]
+
+
+def cache_dir(cfg: ConfigDict) -> Path:
+    """Return the folder that holds token stores."""
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(cfg.data.cache_dir or Path(base) / "nanojaxgpt").expanduser()

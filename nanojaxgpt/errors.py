@@ -1,0 +1,44 @@
+"""The errors a user can meet, each with its exit code; anything else is a bug and exits 70."""
+
+OK = 0
+INTERNAL = 70
+PREEMPTED = 75  # EX_TEMPFAIL: start me again and I go on
+INTERRUPTED = 130  # 128 + SIGINT, as shells count
+
+
+class UserError(Exception):
+    """A problem that the user can mend: its text says what is wrong and what to do."""
+
+    exit_code = INTERNAL
+
+
+class ConfigError(UserError):
+    """Usage or configuration."""
+
+    exit_code = 2
+
+
+class DataError(UserError):
+    """A corpus, a tokenizer or a token store that can't be used as it is."""
+
+    exit_code = 3
+
+
+class NonFiniteError(UserError):
+    """The loss or the gradient is no longer a finite number."""
+
+    exit_code = 4
+
+
+class CheckpointError(UserError):
+    """No checkpoint of the run can be restored, or none can be written."""
+
+    exit_code = 5
+
+
+class Stopped(Exception):
+    """A signal asked for the end: SIGTERM (exit 75, start me again) or Ctrl-C (exit 130)."""
+
+    def __init__(self, message: str, exit_code: int):
+        super().__init__(message)
+        self.exit_code = exit_code
