@@ -361,7 +361,8 @@ def partner_problems(cfg: ConfigDict) -> list[str]:
         )
     if model.seq_len % train.loss_chunks:
         problems.append(
-            f"model.seq_len={model.seq_len} does not divide by train.loss_chunks={train.loss_chunks}"
+            f"model.seq_len={model.seq_len} does not divide by "
+            f"train.loss_chunks={train.loss_chunks}"
         )
     if list(cfg.mesh.values()).count(-1) > 1:
         problems.append(f"only one mesh axis can be -1 (the rest): {dict(cfg.mesh)}")

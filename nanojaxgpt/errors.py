@@ -39,6 +39,6 @@ class CheckpointError(UserError):
 class Stopped(Exception):
     """A signal asked for the end: SIGTERM (exit 75, start me again) or Ctrl-C (exit 130)."""
 
-    def __init__(self, message: str, exit_code: int):
+    def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
         self.exit_code = exit_code

@@ -1,0 +1,262 @@
+"""The one door: `nanojaxgpt VERB ...`, the same as `python -m nanojaxgpt VERB ...`.
+
+jax is imported by the verbs, after the config is read: a mistake in it is answered at once.
+"""
+
+import argparse
+import json
+import sys
+import traceback
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from nanojaxgpt import __version__, config, hosts, rundir
+from nanojaxgpt.errors import INTERNAL, INTERRUPTED, OK, ConfigError, Stopped, UserError
+
+USAGE = """\
+nanojaxgpt VERB ...
+
+  train  --config=EXPERIMENT.py[:VARIANT] [--run=RUN]   train, or go on where RUN stopped
+  eval   RUN                                            validation loss, bits per byte
+  sample RUN --prompt=TEXT                              text, streamed as it is made
+
+Every field of the config can be set: --config.optim.learning_rate=3e-4. VERB --help says more.
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are ConfigErrors."""
+
+    def error(self, message: str) -> None:
+        """Raise ConfigError instead of leaving the process."""
+        raise ConfigError(f"{message}; see nanojaxgpt {self.prog.split()[-1]} --help")
+
+
+def split_overrides(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
+    """Return the other arguments, and {field: text} of each --config.FIELD=VALUE."""
+    others, overrides, waiting = [], {}, list(arguments)
+    while waiting:
+        argument = waiting.pop(0)
+        if not argument.startswith("--config."):
+            others.append(argument)
+            continue
+        name, equals, text = argument.removeprefix("--config.").partition("=")
+        if not equals:
+            if not waiting:
+                raise ConfigError(f"{argument} has no value; write {argument}=VALUE")
+            text = waiting.pop(0)
+        overrides[name] = text
+    return others, overrides
+
+
+def parse(verb: str, arguments: list[str], options: dict[str, dict[str, Any]]) -> Any:
+    """Return the parsed arguments of a verb: RUN or --run, its options, and the overrides."""
+    about = (VERBS[verb].__doc__ or "").split("\n")[0]
+    parser = Parser(prog=f"nanojaxgpt {verb}", description=about, allow_abbrev=False)
+    parser.add_argument("path", metavar="RUN", nargs="?", help="the run directory")
+    parser.add_argument("--run", default="", help="the same, as a flag")
+    for name, settings in options.items():
+        parser.add_argument(f"--{name}", **settings)
+    others, overrides = split_overrides(arguments)
+    parsed, unknown = parser.parse_known_args(others)
+    if unknown:
+        flags = [flag for action in parser._actions for flag in action.option_strings]
+        raise ConfigError(config.unknown_name("option", unknown[0].split("=")[0], flags))
+    parsed.run = parsed.run or parsed.path
+    parsed.overrides = overrides
+    return parsed
+
+
+def train(arguments: list[str]) -> None:
+    """Train an experiment, or go on with a run that was stopped.
+
+    Without --config, RUN's own config; without RUN, runs/EXPERIMENT[-VARIANT].
+    """
+    settings = {"default": "", "help": "the experiment: FILE.py or FILE.py:VARIANT"}
+    parsed = parse("train", arguments, {"config": settings})
+    if parsed.config:
+        cfg = config.load_config(parsed.config, parsed.overrides)
+    elif parsed.run:
+        cfg = config.override_config(rundir.load_run(Path(parsed.run)), parsed.overrides)
+    else:
+        raise ConfigError("say what to train: --config=experiments/quickstart.py, or a RUN")
+    name, _, variant = parsed.config.partition(":")
+    run = Path(parsed.run or Path("runs") / (Path(name).stem + (f"-{variant}" if variant else "")))
+    from nanojaxgpt.train import fit
+
+    fit(cfg, run)
+
+
+def evaluate(arguments: list[str]) -> None:
+    """Print the validation loss and bits per byte of a run's checkpoint, as JSON."""
+    parsed, cfg = open_run("eval", arguments, {})
+    import jax
+
+    from nanojaxgpt import sharding
+    from nanojaxgpt.checkpoint import load_params
+    from nanojaxgpt.model import ModelConfig, Transformer
+    from nanojaxgpt.train import make_evaluation, prepare_data
+
+    store = prepare_data(cfg, warn)
+    rundir.check_data(Path(parsed.run), store.identity())
+    try:
+        mesh = sharding.make_mesh(**cfg.mesh)
+    except ConfigError:  # the run's mesh does not fit this machine: one device does
+        mesh = sharding.make_mesh(1, 1, 1, jax.devices()[:1])
+    run, model_cfg = Path(parsed.run), ModelConfig(**cfg.model)
+    with jax.set_mesh(mesh):
+        step, params = load_params(run, model_cfg, mesh, chosen_step(run, parsed.step), warn)
+        found = make_evaluation(cfg, store, mesh, Transformer(model_cfg))(params)
+    print(json.dumps({"step": step, **found}))
+
+
+def sample(arguments: list[str]) -> None:
+    """Print text that a run's checkpoint continues from a prompt, streamed as it is made."""
+    defaults = config.base_config().sample
+    options = {
+        name: {"default": None, "help": f"overrides the config's sample.{name}"}
+        for name in defaults
+    }
+    parsed, cfg = open_run("sample", arguments, options)
+    given = {f"sample.{name}": getattr(parsed, name) for name in defaults}
+    cfg = config.override_config(cfg, {k: v for k, v in given.items() if v is not None})
+    import jax
+
+    from nanojaxgpt import sharding
+    from nanojaxgpt.checkpoint import load_params
+    from nanojaxgpt.data.tokenizers import load_tokenizer
+    from nanojaxgpt.model import ModelConfig
+    from nanojaxgpt.sample import Sampling, stream
+
+    run, how, model_cfg = Path(parsed.run), cfg.sample, ModelConfig(**cfg.model)
+    tokenizer = load_tokenizer(run / "tokenizer")
+    prompt = tokenizer.encode(how.prompt)
+    if not 0 < len(prompt) < model_cfg.seq_len:
+        raise ConfigError(
+            f"the prompt has {len(prompt)} tokens; it must have 1 to {model_cfg.seq_len - 1}, "
+            "the context less one"
+        )
+    mesh = sharding.make_mesh(1, 1, 1, jax.devices()[:1])
+    _, params = load_params(run, model_cfg, mesh, chosen_step(run, parsed.step), warn)
+    filters = Sampling(
+        how.temperature, how.top_k, how.top_p, how.min_p, tokenizer.vocab_size, tokenizer.end_id
+    )
+    chunks = stream(
+        model_cfg, params, [prompt] * how.num_samples,
+        max_tokens=how.max_tokens, seed=how.seed, how=filters,
+    )  # fmt: skip
+    texts = print_samples(chunks, tokenizer, prompt, how.num_samples)
+    samples = [{"prompt": how.prompt, "text": text, "sampling": how.to_dict()} for text in texts]
+    save_samples(run, samples)
+
+
+def print_samples(chunks: Iterable[Any], tokenizer: Any, prompt: Any, count: int) -> list[str]:
+    """Print the first sample as it is made and the others after it; return all texts.
+
+    A character whose bytes are not all there yet is held back.
+    """
+    rows, shown = [list(prompt) for _ in range(count)], 0
+    for chunk in chunks:
+        for row, ids in zip(rows, chunk.tolist(), strict=True):
+            row.extend(ids)
+        text = until_end(tokenizer, rows[0], len(prompt)).rstrip("\ufffd")
+        print(text[shown:], end="", flush=True)
+        shown = max(shown, len(text))
+    texts = [until_end(tokenizer, row, len(prompt)) for row in rows]
+    print(texts[0][shown:])
+    for text in texts[1:]:
+        print("-" * 40 + f"\n{text}")
+    return texts
+
+
+def until_end(tokenizer: Any, ids: list[int], start: int) -> str:
+    """Return the text of the ids, up to the first end token from `start` on."""
+    end = tokenizer.end_id
+    return tokenizer.decode(ids[: ids.index(end, start)] if end in ids[start:] else ids)
+
+
+def save_samples(run: Path, samples: list[dict[str, Any]]) -> None:
+    """Append the samples to the run's samples/samples.jsonl, where it can be written."""
+    try:
+        (run / "samples").mkdir(exist_ok=True)
+        with open(run / "samples" / "samples.jsonl", "a") as file:
+            file.writelines(json.dumps(sample) + "\n" for sample in samples)
+    except OSError as error:
+        warn(f"the samples were not kept in {run}: {error.strerror}")
+
+
+def chosen_step(run: Path, text: str) -> int:
+    """Return the checkpoint's step that --step names; 0 for the newest."""
+    if text != "best":
+        return int(text or 0)
+    from nanojaxgpt.checkpoint import saved_steps
+    from nanojaxgpt.metrics import validation_losses
+
+    saved = saved_steps(run / "checkpoints")
+    losses = {step: loss for step, loss in validation_losses(run).items() if step in saved}
+    if not losses:
+        raise ConfigError(f"no checkpoint of {run} has a validation loss; leave out --step=best")
+    return min(losses, key=losses.get)
+
+
+def open_run(
+    verb: str, arguments: list[str], options: dict[str, dict[str, Any]]
+) -> tuple[Any, ConfigDict]:
+    """Return the parsed arguments of a verb that reads a run, and the run's config."""
+    step = {"default": "", "help": "a checkpoint's step, or best; default: the newest"}
+    parsed = parse(verb, arguments, options | {"step": step})
+    if not parsed.run:
+        raise ConfigError(f"which run? nanojaxgpt {verb} RUN")
+    if parsed.step not in ("", "best") and not parsed.step.isdigit():
+        raise ConfigError(f"--step={parsed.step} is neither a number nor best")
+    return parsed, config.override_config(rundir.load_run(Path(parsed.run)), parsed.overrides)
+
+
+def warn(text: str) -> None:
+    """Print to the error stream, so that the output holds the result alone."""
+    print(text, file=sys.stderr, flush=True)
+
+
+VERBS: dict[str, Callable[[list[str]], None]] = {
+    "train": train,
+    "eval": evaluate,
+    "sample": sample,
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one verb; return the exit code (see errors.py)."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        if not arguments or arguments[0] in ("-h", "--help", "help"):
+            print(USAGE, end="")
+            return OK if arguments else ConfigError.exit_code
+        if arguments[0] == "--version":
+            print(__version__)
+            return OK
+        if arguments[0] not in VERBS:
+            raise ConfigError(config.unknown_name("verb", arguments[0], list(VERBS)))
+        hosts.keep_freed_memory()
+        VERBS[arguments[0]](arguments[1:])
+        return OK
+    except UserError as error:
+        warn(f"error: {error}")
+        return error.exit_code
+    except Stopped as stopped:
+        warn(str(stopped))
+        return stopped.exit_code
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader, `head` say, has seen enough
+        sys.stdout = None
+        return OK
+    except Exception:
+        traceback.print_exc()
+        return INTERNAL
+
+
+if __name__ == "__main__":
+    sys.exit(main())

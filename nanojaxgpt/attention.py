@@ -1,0 +1,219 @@
+"""Causal attention with windows, packed documents and a KV cache; one kernel per backend."""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
+
+from nanojaxgpt.sharding import partition_spec
+
+
+class Cache(NamedTuple):
+    """Keys and values of every layer; slot s of a row holds the token at position s."""
+
+    k_LBSKH: jax.Array
+    v_LBSKH: jax.Array
+
+
+class Mask(NamedTuple):
+    """What a query may see: earlier keys of its own document, `window` of them (0: all)."""
+
+    query_positions_BT: jax.Array
+    key_positions_BS: jax.Array
+    query_segments_BT: jax.Array | None = None
+    key_segments_BS: jax.Array | None = None
+    window: int = 0
+
+
+def dense_mask(mask: Mask) -> jax.Array:
+    """Return the mask as bool [B, 1, T, S], True where the query sees the key."""
+    query_BT1, key_B1S = mask.query_positions_BT[..., None], mask.key_positions_BS[:, None]
+    seen_BTS = key_B1S <= query_BT1
+    if mask.window:
+        seen_BTS &= query_BT1 - key_B1S < mask.window
+    if mask.query_segments_BT is not None:
+        seen_BTS &= mask.query_segments_BT[..., None] == mask.key_segments_BS[:, None]
+    return seen_BTS[:, None]
+
+
+def alibi_slopes(num_heads: int) -> np.ndarray:
+    """Return the slope of each head [N] (Press 2022; between powers of two as its code does)."""
+    power = 2 ** math.floor(math.log2(num_heads))
+    slopes = [2 ** (-8 * (i + 1) / power) for i in range(power)]
+    slopes += [2 ** (-4 * (2 * i + 1) / power) for i in range(num_heads - power)]
+    return np.array(slopes, np.float32)
+
+
+def alibi_bias(mask: Mask, num_heads: int) -> jax.Array:
+    """Return the bias [B, N, T, S]: minus slope times distance."""
+    distance_BTS = mask.query_positions_BT[..., None] - mask.key_positions_BS[:, None]
+    return -alibi_slopes(num_heads)[:, None, None] * distance_BTS[:, None].astype(jnp.float32)
+
+
+def attend(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    mask: Mask,
+    *,
+    scale: float,
+    alibi: bool = False,
+    kernel: str = "auto",
+    dropout: float = 0.0,
+    rng: jax.Array | None = None,
+) -> jax.Array:
+    """Return attention's output [B, T, N, H]; `dropout` acts on the weights where `rng` is given.
+
+    The fused kernels assume that positions count up from 0 in each row, which holds wherever
+    there is no cache; `auto` picks one only where it applies, a kernel asked for by name raises
+    ValueError where it does not.
+    """
+    dropout = dropout if rng is not None else 0.0
+    kernel = choose_kernel(q_BTNH, k_BSKH, mask, alibi, dropout, kernel)
+    if kernel == "splash":
+        return splash_attention(q_BTNH, k_BSKH, v_BSKH, mask, scale)
+    bias = alibi_bias(mask, q_BTNH.shape[2]) if alibi else None
+    if kernel == "plain":
+        return plain_attention(q_BTNH, k_BSKH, v_BSKH, mask, scale, bias, dropout, rng)
+    if kernel == "cudnn" and mask.query_segments_BT is None:
+        return jax.nn.dot_product_attention(
+            q_BTNH, k_BSKH, v_BSKH, scale=scale, is_causal=True, implementation="cudnn",
+            local_window_size=(mask.window - 1, 0) if mask.window else None,
+        )  # fmt: skip
+    return jax.nn.dot_product_attention(
+        q_BTNH, k_BSKH, v_BSKH, bias, dense_mask(mask), scale=scale, implementation=kernel
+    )
+
+
+def choose_kernel(
+    q_BTNH: jax.Array, k_BSKH: jax.Array, mask: Mask, alibi: bool, dropout: float, asked: str
+) -> str:
+    """Return the kernel to use: plain, xla, cudnn or splash."""
+    square = q_BTNH.shape[1] == k_BSKH.shape[1]
+    fits = {
+        "cudnn": square and not alibi and not dropout and q_BTNH.dtype == jnp.bfloat16,
+        "splash": square and not alibi and not dropout and q_BTNH.shape[1] % 128 == 0,
+    }
+    if asked != "auto":
+        if square and q_BTNH.shape[1] > 1 and not fits.get(asked, True):
+            raise ValueError(
+                f"model.attention={asked!r} can't do this: cudnn needs bfloat16, splash a length "
+                "that divides by 128, neither ALiBi nor dropout on the weights; use 'auto'"
+            )
+        if fits.get(asked, True):
+            return "plain" if dropout else asked
+    fast = {"gpu": "cudnn", "tpu": "splash"}.get(jax.default_backend(), "xla")
+    return "plain" if dropout else fast if fits.get(fast, False) else "xla"
+
+
+def plain_attention(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    mask: Mask,
+    scale: float,
+    bias_BNTS: jax.Array | None = None,
+    dropout: float = 0.0,
+    rng: jax.Array | None = None,
+) -> jax.Array:
+    """Return attention by its formula: the oracle of the others, and the one with dropout."""
+    groups = q_BTNH.shape[2] // k_BSKH.shape[2]
+    k_BSNH, v_BSNH = jnp.repeat(k_BSKH, groups, 2), jnp.repeat(v_BSKH, groups, 2)
+    scores_BNTS = jnp.einsum("BTNH,BSNH->BNTS", q_BTNH, k_BSNH).astype(jnp.float32) * scale
+    if bias_BNTS is not None:
+        scores_BNTS += bias_BNTS
+    weights_BNTS = jax.nn.softmax(jnp.where(dense_mask(mask), scores_BNTS, -1e30))
+    if dropout:
+        kept_BNTS = jax.random.bernoulli(rng, 1 - dropout, weights_BNTS.shape)
+        weights_BNTS = jnp.where(kept_BNTS, weights_BNTS / (1 - dropout), 0)
+    return jnp.einsum("BNTS,BSNH->BTNH", weights_BNTS.astype(v_BSKH.dtype), v_BSNH)
+
+
+def splash_attention(
+    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Mask, scale: float
+) -> jax.Array:
+    """Return attention by JAX's splash kernel for TPU (interpreted, slowly, elsewhere)."""
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    seq_len = q_BTNH.shape[1]
+
+    def shard(
+        q_BNTH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, segments_BT: jax.Array | None
+    ) -> jax.Array:
+        shape = (seq_len, seq_len)
+        seen = splash.LocalMask(shape, (mask.window - 1, 0), 0) if mask.window else None
+        seen = seen or splash.CausalMask(shape)
+        kernel = splash.make_splash_mha_single_device(
+            splash.MultiHeadMask([seen] * q_BNTH.shape[1]),
+            interpret=jax.default_backend() != "tpu",
+        )
+        if segments_BT is None:
+            return jax.vmap(kernel)(q_BNTH, k_BKSH, v_BKSH)
+        return jax.vmap(lambda q, k, v, s: kernel(q, k, v, splash.SegmentIds(s, s)))(
+            q_BNTH, k_BKSH, v_BKSH, segments_BT
+        )
+
+    q_BNTH = jnp.swapaxes(q_BTNH, 1, 2) * scale
+    k_BKSH, v_BKSH = jnp.swapaxes(k_BSKH, 1, 2), jnp.swapaxes(v_BSKH, 1, 2)
+    if not jax.sharding.get_abstract_mesh().empty:
+        heads = partition_spec(["batch", "heads"])
+        rows = PartitionSpec() if mask.query_segments_BT is None else partition_spec(["batch"])
+        # A Pallas kernel is opaque to the partitioner: each device runs it on its own shard.
+        shard = jax.shard_map(
+            shard, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False
+        )
+    out_BNTH = shard(q_BNTH, k_BKSH, v_BKSH, mask.query_segments_BT)
+    return jnp.swapaxes(out_BNTH, 1, 2).astype(q_BTNH.dtype)
+
+
+def attend_windows(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    mask: Mask,
+    windows: tuple[int, ...],
+    layer: jax.Array,
+    **options: object,
+) -> jax.Array:
+    """Return `attend` with the window of `layer`, a traced number; windows repeat over layers.
+
+    Kernels want their window at compile time, and layers share one compiled body: so the body
+    holds a branch for each window that differs.
+    """
+    kinds = sorted(set(windows))
+    branches = [
+        functools.partial(
+            lambda window, q, k, v: attend(q, k, v, mask._replace(window=window), **options), w
+        )
+        for w in kinds
+    ]
+    if len(kinds) == 1:
+        return branches[0](q_BTNH, k_BSKH, v_BSKH)
+    kind = jnp.array([kinds.index(w) for w in windows])[layer % len(windows)]
+    return jax.lax.switch(kind, branches, q_BTNH, k_BSKH, v_BSKH)
+
+
+def init_cache(
+    num_layers: int, batch: int, length: int, num_kv_heads: int, head_dim: int, dtype: jnp.dtype
+) -> Cache:
+    """Return an empty cache with `length` slots a row."""
+    zeros = jnp.zeros((num_layers, batch, length, num_kv_heads, head_dim), dtype)
+    return Cache(zeros, zeros)
+
+
+def update_cache(
+    cache: Cache,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    layer: jax.Array,
+    positions_BT: jax.Array,
+) -> tuple[Cache, jax.Array, jax.Array]:
+    """Write a layer's new keys and values at their positions; return the cache and its k, v."""
+    rows_B1 = jnp.arange(k_BTKH.shape[0])[:, None]
+    k_LBSKH = cache.k_LBSKH.at[layer, rows_B1, positions_BT].set(k_BTKH)
+    v_LBSKH = cache.v_LBSKH.at[layer, rows_B1, positions_BT].set(v_BTKH)
+    return Cache(k_LBSKH, v_LBSKH), k_LBSKH[layer], v_LBSKH[layer]

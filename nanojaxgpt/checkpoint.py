@@ -1,0 +1,204 @@
+"""Orbax checkpoints of a state, with a fingerprint of every leaf; full or params-only restore."""
+
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
+
+from jax.sharding import Mesh
+
+from nanojaxgpt import sharding
+from nanojaxgpt.errors import CheckpointError
+from nanojaxgpt.model import ModelConfig, init_params
+
+logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports its every move
+
+
+def fingerprint(tree: Any) -> dict[str, jax.Array]:
+    """Return two uint32 sums for each leaf, by path: of its bits, and of its bits by position.
+
+    Flipped bits change the first, swapped elements the second. Sums modulo 2^32 don't depend
+    on their order, so every sharding gives the same.
+    """
+
+    def leaf_sums(leaf: jax.Array) -> jax.Array:
+        kind = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize]
+        bits = jax.lax.bitcast_convert_type(leaf, kind).astype(jnp.uint32)
+        position, stride = jnp.ones_like(bits), 1
+        for axis in reversed(range(leaf.ndim)):
+            iota = jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
+            position += iota * jnp.uint32(stride % 2**32)
+            stride *= leaf.shape[axis]
+        # An odd factor for each position, spread over all 32 bits (Knuth's multiplier).
+        weight = (position * jnp.uint32(2654435761)) | jnp.uint32(1)
+        return jnp.stack([jnp.sum(bits, dtype=jnp.uint32), jnp.sum(bits * weight, dtype=jnp.uint32)])
+
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {path_name(path): leaf_sums(leaf) for path, leaf in leaves}
+
+
+_fingerprint = jax.jit(fingerprint)
+
+
+def describe(items: dict[str, Any]) -> dict[str, list]:
+    """Return dtype, shape and fingerprint of every leaf, as JSON takes it."""
+    sums, kinds = jax.device_get(_fingerprint(items)), leaf_kinds(items)
+    return {name: [*kind, *map(int, sums[name])] for name, kind in kinds.items()}
+
+
+def leaf_kinds(tree: Any) -> dict[str, list]:
+    """Return [dtype, shape] of every leaf by its path."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {path_name(path): [str(leaf.dtype), list(leaf.shape)] for path, leaf in leaves}
+
+
+def path_name(path: tuple) -> str:
+    """Return a leaf's path as text, "a/b/c"."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+class Keep(checkpoint_managers.PreservationPolicy):
+    """Keeps the newest, every K-th, and the best by a validation loss known only after the save."""
+
+    def __init__(
+        self, last: int, every_steps: int, best: int, losses: Callable[[], dict[int, float]]
+    ) -> None:
+        self.last, self.every_steps, self.best, self.losses = last, every_steps, best, losses
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """Return whether each checkpoint stays."""
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        losses = {step: loss for step, loss in self.losses().items() if step in steps}
+        kept = set(sorted(steps)[-self.last :]) | set(sorted(losses, key=losses.get)[: self.best])
+        if self.every_steps:
+            kept |= {step for step in steps if step % self.every_steps == 0}
+        return [step in kept for step in steps]
+
+
+class Checkpoints:
+    """The checkpoints of one run that is training: `folder/STEP/{params,opt_state,meta}`."""
+
+    def __init__(self, folder: Path, keep: Keep) -> None:
+        self.folder = Path(folder)
+        options = ocp.CheckpointManagerOptions(preservation_policy=keep)
+        self.manager = ocp.CheckpointManager(self.folder.absolute(), options=options)
+
+    def save(self, step: int, params: Any, opt_state: Any) -> None:
+        """Start to save; the arrays may be donated as soon as this returns."""
+        items = {"params": params, "opt_state": opt_state}
+        meta = {"step": step, "leaves": describe(items)}
+        try:
+            self.manager.check_for_errors()
+            self.manager.save(
+                step,
+                args=ocp.args.Composite(
+                    params=ocp.args.StandardSave(params),
+                    opt_state=ocp.args.StandardSave(opt_state),
+                    meta=ocp.args.JsonSave(meta),
+                ),
+            )
+        except Exception as error:
+            raise CheckpointError(f"can't save step {step} to {self.folder}: {error}") from error
+
+    def close(self) -> None:
+        """Wait until everything is on disk. Raises CheckpointError where it is not."""
+        try:
+            self.manager.wait_until_finished()
+            self.manager.check_for_errors()
+            self.manager.close()
+        except Exception as error:
+            raise CheckpointError(f"the last save to {self.folder} failed: {error}") from error
+
+
+def saved_steps(folder: Path) -> list[int]:
+    """Return the steps that are complete on disk, oldest first.
+
+    The folder is asked, not a live manager, which also names saves that failed.
+    """
+    return sorted(int(path.name) for path in Path(folder).glob("*") if path.name.isdigit())
+
+
+def restore(
+    folder: Path, abstract: dict[str, Any], step: int = 0, report: Callable[[str], None] = print
+) -> tuple[int, dict[str, Any]] | None:
+    """Return (step, items) of the newest good checkpoint, or None where there are none at all.
+
+    `abstract` maps the wanted items ("params", "opt_state") to trees of ShapeDtypeStruct with
+    shardings, into which the arrays are read. Checkpoints that don't load, or whose fingerprints
+    are not those that were saved, are passed over loudly. With `step`, only that one will do.
+    Raises CheckpointError where none is good.
+    """
+    steps = saved_steps(folder)
+    if step and step not in steps:
+        raise CheckpointError(f"no checkpoint of step {step} in {folder}; there are {steps}")
+    for candidate in [step] if step else reversed(steps):
+        try:
+            return candidate, restore_step(folder, candidate, abstract)
+        except Exception as error:
+            text = str(error).strip().split("\n")[0][:300]
+            report(f"WARNING: the checkpoint {folder}/{candidate} is unusable: {text}")
+    if steps:
+        raise CheckpointError(f"no checkpoint in {folder} is usable; tried {[step] if step else steps}")
+    return None
+
+
+def restore_step(folder: Path, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
+    """Return the items of one checkpoint, checked leaf by leaf. Raises ValueError."""
+    path = Path(folder).absolute() / str(step)
+    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+        saved = reader.restore(path / "meta")["leaves"]
+    wanted = leaf_kinds(abstract)
+    for name, kind in wanted.items():
+        if saved.get(name, [])[:2] != kind:
+            raise ValueError(f"{name} is {saved.get(name, ['missing'])[:2]} there, {kind} here")
+    items = {}
+    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
+        for name, tree in abstract.items():
+            items[name] = reader.restore(path / name, args=ocp.args.StandardRestore(tree))
+    found = describe(items)
+    changed = [name for name in wanted if found[name] != saved[name]]
+    if changed:
+        raise ValueError(f"not the numbers that were saved: {', '.join(changed[:5])}")
+    return items
+
+
+def load_params(
+    run: Path,
+    cfg: ModelConfig,
+    mesh: Mesh,
+    step: int = 0,
+    report: Callable[[str], None] = print,
+) -> tuple[int, Any]:
+    """Return (step, parameters) of a run's newest good checkpoint, or of `step`, on `mesh`.
+
+    Raises CheckpointError where there is none.
+    """
+    boxed = jax.eval_shape(lambda: init_params(cfg, jax.random.key(0)))
+    abstract = with_shardings(sharding.unbox(boxed), sharding.tree_shardings(boxed, mesh))
+    folder = Path(run) / "checkpoints"
+    found = restore(folder, {"params": abstract}, step, report)
+    if found is None:
+        raise CheckpointError(f"{run} has no checkpoint yet")
+    return found[0], found[1]["params"]
+
+
+def with_shardings(shapes: Any, shardings: Any) -> Any:
+    """Return the tree of ShapeDtypeStruct that `restore` reads into."""
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
+    )
+
+
+def set_aside(folder: Path, step: int) -> None:
+    """Move checkpoints newer than `step` out of the way, to `unusable/`; nothing is deleted."""
+    for newer in [s for s in saved_steps(folder) if s > step]:
+        target = Path(folder).parent / "unusable" / str(newer)
+        target.parent.mkdir(exist_ok=True)
+        while target.exists():
+            target = target.with_name(target.name + "+")
+        (Path(folder) / str(newer)).rename(target)

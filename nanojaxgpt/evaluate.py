@@ -1,0 +1,55 @@
+"""Held-out loss and bits per byte of parameters over batches; sums of tokens, exact."""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nanojaxgpt.loss import loss_sum
+from nanojaxgpt.model import Transformer
+
+
+def make_eval_step(
+    model: Transformer, token_bytes: np.ndarray, loss_chunks: int = 1
+) -> Callable[[Any, Any], jax.Array]:
+    """Return eval_step(params, batch) -> [sum of losses in nats, tokens, bytes], float32 [3].
+
+    `token_bytes` [V] is how many bytes of text each token stands for.
+    """
+    bytes_V = jnp.zeros(model.cfg.vocab_size, jnp.float32).at[: len(token_bytes)].set(token_bytes)
+
+    @jax.jit
+    def eval_step(params: Any, batch: Any) -> jax.Array:
+        (x_BTD, head), _ = model.apply(
+            {"params": params}, batch.tokens_BT, batch.positions_BT, batch.segments_BT, logits=False
+        )
+        weights_BT = batch.weights_BT
+        loss = loss_sum(head, x_BTD, batch.targets_BT, weights_BT, chunks=loss_chunks)
+        text = jnp.sum(bytes_V[batch.targets_BT] * weights_BT)
+        return jnp.stack([loss, jnp.sum(weights_BT), text])
+
+    return eval_step
+
+
+def evaluate(
+    eval_step: Callable[[Any, Any], jax.Array], params: Any, batches: Iterable[Any]
+) -> dict[str, float]:
+    """Return loss (nats per token), perplexity, bits_per_byte and tokens over all batches."""
+    sums = np.zeros(3)
+    waiting: list[jax.Array] = []
+    for batch in batches:  # the device works on this batch while the one before is read
+        waiting.append(eval_step(params, batch))
+        if len(waiting) > 1:
+            sums += np.asarray(waiting.pop(0), np.float64)
+    for last in waiting:
+        sums += np.asarray(last, np.float64)
+    loss, tokens, text = sums
+    return {
+        "loss": loss / tokens,
+        "perplexity": math.exp(min(loss / tokens, 700)),
+        "bits_per_byte": loss / math.log(2) / text if text else math.nan,
+        "tokens": int(tokens),
+    }

@@ -1,0 +1,382 @@
+"""One Transformer from one frozen ModelConfig: tokens (and a cache) to logits (and the cache).
+
+Names end in their dimensions: B batch, T query length, S key length, D embed, N heads, K key
+heads, H head dim, F mlp, V vocab, L layers. Parameters are a plain nested dict with the layers
+stacked on a leading axis, whatever is scanned or unrolled; their names carry the other dimensions.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nanojaxgpt import attention
+from nanojaxgpt.attention import Cache, Mask
+from nanojaxgpt.sharding import constrain
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The model's shape: `ModelConfig(**cfg.model)`; config.py has the defaults and the choices.
+
+    Sizes given as 0 (num_kv_heads, head_dim, mlp_dim) are filled in here.
+    """
+
+    num_layers: int
+    embed_dim: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    mlp: str
+    mlp_dim: int
+    seq_len: int
+    vocab_size: int
+    positions: str
+    rotary_base: float
+    norm: str
+    norm_placement: str
+    norm_bias: bool
+    norm_eps: float
+    final_norm: bool
+    parallel_block: bool
+    bias: bool
+    qk_norm: bool
+    windows: tuple[int, ...]
+    smeared_keys: bool
+    attention_scale: float
+    logit_softcap: float
+    tied_head: bool
+    dropout: float
+    init: str
+    attention: str
+    unroll: int
+    remat: str
+    param_dtype: str
+    compute_dtype: str
+
+    def __post_init__(self) -> None:
+        if self.vocab_size < 1:
+            raise ValueError("model.vocab_size is 0: it comes from the tokenizer")
+        head_dim = self.head_dim or self.embed_dim // self.num_heads
+        object.__setattr__(self, "head_dim", head_dim)
+        object.__setattr__(self, "num_kv_heads", self.num_kv_heads or self.num_heads)
+        object.__setattr__(self, "mlp_dim", self.mlp_dim or 4 * self.embed_dim)
+        scale = self.attention_scale or 1 / math.sqrt(head_dim)
+        object.__setattr__(self, "attention_scale", scale)
+
+
+class Context(NamedTuple):
+    """What every layer sees alike."""
+
+    mask: Mask
+    positions_BT: jax.Array
+    deterministic: bool
+
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "relu": jax.nn.relu,
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
+    "swiglu": jax.nn.silu,
+    "geglu": lambda x: jax.nn.gelu(x, approximate=True),
+}
+GATED = ("swiglu", "geglu")
+
+REMAT: dict[str, Callable | None] = {
+    "full": None,
+    "dots": jax.checkpoint_policies.dots_saveable,
+    "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+def uniform_init(bound: float) -> Callable:
+    """Return an initializer of numbers in [-bound, bound)."""
+    return lambda rng, shape, dtype: jax.random.uniform(rng, shape, dtype, -bound, bound)
+
+
+def kernel_init(cfg: ModelConfig, fan_in: int, residual: bool = False) -> Callable:
+    """Return the initializer of a projection; GPT-2 shrinks those that write to the residual."""
+    if cfg.init == "gpt2":
+        return nn.initializers.normal(0.02 / math.sqrt(2 * cfg.num_layers) if residual else 0.02)
+    if cfg.init == "fan_in":
+        # Cutting a normal at two standard deviations leaves 0.8796 of its spread.
+        return nn.initializers.truncated_normal(1 / math.sqrt(fan_in) / 0.87962566103423978)
+    return uniform_init(1 / math.sqrt(fan_in))
+
+
+def bias_init(cfg: ModelConfig, fan_in: int) -> Callable:
+    """Return the initializer of a projection's bias: zeros, but for torch's default."""
+    return uniform_init(1 / math.sqrt(fan_in)) if cfg.init == "torch" else nn.initializers.zeros
+
+
+def embed_init(cfg: ModelConfig) -> Callable:
+    """Return the initializer of the token and position tables."""
+    std = {"gpt2": 0.02, "fan_in": 1 / math.sqrt(cfg.embed_dim), "torch": 1.0}
+    return nn.initializers.normal(std[cfg.init])
+
+
+class Weights(nn.Module):
+    """A module that declares its parameters with their logical axes, in the compute dtype."""
+
+    cfg: ModelConfig
+
+    def weight(self, name: str, init: Callable, shape: tuple, axes: tuple) -> jax.Array:
+        """Return the parameter `name`; it is stored as cfg.param_dtype."""
+        boxed = nn.with_logical_partitioning(init, axes)
+        array = self.param(name, boxed, shape, jnp.dtype(self.cfg.param_dtype))
+        return array.astype(self.cfg.compute_dtype)
+
+    def normalize(self, x: jax.Array, name: str, bias: bool = True) -> jax.Array:
+        """Return LayerNorm or RMSNorm over the last axis, computed in float32."""
+        cfg, shape = self.cfg, x.shape[-1:]
+        scale = self.weight(f"{name}_scale", nn.initializers.ones, shape, ("norm",))
+        y = x.astype(jnp.float32)
+        if cfg.norm == "layernorm":
+            y -= jnp.mean(y, -1, keepdims=True)
+        y *= jax.lax.rsqrt(jnp.mean(jnp.square(y), -1, keepdims=True) + cfg.norm_eps)
+        y *= scale
+        if bias and cfg.norm_bias and cfg.norm == "layernorm":
+            y += self.weight(f"{name}_bias", nn.initializers.zeros, shape, ("norm",))
+        return y.astype(cfg.compute_dtype)
+
+
+class Block(Weights):
+    """One layer: attention and MLP around the residual stream."""
+
+    @nn.compact
+    def __call__(
+        self, carry: tuple[jax.Array, Cache | None], layer: jax.Array, context: Context
+    ) -> tuple[tuple[jax.Array, Cache | None], None]:
+        cfg, (x_BTD, cache) = self.cfg, carry
+        pre = cfg.norm_placement == "pre"
+
+        def residual(x_BTD: jax.Array, update_BTD: jax.Array, name: str) -> jax.Array:
+            update_BTD = nn.Dropout(cfg.dropout)(update_BTD, context.deterministic)
+            x_BTD = constrain(x_BTD + update_BTD, "batch", "sequence", "features")
+            return x_BTD if pre else self.normalize(x_BTD, name)
+
+        y_BTD = self.normalize(x_BTD, "attention_norm") if pre else x_BTD
+        update_BTD, cache = self.attention(y_BTD, cache, layer, context)
+        if cfg.mlp != "none" and cfg.parallel_block:
+            return (residual(x_BTD, update_BTD + self.feed_forward(y_BTD), "norm"), cache), None
+        x_BTD = residual(x_BTD, update_BTD, "attention_norm")
+        if cfg.mlp != "none":
+            y_BTD = self.normalize(x_BTD, "mlp_norm") if pre else x_BTD
+            x_BTD = residual(x_BTD, self.feed_forward(y_BTD), "mlp_norm")
+        return (x_BTD, cache), None
+
+    def attention(
+        self, x_BTD: jax.Array, cache: Cache | None, layer: jax.Array, context: Context
+    ) -> tuple[jax.Array, Cache | None]:
+        """Return the attention's update [B, T, D] and the cache with this layer's keys."""
+        cfg = self.cfg
+        q_BTNH = self.heads(x_BTD, "q_DNH", cfg.num_heads, "heads")
+        k_BTKH = self.heads(x_BTD, "k_DKH", cfg.num_kv_heads, "kv_heads")
+        v_BTKH = self.heads(x_BTD, "v_DKH", cfg.num_kv_heads, "kv_heads")
+        if cfg.qk_norm:
+            q_BTNH = self.normalize(q_BTNH, "q_norm", bias=False)
+            k_BTKH = self.normalize(k_BTKH, "k_norm", bias=False)
+        if cfg.positions == "rotary":
+            q_BTNH = rotate(q_BTNH, context.positions_BT, cfg.rotary_base)
+            k_BTKH = rotate(k_BTKH, context.positions_BT, cfg.rotary_base)
+        k_BSKH, v_BSKH = k_BTKH, v_BTKH
+        if cache is not None:
+            cache, k_BSKH, v_BSKH = attention.update_cache(
+                cache, k_BTKH, v_BTKH, layer, context.positions_BT
+            )
+        if cfg.smeared_keys:
+            gate_K = self.weight("smear_K", nn.initializers.zeros, (cfg.num_kv_heads,), ("norm",))
+            k_BSKH = smear(k_BSKH, gate_K, context.mask.key_segments_BS)
+        drop = cfg.dropout > 0 and not context.deterministic
+        out_BTNH = attention.attend_windows(
+            q_BTNH, k_BSKH, v_BSKH, context.mask, cfg.windows, layer,
+            scale=cfg.attention_scale, alibi=cfg.positions == "alibi", kernel=cfg.attention,
+            dropout=cfg.dropout, rng=self.make_rng("dropout") if drop else None,
+        )  # fmt: skip
+        fan_in, axes = cfg.num_heads * cfg.head_dim, ("heads", "head_dim", "embed")
+        shape = (cfg.num_heads, cfg.head_dim, cfg.embed_dim)
+        o_NHD = self.weight("o_NHD", kernel_init(cfg, fan_in, residual=True), shape, axes)
+        update_BTD = jnp.einsum("BTNH,NHD->BTD", out_BTNH, o_NHD)
+        if cfg.bias:
+            bias = bias_init(cfg, fan_in)
+            update_BTD += self.weight("o_bias", bias, (cfg.embed_dim,), ("norm",))
+        return update_BTD, cache
+
+    def heads(self, x_BTD: jax.Array, name: str, heads: int, axis: str) -> jax.Array:
+        """Return the projection of `x` to `heads` heads [B, T, heads, H]."""
+        cfg = self.cfg
+        shape = (cfg.embed_dim, heads, cfg.head_dim)
+        kernel_DNH = self.weight(
+            name, kernel_init(cfg, cfg.embed_dim), shape, ("embed", axis, "head_dim")
+        )
+        y_BTNH = jnp.einsum("BTD,DNH->BTNH", x_BTD, kernel_DNH)
+        if cfg.bias:
+            init = bias_init(cfg, cfg.embed_dim)
+            y_BTNH += self.weight(f"{name[0]}_bias", init, shape[1:], (axis, "head_dim"))
+        return constrain(y_BTNH, "batch", "sequence", axis, "head_dim")
+
+    def feed_forward(self, x_BTD: jax.Array) -> jax.Array:
+        """Return the MLP's update [B, T, D]."""
+        cfg, shape = self.cfg, (self.cfg.embed_dim, self.cfg.mlp_dim)
+
+        def widen(name: str) -> jax.Array:
+            init, axes = kernel_init(cfg, cfg.embed_dim), ("embed", "mlp")
+            y_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, self.weight(f"{name}_DF", init, shape, axes))
+            if cfg.bias:
+                init = bias_init(cfg, cfg.embed_dim)
+                y_BTF += self.weight(f"{name}_bias", init, (cfg.mlp_dim,), ("mlp",))
+            return constrain(y_BTF, "batch", "sequence", "mlp")
+
+        y_BTF = ACTIVATIONS[cfg.mlp](widen("gate" if cfg.mlp in GATED else "up"))
+        if cfg.mlp in GATED:
+            y_BTF *= widen("up")
+        # Stored [out, in]: on CPU the gradient of a wide-to-narrow kernel is faster so.
+        init = kernel_init(cfg, cfg.mlp_dim, residual=True)
+        down_DF = self.weight("down_DF", init, shape, ("embed", "mlp"))
+        update_BTD = jnp.einsum("BTF,DF->BTD", y_BTF, down_DF)
+        if cfg.bias:
+            init = bias_init(cfg, cfg.mlp_dim)
+            update_BTD += self.weight("down_bias", init, (cfg.embed_dim,), ("norm",))
+        return update_BTD
+
+
+class Transformer(Weights):
+    """A decoder-only language model.
+
+    `model.apply({"params": params}, tokens_BT)` gives (logits_BTV float32, None). With a cache,
+    the new tokens are written at `positions_BT` and the cache comes back filled.
+    """
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array | None = None,
+        segments_BT: jax.Array | None = None,
+        cache: Cache | None = None,
+        deterministic: bool = True,
+        logits: bool = True,
+    ) -> tuple[Any, Cache | None]:
+        """Return (logits_BTV, cache), or, with `logits` off, ((x_BTD, head), cache).
+
+        head(x_BTD) gives float32 logits [B, T, V]: so a loss can make them in parts.
+        `positions_BT` (default: 0 to T - 1) count within a document, `segments_BT` number the
+        documents of a row: tokens see only their own. Dropout needs `deterministic=False` and
+        an rng named "dropout".
+        """
+        cfg = self.cfg
+        if cfg.positions == "learned" and tokens_BT.shape[1] > cfg.seq_len:
+            raise ValueError(f"{tokens_BT.shape[1]} tokens, but {cfg.seq_len} learned positions")
+        if positions_BT is None:
+            positions_BT = jnp.arange(tokens_BT.shape[1])[None]
+        embed_VD = self.weight(
+            "embed_VD", embed_init(cfg), (cfg.vocab_size, cfg.embed_dim), ("vocab", "embed")
+        )
+        x_BTD = embed_VD[tokens_BT] + self.position_embedding(positions_BT)
+        x_BTD = nn.Dropout(cfg.dropout)(x_BTD, deterministic)
+        x_BTD = constrain(x_BTD, "batch", "sequence", "features")
+
+        keys_BS = positions_BT if cache is None else jnp.arange(cache.k_LBSKH.shape[2])[None]
+        order_BT = jnp.arange(tokens_BT.shape[1])[None] if segments_BT is not None else positions_BT
+        mask = Mask(order_BT, order_BT if cache is None else keys_BS, segments_BT, segments_BT)
+        x_BTD, cache = self.layers(x_BTD, cache, Context(mask, positions_BT, deterministic))
+        if cfg.final_norm:
+            x_BTD = self.normalize(x_BTD, "final_norm")
+
+        head_VD = embed_VD
+        if not cfg.tied_head:
+            init = kernel_init(cfg, cfg.embed_dim)
+            head_VD = self.weight(
+                "head_VD", init, (cfg.vocab_size, cfg.embed_dim), ("vocab", "embed")
+            )
+
+        def head(x_BTD: jax.Array) -> jax.Array:
+            logits_BTV = jnp.einsum(
+                "BTD,VD->BTV", x_BTD, head_VD, preferred_element_type=jnp.float32
+            )
+            if cfg.logit_softcap:
+                logits_BTV = cfg.logit_softcap * jnp.tanh(logits_BTV / cfg.logit_softcap)
+            return constrain(logits_BTV, "batch", "sequence", "vocab")
+
+        return (head(x_BTD) if logits else (x_BTD, head)), cache
+
+    def position_embedding(self, positions_BT: jax.Array) -> jax.Array:
+        """Return what is added to the token embeddings: [B, T, D], or 0."""
+        cfg = self.cfg
+        if cfg.positions == "learned":
+            shape, axes = (cfg.seq_len, cfg.embed_dim), ("positions", "embed")
+            return self.weight("position_TD", embed_init(cfg), shape, axes)[positions_BT]
+        if cfg.positions == "sinusoidal":
+            return sinusoids(positions_BT, cfg.embed_dim).astype(cfg.compute_dtype)
+        return jnp.zeros((), cfg.compute_dtype)
+
+    def layers(
+        self, x_BTD: jax.Array, cache: Cache | None, context: Context
+    ) -> tuple[jax.Array, Cache | None]:
+        """Return the residual stream after all layers, and the cache."""
+        cfg = self.cfg
+        # Slicing stacked weights costs 0.84x on CPU; deep models would compile for minutes.
+        shallow_on_cpu = jax.default_backend() == "cpu" and cfg.num_layers <= 12
+        unroll = cfg.unroll or (cfg.num_layers if shallow_on_cpu else 1)
+        block = Block
+        if cfg.remat != "none" and cache is None:
+            block = nn.remat(Block, policy=REMAT[cfg.remat], prevent_cse=unroll > 1)
+        scan = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=(0, nn.broadcast),
+            length=cfg.num_layers,
+            unroll=unroll,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        stack = scan(cfg, name="layers")
+        (x_BTD, cache), _ = stack((x_BTD, cache), jnp.arange(cfg.num_layers), context)
+        return x_BTD, cache
+
+
+def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, base: float) -> jax.Array:
+    """Return queries or keys turned by their positions (RoPE; first half against second)."""
+    half = x_BTNH.shape[-1] // 2
+    frequencies = base ** (-np.arange(half, dtype=np.float32) / half)
+    angles = positions_BT[..., None, None].astype(jnp.float32) * frequencies
+    sin, cos = jnp.sin(angles), jnp.cos(angles)
+    first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, -1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
+    return turned.astype(x_BTNH.dtype)
+
+
+def sinusoids(positions_BT: jax.Array, embed_dim: int) -> jax.Array:
+    """Return fixed sine and cosine positions [B, T, D], interleaved (Vaswani 2017)."""
+    half = embed_dim // 2
+    frequencies = 10000.0 ** (-np.arange(half, dtype=np.float32) / half)
+    angles = positions_BT[..., None].astype(jnp.float32) * frequencies
+    waves = jnp.stack([jnp.sin(angles), jnp.cos(angles)], -1)
+    return waves.reshape(*positions_BT.shape, embed_dim)
+
+
+def smear(k_BSKH: jax.Array, gate_K: jax.Array, segments_BS: jax.Array | None) -> jax.Array:
+    """Return keys mixed with the key before, sigmoid(gate) of their own (Olsson 2022)."""
+    before_BSKH = jnp.pad(k_BSKH[:, :-1], ((0, 0), (1, 0), (0, 0), (0, 0)))
+    if segments_BS is not None:
+        same_BS = jnp.pad(segments_BS[:, 1:] == segments_BS[:, :-1], ((0, 0), (1, 0)))
+        before_BSKH *= same_BS[..., None, None]
+    own_K1 = jax.nn.sigmoid(gate_K.astype(jnp.float32))[:, None].astype(k_BSKH.dtype)
+    return own_K1 * k_BSKH + (1 - own_K1) * before_BSKH
+
+
+def init_params(cfg: ModelConfig, rng: jax.Array) -> Any:
+    """Return new parameters, each leaf boxed with its logical axes (see sharding.unbox)."""
+    return Transformer(cfg).init(rng, jnp.zeros((1, 1), jnp.int32))["params"]
+
+
+def count_params(cfg: ModelConfig) -> int:
+    """Return the number of parameters; nothing is allocated."""
+    shapes = jax.eval_shape(lambda: init_params(cfg, jax.random.key(0)))
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))

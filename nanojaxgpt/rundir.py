@@ -1,0 +1,120 @@
+"""The run directory, what every verb takes as RUN: its config, its identity, its one owner."""
+
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from nanojaxgpt import config
+from nanojaxgpt.errors import ConfigError, DataError
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "ml-collections", "numpy")
+
+
+def load_run(run: Path) -> ConfigDict:
+    """Return the resolved config of an existing run. Raises ConfigError."""
+    path = Path(run) / "config.json"
+    if not path.is_file():
+        near = sorted(str(p.parent) for p in Path(run).parent.glob("*/config.json"))[:5]
+        hint = f"; there is {', '.join(near)}" if near else ""
+        raise ConfigError(f"{run} is no run: it has no config.json{hint}")
+    return config.from_json(path.read_text(), str(path))
+
+
+def enter_run(run: Path, cfg: ConfigDict) -> list[tuple[str, Any, Any]]:
+    """Write `cfg` as the run's config, or check that it goes on with the run that is there.
+
+    Returns the differences that are allowed (config.FREE_ON_RESUME). Raises ConfigError with
+    the differences that are not.
+    """
+    free = []
+    if (Path(run) / "config.json").exists():
+        changes = config.differences(load_run(run), cfg)
+        free = [change for change in changes if config.FREE_ON_RESUME.fullmatch(change[0])]
+        if len(free) < len(changes):
+            lines = [f"  {name}: {old!r} there, {new!r} here" for name, old, new in changes]
+            raise ConfigError(
+                f"{run} holds a run of another config:\n" + "\n".join(lines) + "\n"
+                f"choose another --run, or start from its parameters by "
+                f"--config.init.from_run={run}"
+            )
+    write_text(Path(run) / "config.json", config.to_json(cfg))
+    return free
+
+
+@contextmanager
+def own_run(run: Path) -> Iterator[None]:
+    """Make the run directory and hold its lock. Raises ConfigError where it can't be had."""
+    try:
+        Path(run).mkdir(parents=True, exist_ok=True)
+        lock = open(Path(run) / "lock", "w")  # noqa: SIM115
+    except OSError as error:
+        raise ConfigError(f"can't write to the run directory {run}: {error.strerror}") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"another process is training in {run}") from None
+        yield
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    os.replace(partial, path)
+
+
+def code_hash() -> str:
+    """Return 16 hex digits that name the source of this package."""
+    digest = hashlib.sha256()
+    root = Path(__file__).parent
+    for path in sorted(root.rglob("*.py")):
+        digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def write_identity(run: Path, cfg: ConfigDict, data: dict, devices: list[str]) -> list[str]:
+    """Write `identity.json` (hashes, versions, devices); return what changed since the last time.
+
+    `data` is the token store's identity. Raises DataError where it is not the one that the run
+    has been trained on.
+    """
+    identity = {
+        "config": config.config_hash(cfg),
+        "code": code_hash(),
+        "data": data,
+        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "python": platform.python_version(),
+        "devices": devices,
+        "command": sys.argv,
+    }
+    path = Path(run) / "identity.json"
+    old = check_data(run, data) or identity
+    write_text(path, json.dumps(identity, indent=2) + "\n")
+    watched = ("code", "packages", "python", "devices")
+    return [f"{key}: {old[key]} -> {identity[key]}" for key in watched if old[key] != identity[key]]
+
+
+def check_data(run: Path, data: dict) -> dict[str, Any] | None:
+    """Return the run's old identity. Raises DataError where `data` is not what it was trained on."""
+    path = Path(run) / "identity.json"
+    if not path.exists():
+        return None
+    old = json.loads(path.read_text())
+    if old["data"] != data:
+        raise DataError(
+            f"the corpus or its tokenizer is not what {run} was trained on:\n"
+            f"  there {old['data']}\n  here  {data}\n"
+            "bring back the old corpus, or choose another --run"
+        )
+    return old

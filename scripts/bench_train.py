@@ -1,0 +1,174 @@
+"""Measure training steps beside PyTorch: `python scripts/bench_train.py [--shape=small] [--threads=1]`.
+
+Each framework runs in its own process, and they take turns, so that what else the machine does
+falls on all alike: compare the ratios. PyTorch is `transformers`' GPT-2 with fused AdamW, eager
+and compiled (`pip install .[bench]`). A step is forward, backward, clipping and AdamW.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+SHAPES = {
+    "small": {"num_layers": 4, "embed_dim": 128, "num_heads": 4, "seq_len": 64, "batch_size": 12},
+    "medium": {"num_layers": 6, "embed_dim": 384, "num_heads": 6, "seq_len": 256, "batch_size": 4},
+}
+VOCAB_SIZE = 65
+WORKERS = ("nanojaxgpt", "torch eager", "torch compiled")
+
+
+def jax_steps(shape: dict[str, int], dtype: str) -> Callable[[int], None]:
+    """Return run(n), which trains n steps of this project's own train_step."""
+    from nanojaxgpt import hosts
+
+    hosts.keep_freed_memory()
+    import jax
+    import numpy as np
+
+    from nanojaxgpt import sharding
+    from nanojaxgpt.config import base_config
+    from nanojaxgpt.data.loader import Batch
+    from nanojaxgpt.model import ModelConfig, Transformer
+    from nanojaxgpt.train import make_hyper, make_init, make_loss, make_train_step
+
+    cfg = base_config().unlock()
+    cfg.model.update({k: v for k, v in shape.items() if k != "batch_size"})
+    cfg.model.update(vocab_size=VOCAB_SIZE, compute_dtype=dtype)
+    state = jax.jit(lambda rng: sharding.unbox(make_init(cfg)(rng)))(jax.random.key(0))
+    loss = make_loss(Transformer(ModelConfig(**cfg.model)), 1)
+    step = jax.jit(make_train_step(loss, cfg.optim), donate_argnums=0)
+    rng, size = np.random.default_rng(0), (shape["batch_size"], shape["seq_len"])
+    tokens = rng.integers(0, VOCAB_SIZE, size, np.int32)
+    batch, hyper = Batch(tokens, tokens, np.ones(size, np.float32)), make_hyper(cfg)
+
+    def run(count: int) -> None:
+        nonlocal state
+        for _ in range(count):
+            state, numbers = step(state, batch, hyper)
+        jax.block_until_ready(numbers)
+
+    return run
+
+
+def torch_steps(shape: dict[str, int], dtype: str, compiled: bool) -> Callable[[int], None]:
+    """Return run(n), which trains n steps of `transformers`' GPT-2."""
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    model = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(
+            vocab_size=VOCAB_SIZE, n_positions=shape["seq_len"], n_embd=shape["embed_dim"],
+            n_layer=shape["num_layers"], n_head=shape["num_heads"], use_cache=False,
+            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0,
+        )  # fmt: skip
+    )
+    forward = torch.compile(model) if compiled else model
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
+        lr=1e-3, betas=(0.9, 0.95), fused=True,
+    )  # fmt: skip
+    size = (shape["batch_size"], shape["seq_len"])
+    tokens = torch.randint(0, VOCAB_SIZE, size)
+
+    def run(count: int) -> None:
+        for _ in range(count):
+            with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+                logits = forward(tokens).logits
+            loss = torch.nn.functional.cross_entropy(
+                logits.float().flatten(0, 1), tokens.flatten()
+            )
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            loss.item()
+
+    return run
+
+
+def work(name: str, shape: dict[str, int], dtype: str) -> None:
+    """Be a worker: for each number on standard input, run as many steps and print the seconds."""
+    if name == "nanojaxgpt":
+        run = jax_steps(shape, dtype)
+    else:
+        run = torch_steps(shape, dtype, compiled=name == "torch compiled")
+    run(3)
+    print("ready", flush=True)
+    for line in sys.stdin:
+        began = time.perf_counter()
+        run(int(line))
+        print(time.perf_counter() - began, flush=True)
+
+
+def take_turns(commands: dict[str, list[str]], counts: dict[str, int], rounds: int) -> dict:
+    """Return {name: seconds of each round}, the workers taking turns, one at a time."""
+    workers = {
+        name: subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for name, command in commands.items()
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in workers}
+    for name, worker in workers.items():
+        if worker.stdout.readline().strip() != "ready":
+            sys.exit(f"{name} did not start (PyTorch: pip install .[bench])")
+    for _ in range(rounds):
+        for name, worker in workers.items():
+            worker.stdin.write(f"{counts[name]}\n")
+            worker.stdin.flush()
+            seconds[name].append(float(worker.stdout.readline()))
+    for worker in workers.values():
+        worker.stdin.close()
+        worker.wait()
+    return seconds
+
+
+def print_table(rates: dict[str, list[float]], unit: str) -> None:
+    """Print median, quartiles and ratio to the fastest other of each; the first is ours."""
+    medians = {name: statistics.median(values) for name, values in rates.items()}
+    best = max(value for name, value in list(medians.items())[1:])
+    print(f"{'':<24}{unit + ', median':>20}{'quartiles':>20}{'ratio':>8}")
+    for name, values in rates.items():
+        low, _, high = statistics.quantiles(values, n=4)
+        print(f"{name:<24}{medians[name]:>20,.0f}{f'{low:,.0f} to {high:,.0f}':>20}"
+              f"{medians[name] / best:>8.2f}")  # fmt: skip
+
+
+def main() -> None:
+    """Parse the command line, run the workers, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--shape", choices=SHAPES, default="small")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--threads", type=int, default=1, help="cores, from the first on")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--seconds", type=float, default=1.0, help="of each turn, about")
+    parser.add_argument("--python", default=sys.executable, help="the one that has PyTorch")
+    parser.add_argument("--worker", choices=WORKERS, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
+    shape = SHAPES[args.shape]
+    if args.worker:
+        return work(args.worker, shape, args.dtype)
+    flags = [f"--shape={args.shape}", f"--dtype={args.dtype}", f"--threads={args.threads}"]
+    commands = {}
+    for name in WORKERS:
+        python = sys.executable if name == "nanojaxgpt" else args.python
+        commands[name] = [python, __file__, *flags, f"--worker={name}"]
+    first = take_turns(commands, dict.fromkeys(WORKERS, 5), 2)
+    counts = {name: max(1, round(5 * args.seconds / min(t))) for name, t in first.items()}
+    seconds = take_turns(commands, counts, args.rounds)
+    tokens = shape["batch_size"] * shape["seq_len"]
+    rates = {n: [counts[n] * tokens / s for s in values] for n, values in seconds.items()}
+    print(json.dumps({**shape, "dtype": args.dtype, "threads": args.threads}))
+    print_table(rates, "tokens/s")
+
+
+if __name__ == "__main__":
+    main()
