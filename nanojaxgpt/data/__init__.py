@@ -1,0 +1,1 @@
+"""From a source's name to batches: sources -> tokenizers -> store -> loader, in plain numpy."""
