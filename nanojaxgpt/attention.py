@@ -12,6 +12,9 @@ from jax.sharding import PartitionSpec
 from nanojaxgpt.sharding import partition_spec
 
 
+CAUSAL_BLOCK = 64  # queries a block of `blocked_attention`
+
+
 class Cache(NamedTuple):
     """Keys and values of every layer; slot s of a row holds the token at position s."""
 
@@ -84,9 +87,41 @@ def attend(
             q_BTNH, k_BSKH, v_BSKH, scale=scale, is_causal=True, implementation="cudnn",
             local_window_size=(mask.window - 1, 0) if mask.window else None,
         )  # fmt: skip
+    if kernel == "xla" and q_BTNH.shape[1] == k_BSKH.shape[1] > CAUSAL_BLOCK and not alibi:
+        return blocked_attention(q_BTNH, k_BSKH, v_BSKH, mask, scale)
     return jax.nn.dot_product_attention(
         q_BTNH, k_BSKH, v_BSKH, bias, dense_mask(mask), scale=scale, implementation=kernel
     )
+
+
+def blocked_attention(
+    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Mask, scale: float
+) -> jax.Array:
+    """Return attention by blocks of queries, each over the keys that its mask can show it.
+
+    With 4 blocks that is 0.63 of the full square, with a window less.
+    """
+    outs = []
+    for start in range(0, q_BTNH.shape[1], CAUSAL_BLOCK):
+        rows = slice(start, start + CAUSAL_BLOCK)
+        keys = slice(max(0, start + 1 - mask.window) if mask.window else 0, rows.stop)
+        positions, segments = mask.query_positions_BT, mask.query_segments_BT
+        part = Mask(positions[:, rows], positions[:, keys], window=mask.window)
+        if segments is not None:
+            part = part._replace(
+                query_segments_BT=segments[:, rows], key_segments_BS=segments[:, keys]
+            )
+        outs.append(
+            jax.nn.dot_product_attention(
+                q_BTNH[:, rows],
+                k_BSKH[:, keys],
+                v_BSKH[:, keys],
+                mask=dense_mask(part),
+                scale=scale,
+                implementation="xla",
+            )  # fmt: skip
+        )
+    return jnp.concatenate(outs, 1)
 
 
 def choose_kernel(

@@ -36,7 +36,9 @@ def fingerprint(tree: Any) -> dict[str, jax.Array]:
             stride *= leaf.shape[axis]
         # An odd factor for each position, spread over all 32 bits (Knuth's multiplier).
         weight = (position * jnp.uint32(2654435761)) | jnp.uint32(1)
-        return jnp.stack([jnp.sum(bits, dtype=jnp.uint32), jnp.sum(bits * weight, dtype=jnp.uint32)])
+        return jnp.stack(
+            [jnp.sum(bits, dtype=jnp.uint32), jnp.sum(bits * weight, dtype=jnp.uint32)]
+        )
 
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {path_name(path): leaf_sums(leaf) for path, leaf in leaves}
@@ -143,7 +145,9 @@ def restore(
             text = str(error).strip().split("\n")[0][:300]
             report(f"WARNING: the checkpoint {folder}/{candidate} is unusable: {text}")
     if steps:
-        raise CheckpointError(f"no checkpoint in {folder} is usable; tried {[step] if step else steps}")
+        raise CheckpointError(
+            f"no checkpoint in {folder} is usable; tried {[step] if step else steps}"
+        )
     return None
 
 

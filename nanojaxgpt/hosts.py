@@ -8,7 +8,7 @@ from types import FrameType
 
 from nanojaxgpt.errors import INTERRUPTED, PREEMPTED, Stopped
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
+M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # glibc's malloc.h
 
 
 def keep_freed_memory() -> None:
@@ -22,7 +22,8 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError, TypeError):
         return
-    mallopt(M_MMAP_THRESHOLD, 32 * 2**20)  # the largest that glibc takes
+    mallopt(M_MMAP_MAX, 0)
+    mallopt(M_ARENA_MAX, 1)  # the arenas of threads have no room for large buffers
     mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 

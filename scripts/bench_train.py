@@ -64,9 +64,17 @@ def torch_steps(shape: dict[str, int], dtype: str, compiled: bool) -> Callable[[
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     model = transformers.GPT2LMHeadModel(
         transformers.GPT2Config(
-            vocab_size=VOCAB_SIZE, n_positions=shape["seq_len"], n_embd=shape["embed_dim"],
-            n_layer=shape["num_layers"], n_head=shape["num_heads"], use_cache=False,
-            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0,
+            vocab_size=VOCAB_SIZE,
+            n_positions=shape["seq_len"],
+            n_embd=shape["embed_dim"],
+            n_layer=shape["num_layers"],
+            n_head=shape["num_heads"],
+            use_cache=False,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            bos_token_id=0,
+            eos_token_id=0,
         )  # fmt: skip
     )
     forward = torch.compile(model) if compiled else model
@@ -83,9 +91,7 @@ def torch_steps(shape: dict[str, int], dtype: str, compiled: bool) -> Callable[[
         for _ in range(count):
             with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
                 logits = forward(tokens).logits
-            loss = torch.nn.functional.cross_entropy(
-                logits.float().flatten(0, 1), tokens.flatten()
-            )
+            loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), tokens.flatten())
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -1,0 +1,67 @@
+"""What the tests share: eight CPU devices, a small corpus, a small config, the command line."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from nanojaxgpt.config import base_config, override_config
+from nanojaxgpt.model import ModelConfig
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+
+ROOT = Path(__file__).parents[1]
+SHARED = Path(os.environ.get("NANOJAXGPT_SHARED", ROOT.parent / "shared"))
+
+
+def small_model(**changes) -> ModelConfig:
+    """Return a model config of 2 layers, 16 wide, with `changes`."""
+    small = dict(num_layers=2, embed_dim=16, num_heads=2, seq_len=16, vocab_size=31)
+    return ModelConfig(**(base_config().model.to_dict() | small | changes))
+
+
+def random_tokens(*shape: int, vocab_size: int = 31, seed: int = 0) -> np.ndarray:
+    """Return random token ids."""
+    return np.random.default_rng(seed).integers(0, vocab_size, shape, np.int32)
+
+
+@pytest.fixture
+def corpus(tmp_path) -> Path:
+    """Return a text file of 20,000 random words of six letters."""
+    words = np.random.default_rng(0).choice(["ash ", "beech ", "cedar\n", "elm ", "fir, "], 20_000)
+    path = tmp_path / "corpus.txt"
+    path.write_text("".join(words))
+    return path
+
+
+@pytest.fixture
+def small_config(corpus, tmp_path):
+    """Return a function of dotted overrides that gives a checked config which trains in seconds."""
+
+    def build(**overrides: str):
+        small = {
+            "model.num_layers": "2", "model.embed_dim": "16", "model.num_heads": "2",
+            "model.seq_len": "16", "data.source": f"text:{corpus}", "data.tokenizer": "chars",
+            "data.cache_dir": str(tmp_path / "cache"), "mesh.data": "1", "train.num_steps": "20",
+            "train.batch_size": "8", "train.log_every_steps": "1", "eval.every_steps": "10",
+            "eval.num_batches": "2", "checkpoint.every_steps": "5", "optim.warmup_steps": "5",
+        }  # fmt: skip
+        return override_config(base_config(), small | overrides)
+
+    return build
+
+
+def command(
+    *arguments: object, cwd: Path = ROOT, **environment: str
+) -> subprocess.CompletedProcess:
+    """Run `python -m nanojaxgpt` with these arguments in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "nanojaxgpt", *map(str, arguments)],
+        cwd=cwd, capture_output=True, text=True, timeout=300,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"} | environment,
+    )  # fmt: skip
