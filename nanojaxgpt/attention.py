@@ -11,7 +11,6 @@ from jax.sharding import PartitionSpec
 
 from nanojaxgpt.sharding import partition_spec
 
-
 CAUSAL_BLOCK = 64  # queries a block of `blocked_attention`
 
 
@@ -119,7 +118,7 @@ def blocked_attention(
                 mask=dense_mask(part),
                 scale=scale,
                 implementation="xla",
-            )  # fmt: skip
+            )
         )
     return jnp.concatenate(outs, 1)
 

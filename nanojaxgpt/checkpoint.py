@@ -8,9 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
-from orbax.checkpoint import checkpoint_managers
-
 from jax.sharding import Mesh
+from orbax.checkpoint import checkpoint_managers
 
 from nanojaxgpt import sharding
 from nanojaxgpt.errors import CheckpointError

@@ -70,7 +70,7 @@ def validation_losses(run: Path) -> dict[int, float]:
 
 
 class MetricsWriter:
-    """Writes records to `metrics.jsonl` and TensorBoard; a run that goes on drops what it redoes."""
+    """Writes records to `metrics.jsonl` and TensorBoard; what a resumed run redoes is dropped."""
 
     def __init__(self, run: Path, start_step: int) -> None:
         from tensorboardX import SummaryWriter
@@ -112,9 +112,10 @@ class Progress:
             per_step = (time.monotonic() - self.began) / (step - self.start_step - 1)
             left = f"  {duration(per_step * (self.num_steps - step))} left"
         mfu = f"  MFU {values['mfu']:.1%}" if "mfu" in values else ""
+        speed = f"{values['tokens_per_second']:,.0f} tokens/s{mfu}"
         self._show(
             f"step {step:>{len(str(self.num_steps))}}/{self.num_steps}  loss {values['loss']:.4f}  "
-            f"lr {values['learning_rate']:.2e}  {values['tokens_per_second']:,.0f} tokens/s{mfu}{left}"
+            f"lr {values['learning_rate']:.2e}  {speed}{left}"
         )
 
     def say(self, text: str) -> None:

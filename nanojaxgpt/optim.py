@@ -79,10 +79,11 @@ def decay_weights(weight_decay: jax.Array, pattern: str) -> optax.GradientTransf
 
     def add_decay(updates: Any, params: Any) -> Any:
         mask = path_mask(params, pattern, "optim.decay_pattern")
-        return jax.tree.map(
-            lambda update, p, decays: update + weight_decay.astype(p.dtype) * p if decays else update,
-            updates, params, mask,
-        )  # fmt: skip
+
+        def add(update: jax.Array, p: jax.Array, decays: bool) -> jax.Array:
+            return update + weight_decay.astype(p.dtype) * p if decays else update
+
+        return jax.tree.map(add, updates, params, mask)
 
     return optax.stateless(add_decay)
 

@@ -106,7 +106,7 @@ def write_identity(run: Path, cfg: ConfigDict, data: dict, devices: list[str]) -
 
 
 def check_data(run: Path, data: dict) -> dict[str, Any] | None:
-    """Return the run's old identity. Raises DataError where `data` is not what it was trained on."""
+    """Return the run's old identity. Raises DataError where its data was not `data`."""
     path = Path(run) / "identity.json"
     if not path.exists():
         return None

@@ -1,5 +1,6 @@
 """From a config to a trained run: the state, the pure step, and the loop around it."""
 
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -167,7 +168,7 @@ def make_job(cfg: ConfigDict, store: Store, mesh: Mesh, loss_fn: LossFn | None =
     rows = make_train_rows(store.tokens, train_span, seq_len, shape.batch_size, shape.seed)
 
     def train_batch(step: int) -> Batch:
-        fetch = lambda first, last: rows(step, first, last)  # noqa: E731
+        fetch = functools.partial(rows, step)
         return sharding.global_batch(fetch, shape.batch_size, seq_len, mesh)
 
     job_eval = make_evaluation(cfg, store, mesh, model)
@@ -187,8 +188,7 @@ def make_evaluation(
 
     def batches() -> Iterator[Batch]:
         for index in range(count):
-            fetch = lambda first, last, index=index: rows(index, first, last)
-            yield sharding.global_batch(fetch, size, seq_len, mesh)
+            yield sharding.global_batch(functools.partial(rows, index), size, seq_len, mesh)
 
     return lambda params: evaluate(eval_step, params, batches())
 

@@ -1,4 +1,4 @@
-"""Measure training steps beside PyTorch: `python scripts/bench_train.py [--shape=small] [--threads=1]`.
+"""Measure training steps beside PyTorch: `python scripts/bench_train.py [--shape=small]`.
 
 Each framework runs in its own process, and they take turns, so that what else the machine does
 falls on all alike: compare the ratios. PyTorch is `transformers`' GPT-2 with fused AdamW, eager
@@ -75,7 +75,7 @@ def torch_steps(shape: dict[str, int], dtype: str, compiled: bool) -> Callable[[
             attn_pdrop=0.0,
             bos_token_id=0,
             eos_token_id=0,
-        )  # fmt: skip
+        )
     )
     forward = torch.compile(model) if compiled else model
     matrices = [p for p in model.parameters() if p.ndim >= 2]
