@@ -235,6 +235,7 @@ def fit(
         job = make_job(cfg, store, mesh, loss_fn)
         for name, old, new in enter_run(run, cfg):
             report(f"changed since the run began: {name} {old!r} -> {new!r}")
+        (run / "tokenizer").mkdir(exist_ok=True)
         store.tokenizer.save(run / "tokenizer")
         devices = [device.device_kind for device in mesh.devices.flat]
         for change in write_identity(run, cfg, store.identity(), devices):

@@ -240,5 +240,4 @@ def short_hash(data: bytes) -> str:
 def write_description(folder: Path, tokenizer: Tokenizer, fields: dict[str, Any]) -> None:
     """Write tokenizer.json: kind, hash and what else the kind needs."""
     description = dict(kind=tokenizer.kind, hash=tokenizer.content_hash(), **fields)
-    folder.mkdir(parents=True, exist_ok=True)
     (folder / "tokenizer.json").write_text(json.dumps(description, indent=2) + "\n")
