@@ -324,6 +324,8 @@ class Transformer(Weights):
         # Slicing stacked weights costs 0.84x on CPU; deep models would compile for minutes.
         shallow_on_cpu = jax.default_backend() == "cpu" and cfg.num_layers <= 12
         unroll = cfg.unroll or (cfg.num_layers if shallow_on_cpu else 1)
+        if self.is_initializing():
+            unroll = 1  # nothing is gained, and random numbers take long to compile
         block = Block
         if cfg.remat != "none" and cache is None:
             block = nn.remat(Block, policy=REMAT[cfg.remat], prevent_cse=unroll > 1)

@@ -1,0 +1,244 @@
+"""The Transformer: counts, causality, packing, cache, scan and remat."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import random_tokens, small_model
+
+from nanojaxgpt.attention import Mask, attend, init_cache
+from nanojaxgpt.model import ModelConfig, Transformer, count_params, init_params, sinusoids
+from nanojaxgpt.sharding import unbox
+
+VARIANTS = {
+    "gpt2": {},
+    "llama": dict(positions="rotary", norm="rmsnorm", bias=False, mlp="swiglu", num_kv_heads=1),
+    "grouped": dict(num_heads=4, num_kv_heads=2, head_dim=6, mlp="geglu", tied_head=False),
+    "grok": dict(norm_placement="post", final_norm=False, positions="sinusoidal", mlp="relu",
+                 init="torch"),
+    "alibi": dict(positions="alibi", mlp="relu2", init="fan_in", num_heads=4),
+    "windows": dict(positions="none", windows=(3, 0), num_layers=3, qk_norm=True),
+    "induction": dict(mlp="none", smeared_keys=True, logit_softcap=5.0),
+    "parallel": dict(parallel_block=True, mlp="gelu", norm_bias=False, attention_scale=0.2),
+}  # fmt: skip
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def fresh(cfg: ModelConfig) -> dict:
+    """Return the initial parameters."""
+    return unbox(init_params(cfg, jax.random.key(0)))
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "deterministic"))
+def apply(cfg: ModelConfig, params: dict, tokens_BT, **options) -> tuple:
+    """Return what the model gives."""
+    return Transformer(cfg).apply({"params": params}, tokens_BT, **options)
+
+
+def build(**changes) -> tuple[ModelConfig, dict]:
+    """Return a small model and parameters whose norms, biases and gates are not trivial."""
+    cfg = small_model(**changes)
+    params = fresh(cfg)
+    leaves, tree = jax.tree.flatten(params)
+    noise = np.random.default_rng(1)
+    noisy = [np.float32(x + 0.3 * noise.standard_normal(x.shape)) for x in leaves]
+    return cfg, jax.tree.unflatten(tree, noisy)
+
+
+def forward(cfg: ModelConfig, params: dict, tokens_BT, **options) -> np.ndarray:
+    """Return the logits."""
+    return np.asarray(apply(cfg, params, tokens_BT, **options)[0])
+
+
+@pytest.fixture(params=VARIANTS)
+def variant(request) -> tuple[ModelConfig, dict]:
+    """Return each variant in turn."""
+    return build(**VARIANTS[request.param])
+
+
+@pytest.mark.parametrize(
+    ("shape", "count"),
+    [
+        ((12, 768, 12), 124_439_808),
+        ((24, 1024, 16), 354_823_168),
+        ((36, 1280, 20), 774_030_080),
+        ((48, 1600, 25), 1_557_611_200),
+    ],
+)
+def test_gpt2_has_the_published_number_of_parameters(shape, count):
+    layers, width, heads = shape
+    sizes = dict(num_layers=layers, embed_dim=width, num_heads=heads)
+    assert count_params(small_model(**sizes, seq_len=1024, vocab_size=50257)) == count
+
+
+def test_no_token_sees_a_later_one(variant):
+    cfg, params = variant
+    tokens_BT = random_tokens(2, 12)
+    changed_BT = tokens_BT.copy()
+    changed_BT[:, 7] = (changed_BT[:, 7] + 1) % cfg.vocab_size
+    a_BTV, b_BTV = forward(cfg, params, tokens_BT), forward(cfg, params, changed_BT)
+    np.testing.assert_array_equal(a_BTV[:, :7], b_BTV[:, :7])
+    assert np.abs(a_BTV[:, 7:] - b_BTV[:, 7:]).max(axis=(0, 2)).min() > 1e-6
+
+
+def test_window_is_the_reach_of_a_layer():
+    cfg, params = build(num_layers=1, windows=(3,), positions="none")
+    tokens_BT = random_tokens(1, 12)
+    changed_BT = tokens_BT.copy()
+    changed_BT[:, 4] = (changed_BT[:, 4] + 1) % cfg.vocab_size
+    moved_T = np.abs(forward(cfg, params, tokens_BT) - forward(cfg, params, changed_BT)).max((0, 2))
+    assert (moved_T > 1e-6).tolist() == [4 <= t < 4 + 3 for t in range(12)]
+
+
+def test_packed_documents_are_the_documents_alone(variant):
+    cfg, params = variant
+    first_T, second_T = random_tokens(5), random_tokens(9, seed=1)
+    packed = dict(
+        positions_BT=np.array([[*range(5), *range(9)]]), segments_BT=np.array([[1] * 5 + [2] * 9])
+    )
+    both_BTV = forward(cfg, params, np.concatenate([first_T, second_T])[None], **packed)
+    alone_TV = [forward(cfg, params, tokens_T[None])[0] for tokens_T in (first_T, second_T)]
+    np.testing.assert_allclose(both_BTV[0], np.concatenate(alone_TV), atol=2e-5)
+    unpacked_BTV = forward(cfg, params, np.concatenate([first_T, second_T])[None])
+    assert np.abs(unpacked_BTV - both_BTV).max() > 1e-2
+
+
+def test_cached_decoding_is_the_full_forward(variant):
+    cfg, params = variant
+    tokens_BT = random_tokens(2, 12)
+    full_BTV = forward(cfg, params, tokens_BT)
+    cache = init_cache(cfg.num_layers, 2, 14, cfg.num_kv_heads, cfg.head_dim, jnp.float32)
+    parts, start = [], 0
+    for stop in (5, 6, 7, 12):  # a prompt, single tokens, and several at once
+        positions_BT = np.broadcast_to(np.arange(start, stop), (2, stop - start))
+        logits_BTV, cache = apply(
+            cfg, params, tokens_BT[:, start:stop], positions_BT=positions_BT, cache=cache
+        )
+        parts.append(logits_BTV)
+        start = stop
+    np.testing.assert_allclose(np.concatenate(parts, 1), full_BTV, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "windows"])
+def test_scan_unroll_and_remat_are_one_function(name):
+    tokens_BT = random_tokens(2, 16)
+
+    def loss_and_grads(**changes):
+        cfg, params = build(**VARIANTS[name], **changes)
+        loss = lambda p: jnp.sum(jnp.sin(Transformer(cfg).apply({"params": p}, tokens_BT)[0]))
+        return jax.jit(jax.value_and_grad(loss))(params)
+
+    def matmuls(remat):
+        cfg, params = build(**VARIANTS[name], remat=remat)
+        loss = lambda p: jnp.sum(Transformer(cfg).apply({"params": p}, tokens_BT)[0])
+        return str(jax.make_jaxpr(jax.grad(loss))(params)).count("dot_general")
+
+    assert matmuls("full") > matmuls("none")  # some are done twice
+    plain = loss_and_grads(unroll=1)
+    for changes in ({"unroll": 3}, {"unroll": 0}, {"remat": "full"}, {"remat": "dots"}):
+        other = loss_and_grads(**changes)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 2e-4, 2e-4), plain, other)
+
+
+def test_parameters_have_one_layout_whatever_is_unrolled():
+    shapes = [
+        jax.tree.map(jnp.shape, fresh(small_model(unroll=u)))
+        for u in (1, 2)
+    ]
+    assert shapes[0] == shapes[1]
+
+
+@pytest.mark.parametrize("kernel", ["plain", "xla", "splash"])
+def test_kernels_agree_with_the_formula(kernel):
+    """Splash runs interpreted here; cuDNN needs a GPU."""
+    long = dict(seq_len=256, head_dim=128, num_heads=2, num_layers=1, positions="rotary")
+    tokens_BT = random_tokens(1, 256)
+    segments_BT = np.where(np.arange(256) < 100, 1, 2)[None]
+    for changes in ({}, {"windows": (70,)}):
+        for segments in (None, segments_BT):
+            cfg, params = build(**long, **changes)
+            plain = small_model(**long, **changes, attention="plain")
+            this = small_model(**long, **changes, attention=kernel)
+            a_BTV = forward(plain, params, tokens_BT, segments_BT=segments)
+            b_BTV = forward(this, params, tokens_BT, segments_BT=segments)
+            np.testing.assert_allclose(a_BTV, b_BTV, atol=1e-3, rtol=1e-3)
+
+
+def test_a_kernel_asked_for_by_name_is_not_replaced_silently():
+    cfg, params = build(attention="splash")
+    with pytest.raises(ValueError, match="divides by 128"):
+        forward(cfg, params, random_tokens(1, 12))
+
+
+def test_dropout_acts_only_when_training_and_by_its_rng():
+    cfg, params = build(dropout=0.5)
+    tokens_BT = random_tokens(2, 12)
+    draws = [
+        forward(cfg, params, tokens_BT, deterministic=False, rngs={"dropout": jax.random.key(k)})
+        for k in (0, 0, 1)
+    ]
+    np.testing.assert_array_equal(draws[0], draws[1])
+    assert np.abs(draws[0] - draws[2]).max() > 1e-2
+    still = small_model(dropout=0.0)
+    np.testing.assert_array_equal(
+        forward(cfg, params, tokens_BT), forward(still, params, tokens_BT)
+    )
+
+
+def test_attention_dropout_keeps_the_mean():
+    q_BTNH = jax.random.normal(jax.random.key(0), (1, 8, 2, 4))
+    mask = Mask(jnp.arange(8)[None], jnp.arange(8)[None])
+    exact = attend(q_BTNH, q_BTNH, q_BTNH, mask, scale=0.5)
+    draw = lambda rng: attend(q_BTNH, q_BTNH, q_BTNH, mask, scale=0.5, dropout=0.2, rng=rng)
+    draws = jax.vmap(draw)(jax.random.split(jax.random.key(1), 4000))
+    assert np.abs(draws - exact).max() > 0.1
+    np.testing.assert_allclose(draws.mean(0), exact, atol=0.05)
+
+
+def test_soft_cap_bounds_the_logits():
+    cfg, params = build(logit_softcap=0.5)
+    free, _ = build()
+    tokens_BT = random_tokens(2, 12)
+    assert np.abs(forward(free, params, tokens_BT)).max() > 0.5
+    assert np.abs(forward(cfg, params, tokens_BT)).max() <= 0.5
+
+
+def test_initialisations_have_their_published_spread():
+    wide = dict(embed_dim=256, num_heads=4, mlp_dim=1024, num_layers=8)
+    spread = {}
+    for name in ("gpt2", "fan_in", "torch"):
+        params = fresh(small_model(**wide, init=name))
+        layers = params["layers"]
+        spread[name] = [
+            float(jnp.std(x)) for x in (params["embed_VD"], layers["up_DF"], layers["down_DF"])
+        ]
+    np.testing.assert_allclose(spread["gpt2"], [0.02, 0.02, 0.02 / 4], rtol=0.05)
+    np.testing.assert_allclose(spread["fan_in"], [1 / 16, 1 / 16, 1 / 32], rtol=0.05)
+    np.testing.assert_allclose(spread["torch"], [1, 3**-0.5 / 16, 3**-0.5 / 32], rtol=0.05)
+
+
+def test_sinusoids_are_vaswanis():
+    waves_TD = np.asarray(sinusoids(jnp.arange(7), 8))
+    position, pair = 5, 2
+    angle = position / 10000 ** (2 * pair / 8)
+    np.testing.assert_allclose(waves_TD[5, 4:6], [np.sin(angle), np.cos(angle)], rtol=1e-5)
+
+
+def test_rotary_scores_depend_on_distance_alone():
+    cfg, params = build(positions="rotary", num_layers=1)
+    tokens_BT = random_tokens(1, 8)
+    here = forward(cfg, params, tokens_BT)
+    shifted = forward(cfg, params, tokens_BT, positions_BT=np.arange(100, 108)[None])
+    np.testing.assert_allclose(here, shifted, atol=1e-4)
+
+
+def test_bfloat16_compute_keeps_float32_parameters_and_logits():
+    cfg = small_model(compute_dtype="bfloat16")
+    params = fresh(cfg)
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(params)} == {"float32"}
+    logits_BTV = forward(cfg, params, random_tokens(2, 12))
+    exact_BTV = forward(small_model(), params, random_tokens(2, 12))
+    assert logits_BTV.dtype == np.float32
+    assert 0 < np.abs(logits_BTV - exact_BTV).max() < 0.05
