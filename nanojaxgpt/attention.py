@@ -179,8 +179,8 @@ def splash_attention(
         q_BNTH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, segments_BT: jax.Array | None
     ) -> jax.Array:
         shape = (seq_len, seq_len)
-        seen = splash.LocalMask(shape, (mask.window - 1, 0), 0) if mask.window else None
-        seen = seen or splash.CausalMask(shape)
+        local = splash.LocalMask(shape, (mask.window - 1, 0), 0) if mask.window else None
+        seen = splash.CausalMask(shape) if local is None else local
         kernel = splash.make_splash_mha_single_device(
             splash.MultiHeadMask([seen] * q_BNTH.shape[1]),
             interpret=jax.default_backend() != "tpu",
