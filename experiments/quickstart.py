@@ -1,6 +1,6 @@
 """A small GPT on Python's own standard library: what `bash scripts/quickstart.sh` trains.
 
-    nanojaxgpt train --config=experiments/quickstart.py
+nanojaxgpt train --config=experiments/quickstart.py
 """
 
 from ml_collections import ConfigDict

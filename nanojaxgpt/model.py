@@ -151,10 +151,9 @@ class Block(Weights):
 
     @nn.compact
     def __call__(
-        self, carry: tuple[jax.Array, Cache | None], layer: jax.Array, context: Context
-    ) -> tuple[tuple[jax.Array, Cache | None], None]:
-        cfg, (x_BTD, cache) = self.cfg, carry
-        pre = cfg.norm_placement == "pre"
+        self, x_BTD: jax.Array, layer: jax.Array | int, context: Context, cache: Cache | None = None
+    ) -> tuple[jax.Array, Cache | None]:
+        cfg, pre = self.cfg, self.cfg.norm_placement == "pre"
 
         def residual(x_BTD: jax.Array, update_BTD: jax.Array, name: str) -> jax.Array:
             update_BTD = nn.Dropout(cfg.dropout)(update_BTD, context.deterministic)
@@ -164,15 +163,15 @@ class Block(Weights):
         y_BTD = self.normalize(x_BTD, "attention_norm") if pre else x_BTD
         update_BTD, cache = self.attention(y_BTD, cache, layer, context)
         if cfg.mlp != "none" and cfg.parallel_block:
-            return (residual(x_BTD, update_BTD + self.feed_forward(y_BTD), "norm"), cache), None
+            return residual(x_BTD, update_BTD + self.feed_forward(y_BTD), "norm"), cache
         x_BTD = residual(x_BTD, update_BTD, "attention_norm")
         if cfg.mlp != "none":
             y_BTD = self.normalize(x_BTD, "mlp_norm") if pre else x_BTD
             x_BTD = residual(x_BTD, self.feed_forward(y_BTD), "mlp_norm")
-        return (x_BTD, cache), None
+        return x_BTD, cache
 
     def attention(
-        self, x_BTD: jax.Array, cache: Cache | None, layer: jax.Array, context: Context
+        self, x_BTD: jax.Array, cache: Cache | None, layer: jax.Array | int, context: Context
     ) -> tuple[jax.Array, Cache | None]:
         """Return the attention's update [B, T, D] and the cache with this layer's keys."""
         cfg = self.cfg
@@ -185,20 +184,25 @@ class Block(Weights):
         if cfg.positions == "rotary":
             q_BTNH = rotate(q_BTNH, context.positions_BT, cfg.rotary_base)
             k_BTKH = rotate(k_BTKH, context.positions_BT, cfg.rotary_base)
-        k_BSKH, v_BSKH = k_BTKH, v_BTKH
-        if cache is not None:
-            cache, k_BSKH, v_BSKH = attention.update_cache(
-                cache, k_BTKH, v_BTKH, layer, context.positions_BT
-            )
+        scaling = dict(scale=cfg.attention_scale, alibi=cfg.positions == "alibi")
         if cfg.smeared_keys:
             gate_K = self.weight("smear_K", nn.initializers.zeros, (cfg.num_kv_heads,), ("norm",))
-            k_BSKH = smear(k_BSKH, gate_K, context.mask.key_segments_BS)
-        drop = cfg.dropout > 0 and not context.deterministic
-        out_BTNH = attention.attend_windows(
-            q_BTNH, k_BSKH, v_BSKH, context.mask, cfg.windows, layer,
-            scale=cfg.attention_scale, alibi=cfg.positions == "alibi", kernel=cfg.attention,
-            dropout=cfg.dropout, rng=self.make_rng("dropout") if drop else None,
-        )  # fmt: skip
+        if cache is not None:
+            cache = seen = attention.update_cache(cache, k_BTKH, v_BTKH, context.positions_BT)
+            if cfg.smeared_keys:
+                k_BSKH = smear(jnp.swapaxes(cache.k_BKSH, 1, 2), gate_K, None)
+                seen = cache._replace(k_BKSH=jnp.swapaxes(k_BSKH, 1, 2))
+            mask = context.mask._replace(window=cfg.windows[layer % len(cfg.windows)])
+            out_BTNH = attention.attend_cache(q_BTNH, seen, mask, **scaling)
+        else:
+            if cfg.smeared_keys:
+                k_BTKH = smear(k_BTKH, gate_K, context.mask.key_segments_BS)
+            drop = cfg.dropout > 0 and not context.deterministic
+            out_BTNH = attention.attend_windows(
+                q_BTNH, k_BTKH, v_BTKH, context.mask, cfg.windows, layer, **scaling,
+                kernel=cfg.attention, dropout=cfg.dropout,
+                rng=self.make_rng("dropout") if drop else None,
+            )  # fmt: skip
         fan_in, axes = cfg.num_heads * cfg.head_dim, ("heads", "head_dim", "embed")
         shape = (cfg.num_heads, cfg.head_dim, cfg.embed_dim)
         o_NHD = self.weight("o_NHD", kernel_init(cfg, fan_in, residual=True), shape, axes)
@@ -251,8 +255,9 @@ class Block(Weights):
 class Transformer(Weights):
     """A decoder-only language model.
 
-    `model.apply({"params": params}, tokens_BT)` gives (logits_BTV float32, None). With a cache,
-    the new tokens are written at `positions_BT` and the cache comes back filled.
+    `model.apply({"params": params}, tokens_BT)` gives (logits_BTV float32, None). With a cache of
+    each layer, the new tokens are written at `positions_BT`, which count up from their first, and
+    the cache comes back filled.
     """
 
     @nn.compact
@@ -261,10 +266,10 @@ class Transformer(Weights):
         tokens_BT: jax.Array,
         positions_BT: jax.Array | None = None,
         segments_BT: jax.Array | None = None,
-        cache: Cache | None = None,
+        cache: tuple[Cache, ...] | None = None,
         deterministic: bool = True,
         logits: bool = True,
-    ) -> tuple[Any, Cache | None]:
+    ) -> tuple[Any, tuple[Cache, ...] | None]:
         """Return (logits_BTV, cache), or, with `logits` off, ((x_BTD, head), cache).
 
         head(x_BTD) gives float32 logits [B, T, V]: so a loss can make them in parts.
@@ -284,10 +289,13 @@ class Transformer(Weights):
         x_BTD = nn.Dropout(cfg.dropout)(x_BTD, deterministic)
         x_BTD = constrain(x_BTD, "batch", "sequence", "features")
 
-        keys_BS = positions_BT if cache is None else jnp.arange(cache.k_LBSKH.shape[2])[None]
-        order_BT = jnp.arange(tokens_BT.shape[1])[None] if segments_BT is not None else positions_BT
-        mask = Mask(order_BT, order_BT if cache is None else keys_BS, segments_BT, segments_BT)
-        x_BTD, cache = self.layers(x_BTD, cache, Context(mask, positions_BT, deterministic))
+        if cache is None:
+            order_1T = jnp.arange(tokens_BT.shape[1])[None]
+            mask = Mask(order_1T, order_1T, segments_BT, segments_BT)
+            x_BTD = self.scan_layers(x_BTD, Context(mask, positions_BT, deterministic))
+        else:
+            mask = Mask(positions_BT, jnp.arange(cache[0].k_BKSH.shape[2])[None])
+            x_BTD, cache = self.loop_layers(x_BTD, cache, Context(mask, positions_BT, True))
         if cfg.final_norm:
             x_BTD = self.normalize(x_BTD, "final_norm")
 
@@ -316,10 +324,8 @@ class Transformer(Weights):
             return sinusoids(positions_BT, cfg.embed_dim).astype(cfg.compute_dtype)
         return jnp.zeros((), cfg.compute_dtype)
 
-    def layers(
-        self, x_BTD: jax.Array, cache: Cache | None, context: Context
-    ) -> tuple[jax.Array, Cache | None]:
-        """Return the residual stream after all layers, and the cache."""
+    def scan_layers(self, x_BTD: jax.Array, context: Context) -> jax.Array:
+        """Return the residual stream after all layers."""
         cfg = self.cfg
         # Slicing stacked weights costs 0.84x on CPU; deep models would compile for minutes.
         shallow_on_cpu = jax.default_backend() == "cpu" and cfg.num_layers <= 12
@@ -327,7 +333,7 @@ class Transformer(Weights):
         if self.is_initializing():
             unroll = 1  # nothing is gained, and random numbers take long to compile
         block = Block
-        if cfg.remat != "none" and cache is None:
+        if cfg.remat != "none":
             block = nn.remat(Block, policy=REMAT[cfg.remat], prevent_cse=unroll > 1)
         scan = nn.scan(
             block,
@@ -338,9 +344,32 @@ class Transformer(Weights):
             unroll=unroll,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        stack = scan(cfg, name="layers")
-        (x_BTD, cache), _ = stack((x_BTD, cache), jnp.arange(cfg.num_layers), context)
-        return x_BTD, cache
+        return scan(cfg, name="layers")(x_BTD, jnp.arange(cfg.num_layers), context)[0]
+
+    def loop_layers(
+        self, x_BTD: jax.Array, cache: tuple[Cache, ...], context: Context
+    ) -> tuple[jax.Array, tuple[Cache, ...]]:
+        """Return the residual stream after all layers, and their caches; see `unstack`."""
+        layers, filled = unstack(self.variables["params"])["layers"], []
+        for index, params in enumerate(layers):
+            x_BTD, one = Block(self.cfg, parent=None).apply(
+                {"params": params}, x_BTD, index, context, cache[index]
+            )
+            filled.append(one)
+        return x_BTD, tuple(filled)
+
+
+def unstack(params: Any) -> Any:
+    """Return the parameters with a tuple of layers where they were stacked.
+
+    A decoding loop that is given these reads each layer in place; from a stack it would copy
+    every layer at every token (2x of the time on CPU).
+    """
+    layers = params["layers"]
+    if not isinstance(layers, tuple):
+        count = len(jax.tree.leaves(layers)[0])
+        layers = tuple(jax.tree.map(lambda w, i=i: w[i], layers) for i in range(count))
+    return {**params, "layers": layers}
 
 
 def project(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nanojaxgpt.attention import Cache, init_cache
-from nanojaxgpt.model import ModelConfig, Transformer
+from nanojaxgpt.model import ModelConfig, Transformer, unstack
 
 
 class Sampling(NamedTuple):
@@ -26,7 +26,7 @@ class Sampling(NamedTuple):
 class Decoding(NamedTuple):
     """Where generation stands: `tokens_B` were drawn last and stand at `positions_B`."""
 
-    cache: Cache
+    cache: tuple[Cache, ...]
     tokens_B: jax.Array
     positions_B: jax.Array
     done_B: jax.Array
@@ -101,6 +101,7 @@ def decode(
     model: Transformer, params: Any, state: Decoding, count: int, how: Sampling
 ) -> tuple[Decoding, jax.Array]:
     """Return the state after `count` more tokens of each row, and those tokens [B, count]."""
+    params = unstack(params)
 
     def step(state: Decoding, _: None) -> tuple[Decoding, jax.Array]:
         logits_B1V, cache = model.apply(
@@ -143,6 +144,7 @@ def generate(
     return jnp.concatenate([first_B[:, None], rest_BC], 1)
 
 
+_unstack = jax.jit(unstack)
 _prefill = jax.jit(prefill, static_argnames=("model", "cache_len", "how"))
 _decode = jax.jit(decode, static_argnames=("model", "count", "how"), donate_argnames=("state",))
 
@@ -167,6 +169,7 @@ def stream(
     longest = max(map(len, rows))
     if min(map(len, rows)) < 1 or longest >= cfg.seq_len:
         raise ValueError(f"prompts must have 1 to {cfg.seq_len - 1} tokens, not {longest}")
+    params = _unstack(params)  # once, not in every chunk
     rng_B, made = jax.random.split(jax.random.key(seed), len(rows)), 0
     done_B = np.zeros(len(rows), bool)
     while made < max_tokens and not done_B.all():
@@ -175,7 +178,10 @@ def stream(
         padded_BT = np.zeros((len(rows), max(width, 1)), np.int32)
         for row, ids in zip(padded_BT, rows, strict=True):
             row[: len(ids)] = ids
-        state = _prefill(model, params, padded_BT, lengths, rng_B, done_B, cfg.seq_len, how)
+        # Attention reads the whole cache, so it is no longer than these tokens need.
+        cache_len = min(cfg.seq_len, -(-(int(lengths.max()) + max_tokens - made) // 64) * 64)
+        cache_len = max(cache_len, padded_BT.shape[1])
+        state = _prefill(model, params, padded_BT, lengths, rng_B, done_B, cache_len, how)
         tokens_BC = np.asarray(state.tokens_B)[:, None]
         room = cfg.seq_len - int(lengths.max())
         while True:

@@ -109,7 +109,7 @@ def test_cached_decoding_is_the_full_forward(variant):
     cfg, params = variant
     tokens_BT = random_tokens(2, 12)
     full_BTV = forward(cfg, params, tokens_BT)
-    cache = init_cache(cfg.num_layers, 2, 14, cfg.num_kv_heads, cfg.head_dim, jnp.float32)
+    cache = init_cache(cfg.num_layers, 2, 14, cfg.num_kv_heads, cfg.head_dim, "float32")
     parts, start = [], 0
     for stop in (5, 6, 7, 12):  # a prompt, single tokens, and several at once
         positions_BT = np.broadcast_to(np.arange(start, stop), (2, stop - start))
@@ -138,10 +138,7 @@ def test_scan_unroll_and_remat_are_one_function():
 
 
 def test_parameters_have_one_layout_whatever_is_unrolled():
-    shapes = [
-        jax.tree.map(jnp.shape, fresh(small_model(unroll=u)))
-        for u in (1, 2)
-    ]
+    shapes = [jax.tree.map(jnp.shape, fresh(small_model(unroll=u))) for u in (1, 2)]
     assert shapes[0] == shapes[1]
 
 
