@@ -240,7 +240,8 @@ def main(arguments: list[str] | None = None) -> int:
         if arguments[0] not in VERBS:
             raise ConfigError(config.unknown_name("verb", arguments[0], list(VERBS)))
         hosts.keep_freed_memory()
-        VERBS[arguments[0]](arguments[1:])
+        with hosts.stop_signals():  # importing jax alone takes seconds
+            VERBS[arguments[0]](arguments[1:])
         return OK
     except UserError as error:
         warn(f"error: {error}")

@@ -285,13 +285,16 @@ class Loop:
         hyper = jax.device_put(make_hyper(cfg), NamedSharding(self.job.mesh, PartitionSpec()))
         self.stop.deferred = True
         try:
+            missed = self.start and due(self.start, cfg.eval.every_steps)
+            if missed and self.start not in self.losses:
+                self.validate(self.start, state)  # the run was stopped between saving and this
             for step in range(self.start + 1, last + 1):
                 batch = self.job.train_batch(step - 1)
                 state, numbers = self.job.train_step(state, batch, hyper)
                 self.read()
                 self.unread = step, numbers
                 self.between(step, state)
-            if not self.losses.get(last):
+            if last not in self.losses:
                 self.validate(last, state)
         finally:
             self.stop.deferred = False
