@@ -296,6 +296,9 @@ class Loop:
                 self.between(step, state)
             if last not in self.losses:
                 self.validate(last, state)
+        except Exception:
+            self.checkpoints.close()  # what is being saved would be lost as the process ends
+            raise
         finally:
             self.stop.deferred = False
             self.writer.close()
