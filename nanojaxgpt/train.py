@@ -356,8 +356,10 @@ class Loop:
             self.clock, self.clock_step = time.monotonic(), step
 
     def validate(self, step: int, state: TrainState) -> None:
-        """Evaluate, write the numbers and show them."""
+        """Evaluate, write the numbers and show them; nothing where there is no validation split."""
         found = self.job.evaluate(state.params)
+        if not found["tokens"]:
+            return
         self.losses[step] = found["loss"]
         self.writer.write(
             step,
