@@ -381,6 +381,12 @@ def test_a_loss_that_is_no_number(folder, tmp_path):
     assert all(np.isfinite(r["loss"]) for r in read_metrics(run) if "loss" in r)
 
 
+def test_run_whose_config_is_no_text(run, tmp_path, refused):
+    run = copy(run, tmp_path / "run")
+    (run / "config.json").write_bytes(b"\xff{")
+    assert "config.json is not a config" in refused(USAGE, "eval", run)
+
+
 def test_config_of_a_run_is_read_back(run):
     cfg = rundir.load_run(run)
     assert cfg.model.vocab_size > 0

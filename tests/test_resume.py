@@ -18,7 +18,8 @@ from nanojaxgpt import train as train_module
 from nanojaxgpt.config import override_config
 from nanojaxgpt.errors import INTERRUPTED, PREEMPTED, Stopped
 from nanojaxgpt.metrics import read_metrics
-from nanojaxgpt.train import fit, make_job, prepare_data
+from nanojaxgpt.model import ModelConfig, Transformer
+from nanojaxgpt.train import fit, make_evaluation, make_job, prepare_data
 
 NUM_STEPS = 20
 KILL, TERM, INT = signal.SIGKILL, signal.SIGTERM, signal.SIGINT
@@ -253,6 +254,15 @@ def test_a_signal_while_restoring_is_no_broken_checkpoint(job, tmp_path, monkeyp
     assert caught.value.exit_code == PREEMPTED
     assert not any("unusable" in line for line in lines)
     assert checkpoint.saved_steps(run / "checkpoints") == before
+
+
+def test_no_validation_split_gives_no_validation_loss(job, tmp_path, monkeypatch):
+    cfg = override_config(job.cfg, {"data.validation_fraction": "0"})
+    model = Transformer(ModelConfig(**cfg.model))
+    share(job._replace(evaluate=make_evaluation(cfg, job.store, job.mesh, model)), monkeypatch)
+    fit(job.cfg, tmp_path / "run", report=lambda text: None)
+    assert len(losses(tmp_path / "run")) == NUM_STEPS
+    assert losses(tmp_path / "run", "validation_loss") == []
 
 
 def test_batches_are_functions_of_the_step_alone(compiled):
