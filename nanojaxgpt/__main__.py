@@ -210,7 +210,7 @@ def open_run(
     parsed = parse(verb, arguments, options | {"step": step})
     if not parsed.run:
         raise ConfigError(f"which run? nanojaxgpt {verb} RUN")
-    if parsed.step not in ("", "best") and not parsed.step.isdigit():
+    if parsed.step not in ("", "best") and not parsed.step.isdecimal():
         raise ConfigError(f"--step={parsed.step} is neither a number nor best")
     return parsed, config.override_config(rundir.load_run(Path(parsed.run)), parsed.overrides)
 
@@ -240,7 +240,8 @@ def main(arguments: list[str] | None = None) -> int:
         if arguments[0] not in VERBS:
             raise ConfigError(config.unknown_name("verb", arguments[0], list(VERBS)))
         hosts.keep_freed_memory()
-        VERBS[arguments[0]](arguments[1:])
+        with hosts.leave_at_sigterm():  # importing jax alone takes seconds
+            VERBS[arguments[0]](arguments[1:])
         return OK
     except UserError as error:
         warn(f"error: {error}")

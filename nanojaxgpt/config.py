@@ -236,15 +236,26 @@ def load_experiment(experiment: str) -> ConfigDict:
     module = load_module(path)
     if not hasattr(module, "get_config"):
         raise ConfigError(f"{path} has no function get_config(variant='') -> ConfigDict")
-    takes_variant = bool(inspect.signature(module.get_config).parameters)
-    if variant and not takes_variant:
+    if variant and not inspect.signature(module.get_config).parameters:
         raise ConfigError(f"{path} has no variants; leave out ':{variant}'")
     try:
-        return module.get_config(variant) if takes_variant else module.get_config()
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        line = next((f.lineno for f in reversed(inspect.trace()) if f.filename == path), 0)
-        text = str(error.args[0] if error.args else error).strip()
-        raise ConfigError(f"{path}:{line}: {text}") from error
+        cfg = module.get_config(variant) if variant else module.get_config()
+    except Exception as error:
+        lines = [f":{f.lineno}" for f in inspect.trace() if f.filename == module.__file__]
+        place = path + (lines[-1] if lines else "")
+        raise ConfigError(f"{place}: {explain(error)}") from error
+    if not isinstance(cfg, ConfigDict):
+        raise ConfigError(f"{path}: get_config returns a {type(cfg).__name__}, not a ConfigDict")
+    return cfg
+
+
+def explain(error: Exception) -> str:
+    """Return what an exception says; of ml_collections' messages the first and the last line."""
+    text = str(error.args[0] if error.args else "").strip()
+    if not isinstance(error, AttributeError):
+        return f"{type(error).__name__}: {text}"
+    present = r" Other fields present: .*?\}\"?(\\n|\n|$)"
+    return re.sub(present, " ", text, flags=re.DOTALL).strip("' ")
 
 
 def load_module(path: str) -> ModuleType:
@@ -301,7 +312,7 @@ def parse_value(name: str, text: str, default: Any) -> Any:
             value = ast.literal_eval(text)
             return tuple(value) if isinstance(value, tuple | list) else (value,)
         return text
-    except (KeyError, ValueError, SyntaxError, OverflowError):
+    except (KeyError, TypeError, ValueError, SyntaxError, OverflowError):
         kind = type(default).__name__
         raise ConfigError(f"{name}={text!r} is not a {kind}, like {default!r}") from None
 
@@ -325,6 +336,8 @@ def field_problems(name: str, value: Any, default: Any) -> list[str]:
         return [f"{name}={value!r} is a {type(value).__name__}, not a {type(default).__name__}"]
     if name in CHOICES and value not in CHOICES[name]:
         return [f"{name}={value!r} is none of {', '.join(CHOICES[name])}"]
+    if isinstance(value, tuple) and any(type(number) is not int for number in value):
+        return [f"{name}={value!r} holds something else than whole numbers"]
     if name in RANGES:
         low, high = RANGES[name]
         for number in value if isinstance(value, tuple) else (value,):
@@ -385,15 +398,18 @@ def from_json(text: str, origin: str = "config.json") -> ConfigDict:
     cfg = base_config().unlock()
     known = dict(fields(cfg))
     try:
-        for section, values in json.loads(text).items():
-            for name, value in values.items():
-                if f"{section}.{name}" not in known:
-                    field = unknown_name("config field", f"{section}.{name}", list(known))
-                    raise ConfigError(f"{origin}: {field}; it was written by another version")
-                cfg[section][name] = tuple(value) if isinstance(value, list) else value
+        with cfg.ignore_type():  # check_config names what has a wrong type
+            for section, values in json.loads(text).items():
+                for name, value in values.items():
+                    if f"{section}.{name}" not in known:
+                        field = unknown_name("config field", f"{section}.{name}", list(known))
+                        raise ConfigError(f"{field}; it was written by another version")
+                    cfg[section][name] = tuple(value) if isinstance(value, list) else value
+        check_config(cfg)
     except (json.JSONDecodeError, AttributeError) as error:
         raise ConfigError(f"{origin} is not a config: {error}") from error
-    check_config(cfg)
+    except ConfigError as error:
+        raise ConfigError(f"{origin}: {error}") from error
     return cfg.lock()
 
 

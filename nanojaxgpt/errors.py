@@ -36,8 +36,12 @@ class CheckpointError(UserError):
     exit_code = 5
 
 
-class Stopped(Exception):
-    """A signal asked for the end: SIGTERM (exit 75, start me again) or Ctrl-C (exit 130)."""
+class Stopped(BaseException):
+    """A signal asked for the end: SIGTERM (exit 75, start me again) or Ctrl-C (exit 130).
+
+    Like KeyboardInterrupt no Exception: it comes from a signal handler, in the middle of
+    anything, and what catches errors there (a checkpoint that can't be read, say) must not keep it.
+    """
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)

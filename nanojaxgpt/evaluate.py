@@ -46,10 +46,11 @@ def evaluate(
             sums += np.asarray(waiting.pop(0), np.float64)
     for last in waiting:
         sums += np.asarray(last, np.float64)
-    loss, tokens, text = sums
+    loss, tokens, text = sums.tolist()
+    mean = loss / tokens if tokens else math.nan
     return {
-        "loss": loss / tokens,
-        "perplexity": math.exp(min(loss / tokens, 700)),
+        "loss": mean,
+        "perplexity": math.exp(min(mean, 700)),
         "bits_per_byte": loss / math.log(2) / text if text else math.nan,
         "tokens": int(tokens),
     }

@@ -27,7 +27,7 @@ def load_run(run: Path) -> ConfigDict:
         near = sorted(str(p.parent) for p in Path(run).parent.glob("*/config.json"))[:5]
         hint = f"; there is {', '.join(near)}" if near else ""
         raise ConfigError(f"{run} is no run: it has no config.json{hint}")
-    return config.from_json(path.read_text(), str(path))
+    return config.from_json(path.read_bytes().decode(errors="replace"), str(path))
 
 
 def enter_run(run: Path, cfg: ConfigDict) -> list[tuple[str, Any, Any]]:

@@ -285,14 +285,20 @@ class Loop:
         hyper = jax.device_put(make_hyper(cfg), NamedSharding(self.job.mesh, PartitionSpec()))
         self.stop.deferred = True
         try:
+            missed = self.start and due(self.start, cfg.eval.every_steps)
+            if missed and self.start not in self.losses:
+                self.validate(self.start, state)  # the run was stopped between saving and this
             for step in range(self.start + 1, last + 1):
                 batch = self.job.train_batch(step - 1)
                 state, numbers = self.job.train_step(state, batch, hyper)
                 self.read()
                 self.unread = step, numbers
                 self.between(step, state)
-            if not self.losses.get(last):
+            if last not in self.losses:
                 self.validate(last, state)
+        except Exception:
+            self.checkpoints.close()  # what is being saved would be lost as the process ends
+            raise
         finally:
             self.stop.deferred = False
             self.writer.close()
@@ -350,8 +356,10 @@ class Loop:
             self.clock, self.clock_step = time.monotonic(), step
 
     def validate(self, step: int, state: TrainState) -> None:
-        """Evaluate, write the numbers and show them."""
+        """Evaluate, write the numbers and show them; nothing where there is no validation split."""
         found = self.job.evaluate(state.params)
+        if not found["tokens"]:
+            return
         self.losses[step] = found["loss"]
         self.writer.write(
             step,

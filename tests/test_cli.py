@@ -1,0 +1,393 @@
+"""Every mistake at the door is answered by a sentence on stderr and its exit code."""
+
+import fcntl
+import hashlib
+import json
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from conftest import ROOT, command
+
+from nanojaxgpt import __version__, checkpoint, config, hosts, rundir, sharding
+from nanojaxgpt.__main__ import VERBS, main, split_overrides
+from nanojaxgpt.errors import ConfigError
+from nanojaxgpt.metrics import read_metrics
+from nanojaxgpt.model import ModelConfig
+
+USAGE, DATA, NON_FINITE, CHECKPOINT = 2, 3, 4, 5
+
+
+@pytest.fixture(autouse=True)
+def own_allocator(monkeypatch):
+    """Keep the settings of this process's allocator."""
+    monkeypatch.setattr(hosts, "keep_freed_memory", lambda: None)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Return a folder with a corpus and an experiment that trains in a second."""
+    folder = tmp_path_factory.mktemp("cli")
+    words = np.random.default_rng(0).choice(["ash ", "beech ", "cedar\n", "elm ", "fir, "], 2000)
+    (folder / "corpus.txt").write_text("".join(words))
+    (folder / "tiny.py").write_text(
+        f"""from nanojaxgpt.config import base_config
+
+def get_config():
+    cfg = base_config()
+    model, train = cfg.model, cfg.train
+    model.num_layers, model.embed_dim, model.num_heads, model.seq_len = 1, 16, 2, 16
+    cfg.data.source = "text:{folder}/corpus.txt"
+    cfg.data.tokenizer = "chars"
+    cfg.data.cache_dir = "{folder}/cache"
+    train.num_steps, train.batch_size, train.log_every_steps = 4, 8, 1
+    cfg.eval.every_steps, cfg.eval.num_batches = 2, 2
+    cfg.checkpoint.every_steps = 2
+    return cfg
+"""
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(folder):
+    """Return the directory of a run that was trained to its end in a process of its own."""
+    found = command("train", f"--config={folder}/tiny.py", f"--run={folder}/run")
+    assert found.returncode == 0, found.stderr
+    assert "step 4/4" in found.stdout
+    return folder / "run"
+
+
+@pytest.fixture
+def refused(capsys):
+    """Return a function that runs the door in this process and gives the sentence on stderr."""
+
+    def run_main(code, *arguments):
+        assert main(list(map(str, arguments))) == code
+        err = capsys.readouterr().err
+        assert err.count("error: ") == 1, err
+        assert "Traceback" not in err
+        return err.partition("error: ")[2]
+
+    return run_main
+
+
+def hashes(folder) -> dict[str, str]:
+    """Return the hash of every file below a folder."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def copy(run, target):
+    """Return a copy of a run, so that a test can harm it."""
+    subprocess.run(["cp", "-r", run, target], check=True)
+    return target
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["-h"], ["help"]])
+def test_help_lists_the_verbs(arguments, capsys):
+    assert main(arguments) == 0
+    out, err = capsys.readouterr()
+    assert not err
+    for verb in VERBS:
+        assert f"\n  {verb} " in out
+
+
+def test_no_verb_is_a_mistake_with_the_same_help(capsys):
+    assert main([]) == USAGE
+    assert "VERB" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_verbs_explain_themselves(verb, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main([verb, "--help"])
+    assert caught.value.code == 0
+    out = capsys.readouterr().out
+    assert "--run" in out
+    assert VERBS[verb].__doc__.split("\n")[0] in " ".join(out.split())
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == __version__ + "\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["trian"], "no verb trian; did you mean train?"),
+        (["samples", "x"], "did you mean sample?"),
+        (["zzz"], "no verb zzz"),
+        (["train", "--cofnig=x.py"], "no option --cofnig; did you mean --config?"),
+        (["sample", "RUN", "--promt=x"], "no option --promt; did you mean --prompt?"),
+        (["sample", "RUN", "--temp=1"], "no option --temp"),
+        (["train"], "say what to train"),
+        (["eval"], "which run?"),
+        (["sample"], "which run?"),
+        (["sample", "RUN", "--prompt"], "--prompt"),
+        (["eval", "RUN", "--step=newest"], "--step=newest"),
+        (["eval", "RUN", "--step=²"], "--step=²"),
+        (["train", "--config.train.seed"], "--config.train.seed has no value"),
+    ],
+)
+def test_usage(arguments, words, refused):
+    assert words in refused(USAGE, *arguments)
+
+
+def test_overrides_take_an_equals_sign_or_a_space():
+    found = split_overrides(["--config=e.py", "--config.a.b=x=y", "RUN", "--config.c.d", "-1"])
+    assert found == (["--config=e.py", "RUN"], {"a.b": "x=y", "c.d": "-1"})
+    with pytest.raises(ConfigError, match="no value"):
+        split_overrides(["--config.c.d"])
+
+
+@pytest.mark.parametrize(
+    "order",
+    [
+        ["--config={}", "--run=R", "--config.train.seed=7"],
+        ["--config.train.seed=7", "--run=R", "--config={}"],
+        ["--run", "R", "--config.train.seed", "7", "--config", "{}"],
+        ["R", "--config={}", "--config.train.seed", "7"],
+        ["--config={}", "--config.train.seed=7", "R"],
+    ],
+)
+def test_flags_come_in_any_order(order, folder, monkeypatch):
+    from nanojaxgpt import train
+
+    calls = []
+    monkeypatch.setattr(train, "fit", lambda *arguments: calls.append(arguments))
+    assert main(["train", *[text.format(folder / "tiny.py") for text in order]]) == 0
+    ((cfg, path),) = calls
+    assert (cfg.train.seed, cfg.model.embed_dim, str(path)) == (7, 16, "R")
+
+
+def test_run_has_the_name_of_its_experiment(folder, monkeypatch):
+    from nanojaxgpt import train
+
+    calls = []
+    monkeypatch.setattr(train, "fit", lambda cfg, path: calls.append(str(path)))
+    assert main(["train", f"--config={folder}/tiny.py"]) == 0
+    assert main(["train", f"--config={ROOT}/experiments/gpt2.py:medium"]) == 0
+    assert calls == ["runs/tiny", "runs/gpt2-medium"]
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("optim.learning_rat=1", "did you mean optim.learning_rate"),
+        ("train.num_steps=ten", "train.num_steps='ten' is not a int"),
+        ("optim.learning_rate=nan", "optim.learning_rate=nan"),
+        ("optim.learning_rate=-1", "optim.learning_rate=-1.0 must be at least 0"),
+        ("model.num_heads=3", "model.num_heads=3"),
+        ("model.windows='a'", "model.windows"),
+        ("data.source=stdlb", "data.source"),
+        ("data.tokenizer=byte", "data.tokenizer"),
+        ("mesh.data=3", "needs 3 devices"),
+        ("mesh.tensor=16", "needs 16 devices, here are 8"),
+        ("optim.decay_pattern=nothing", "optim.decay_pattern"),
+        ("model.vocab_size=3", "model.vocab_size=3"),
+        ("train.batch_size=12", "train.batch_size=12"),
+        ("eval.batch_size=12", "eval.batch_size=12"),
+    ],
+)
+def test_config_is_refused(override, words, folder, tmp_path, refused):
+    err = refused(
+        USAGE, "train", f"--config={folder}/tiny.py", f"--run={tmp_path}/new",
+        f"--config.{override}",
+    )  # fmt: skip
+    assert words in err
+    assert not (tmp_path / "new" / "config.json").exists()
+
+
+def test_wrong_key_is_answered_before_jax_is_imported(folder):
+    code = (
+        "import sys; from nanojaxgpt.__main__ import main\n"
+        f"code = main(['train', '--config={folder}/tiny.py', '--config.train.sed=1'])\n"
+        "print(code, 'jax' in sys.modules)\n"
+    )
+    began = time.monotonic()
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    seconds = time.monotonic() - began
+    print(f"answered in {seconds:.2f} s")
+    assert found.stdout == "2 False\n"
+    assert "did you mean train.seed" in found.stderr
+    assert seconds < 10  # half a second when nothing else runs; importing jax takes seconds
+
+
+def test_a_process_ends_with_the_exit_code(folder, tmp_path):
+    found = command("trian")
+    assert (found.returncode, found.stdout) == (USAGE, "")
+    assert found.stderr == "error: no verb trian; did you mean train?\n"
+    found = command(
+        "train", f"--config={folder}/tiny.py", f"--run={tmp_path}/run", "--config.mesh.data=3",
+        XLA_FLAGS="--xla_force_host_platform_device_count=3",
+    )  # fmt: skip
+    assert found.returncode == USAGE
+    assert "train.batch_size=8 does not divide by 3 devices" in found.stderr
+    assert "the next that does is 9" in found.stderr
+
+
+def test_run_directory_that_can_not_be_written(folder, tmp_path, refused):
+    (tmp_path / "file").write_text("here already")
+    for path in (tmp_path / "file" / "run", tmp_path / "file"):
+        err = refused(USAGE, "train", f"--config={folder}/tiny.py", f"--run={path}")
+        assert f"can't write to the run directory {path}" in err
+    assert (tmp_path / "file").read_text() == "here already"
+
+
+def test_run_of_another_config_is_left_as_it_is(folder, run, refused):
+    before = hashes(run)
+    err = refused(
+        USAGE, "train", f"--config={folder}/tiny.py", f"--run={run}",
+        "--config.optim.learning_rate=0.5", "--config.mesh.fsdp=2", "--config.mesh.data=4",
+    )  # fmt: skip
+    assert "optim.learning_rate: 0.001 there, 0.5 here" in err
+    assert f"--config.init.from_run={run}" in err
+    assert len(before) > 10
+    assert hashes(run) == before
+
+
+def test_one_process_trains_in_a_run(folder, run, refused):
+    with open(run / "lock") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        before = hashes(run)
+        err = refused(USAGE, "train", f"--config={folder}/tiny.py", f"--run={run}")
+        assert f"another process is training in {run}" in err
+        assert hashes(run) == before
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "no file, folder or glob"),
+        (b"", "is empty"),
+        (b"good line\nbad \xff\xfe line\n", "line 2"),
+        (b"too short to train on\n", "use more text"),
+    ],
+)
+def test_unusable_text(content, words, folder, tmp_path, refused):
+    path = tmp_path / "text.txt"
+    if content is not None:
+        path.write_bytes(content)
+    err = refused(
+        DATA, "train", f"--config={folder}/tiny.py", f"--run={tmp_path}/run",
+        f"--config.data.source=text:{path}", f"--config.data.cache_dir={tmp_path}/cache",
+    )  # fmt: skip
+    assert words in err
+
+
+def test_changed_corpus_is_noticed(folder, run, tmp_path, refused):
+    run = copy(run, tmp_path / "run")
+    identity = json.loads((run / "identity.json").read_text())
+    identity["data"]["tokens"] = "0" * 64
+    (run / "identity.json").write_text(json.dumps(identity))
+    for arguments in (["train", run], ["eval", run]):
+        assert "is not what" in refused(DATA, *arguments)
+
+
+def test_eval_prints_json(run, capsys):
+    assert main(["eval", str(run)]) == 0
+    out, _ = capsys.readouterr()
+    found = json.loads(out)
+    wanted = [r for r in read_metrics(run) if "validation_loss" in r][-1]
+    assert found["step"] == wanted["step"] == 4
+    assert found["loss"] == pytest.approx(wanted["validation_loss"], rel=1e-5)
+    assert main(["eval", f"--run={run}", "--step=2"]) == 0
+    assert json.loads(capsys.readouterr().out)["step"] == 2
+
+
+def test_sample_prints_text_and_keeps_it(run, tmp_path, capsys):
+    run = copy(run, tmp_path / "run")
+    assert main(["sample", str(run), "--prompt=elm", "--max_tokens=5", "--num_samples=2"]) == 0
+    out, _ = capsys.readouterr()
+    lines = (run / "samples" / "samples.jsonl").read_text().splitlines()
+    kept = [json.loads(line) for line in lines]
+    assert [sample["prompt"] for sample in kept] == ["elm", "elm"]
+    assert all(len(sample["text"]) == 8 and sample["text"].startswith("elm") for sample in kept)
+    assert out.startswith(kept[0]["text"])
+    assert out.endswith(kept[1]["text"] + "\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["--prompt=" + "elm " * 10], USAGE, "the prompt has 40 tokens"),
+        (["--prompt="], USAGE, "the prompt has 0 tokens"),
+        (["--prompt=Z"], DATA, "'Z'"),
+        (["--top_p=2"], USAGE, "sample.top_p=2.0"),
+        (["--seed=x"], USAGE, "sample.seed='x'"),
+        (["--step=3"], CHECKPOINT, "no checkpoint of step 3"),
+    ],
+)
+def test_sample_refuses(arguments, code, words, run, refused):
+    before = hashes(run)
+    assert words in refused(code, "sample", run, *arguments)
+    assert hashes(run) == before
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_what_is_no_run(verb, tmp_path, run, refused):
+    for path in (tmp_path / "nowhere", tmp_path):
+        assert "is no run" in refused(USAGE, verb, path)
+    assert str(run) in refused(USAGE, verb, run.with_name("runn"))
+    assert not (tmp_path / "nowhere").exists()
+
+
+@pytest.mark.parametrize("verb", ["eval", "sample"])
+def test_run_without_a_checkpoint(verb, run, tmp_path, refused):
+    run = copy(run, tmp_path / "run")
+    subprocess.run(["rm", "-r", run / "checkpoints"], check=True)
+    assert "has no checkpoint yet" in refused(CHECKPOINT, verb, run)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_run_whose_checkpoints_are_all_corrupted(verb, run, tmp_path, refused):
+    run = copy(run, tmp_path / "run")
+    harmed = 0
+    for path in (run / "checkpoints").rglob("*"):
+        if path.is_file() and path.stat().st_size > 500:
+            data = bytearray(path.read_bytes())
+            data[len(data) // 2 :] = bytes(len(data) - len(data) // 2)
+            path.write_bytes(data)
+            harmed += 1
+    assert harmed
+    before = hashes(run / "checkpoints")
+    assert "is usable" in refused(CHECKPOINT, verb, run)
+    assert hashes(run / "checkpoints") == before
+
+
+def test_a_loss_that_is_no_number(folder, tmp_path):
+    run = tmp_path / "run"
+    found = command(
+        "train", f"--config={folder}/tiny.py", f"--run={run}", "--config.train.num_steps=50",
+        "--config.optim.learning_rate=1e30", "--config.optim.clip_norm=0",
+        "--config.checkpoint.every_steps=1", "--config.optim.warmup_steps=0",
+    )  # fmt: skip
+    assert found.returncode == NON_FINITE, found.stderr
+    assert "Traceback" not in found.stderr
+    assert "Lower optim.learning_rate" in found.stderr
+    steps = checkpoint.saved_steps(run / "checkpoints")
+    assert steps
+    assert f"step {steps[-1]} is saved" in found.stderr
+    model_cfg = ModelConfig(**rundir.load_run(run).model)
+    mesh = sharding.make_mesh(1, 1, 1, jax.devices()[:1])
+    for step in steps:
+        _, params = checkpoint.load_params(run, model_cfg, mesh, step)
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
+    assert all(np.isfinite(r["loss"]) for r in read_metrics(run) if "loss" in r)
+
+
+def test_run_whose_config_is_no_text(run, tmp_path, refused):
+    run = copy(run, tmp_path / "run")
+    (run / "config.json").write_bytes(b"\xff{")
+    assert "config.json is not a config" in refused(USAGE, "eval", run)
+
+
+def test_config_of_a_run_is_read_back(run):
+    cfg = rundir.load_run(run)
+    assert cfg.model.vocab_size > 0
+    assert config.from_json((run / "config.json").read_text()) == cfg

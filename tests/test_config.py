@@ -1,0 +1,352 @@
+"""Every field has a rule; overrides, files and JSON are read exactly or refused by name."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from nanojaxgpt import config
+from nanojaxgpt.config import (
+    CHOICES,
+    FREE_ON_RESUME,
+    RANGES,
+    base_config,
+    check_config,
+    differences,
+    fields,
+    from_json,
+    load_config,
+    load_experiment,
+    override_config,
+    to_json,
+)
+from nanojaxgpt.errors import ConfigError
+
+DEFAULTS = dict(fields(base_config()))
+
+
+def override(**overrides):
+    return override_config(base_config(), {k.replace("__", "."): v for k, v in overrides.items()})
+
+
+@pytest.fixture
+def experiment(tmp_path):
+    """Return a function that writes the text of an experiment file and gives its path."""
+
+    def write(text, name="small.py"):
+        path = tmp_path / name
+        path.write_text("from nanojaxgpt.config import base_config\n" + text)
+        return str(path)
+
+    return write
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_every_number_has_a_range(name):
+    default = DEFAULTS[name]
+    assert isinstance(default, bool | int | float | str | tuple)
+    if isinstance(default, bool | str):
+        assert name not in RANGES
+    else:
+        low, high = RANGES[name]
+        assert all(low <= n <= high for n in (default if type(default) is tuple else [default]))
+    if name in CHOICES:
+        assert default in CHOICES[name]
+
+
+def test_rules_name_only_fields():
+    assert set(RANGES) | set(CHOICES) <= set(DEFAULTS)
+    assert all(name == name.lower() and "use_" not in name for name in DEFAULTS)
+
+
+def test_what_is_free_on_resume_is_not_what_is_trained():
+    free = {name for name in DEFAULTS if FREE_ON_RESUME.fullmatch(name)}
+    assert {name.split(".")[0] for name in free} == {
+        "mesh", "eval", "checkpoint", "sample", "train", "data", "model"
+    }  # fmt: skip
+    assert {name for name in free if name.startswith(("train", "data", "model"))} == {
+        "train.log_every_steps", "data.cache_dir",
+        "model.attention", "model.unroll", "model.remat",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("train.num_steps", "50", 50),
+        ("train.num_steps", "2e3", 2000),
+        ("train.num_steps", "3_000", 3000),
+        ("train.num_steps", "7.0", 7),
+        ("mesh.fsdp", "-1", -1),
+        ("optim.learning_rate", "3e-4", 3e-4),
+        ("optim.learning_rate", "1", 1.0),
+        ("model.tied_head", "False", False),
+        ("model.qk_norm", "true", True),
+        ("model.bias", "0", False),
+        ("model.windows", "(64, 0)", (64, 0)),
+        ("model.windows", "64,0", (64, 0)),
+        ("model.windows", "[8]", (8,)),
+        ("model.windows", "8", (8,)),
+        ("model.windows", "8,", (8,)),
+        ("model.mlp", "swiglu", "swiglu"),
+        ("sample.prompt", "a=b, c", "a=b, c"),
+        ("data.cache_dir", "", ""),
+    ],
+)
+def test_override_takes_the_type_of_the_default(name, text, value):
+    changes = {"mesh.data": "1"} if name == "mesh.fsdp" else {}
+    found = dict(fields(override_config(base_config(), changes | {name: text})))[name]
+    assert found == value
+    assert type(found) is type(value) is type(DEFAULTS[name])
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("train.num_steps", "ten"),
+        ("train.num_steps", ""),
+        ("train.num_steps", "1.5"),
+        ("train.num_steps", "1e999"),
+        ("train.num_steps", "nan"),
+        ("train.num_steps", "-5"),
+        ("train.num_steps", "0"),
+        ("train.num_steps", "1e10"),
+        ("optim.learning_rate", "fast"),
+        ("optim.learning_rate", "nan"),
+        ("optim.learning_rate", "inf"),
+        ("optim.learning_rate", "-1e-3"),
+        ("optim.beta2", "1.0"),
+        ("optim.final_fraction", "1.01"),
+        ("model.dropout", "1"),
+        ("model.norm_eps", "0"),
+        ("model.tied_head", "yes"),
+        ("model.windows", "(64,"),
+        ("model.windows", "'a'"),
+        ("model.windows", "None"),
+        ("model.windows", "1.5"),
+        ("model.windows", "True"),
+        ("model.windows", "-1"),
+        ("model.windows", "{[]: 1}"),
+        ("model.windows", "()"),
+        ("model.mlp", "SwiGLU"),
+        ("optim.schedule", ""),
+        ("optim.decay_pattern", "(["),
+    ],
+)
+def test_override_refuses_by_name(name, text):
+    with pytest.raises(ConfigError, match=re.escape(name)):
+        override_config(base_config(), {name: text})
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("optim.learning_rat", "optim.learning_rate"),
+        ("train.learning_rate", "optim.learning_rate"),
+        ("model.n_layers", "model.num_layers"),
+        ("optimizer", "optim.optimizer"),
+        ("modle.num_heads", "model.num_heads"),
+    ],
+)
+def test_unknown_field_suggests_the_nearest(name, hint):
+    with pytest.raises(ConfigError) as caught:
+        override_config(base_config(), {name: "1"})
+    assert name in str(caught.value)
+    assert f"did you mean {hint}" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["zzz.qqqq", "zzz", "", ".", "model", "model.num_layers.deeper"])
+def test_unknown_section_is_refused(name):
+    with pytest.raises(ConfigError, match="no config field"):
+        override_config(base_config(), {name: "1"})
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model.num_heads": "3"}, "model.num_heads=3"),
+        ({"model.num_kv_heads": "3"}, "model.num_kv_heads=3"),
+        ({"train.accumulation_steps": "5"}, "train.accumulation_steps=5"),
+        ({"train.loss_chunks": "7"}, "train.loss_chunks=7"),
+        ({"model.positions": "rotary", "model.head_dim": "5"}, "even head_dim"),
+        ({"model.positions": "sinusoidal", "model.embed_dim": "3", "model.num_heads": "1"}, "even"),
+        ({"mesh.data": "-1", "mesh.tensor": "-1"}, "only one mesh axis"),
+        ({"mesh.data": "0"}, "no devices"),
+    ],
+)
+def test_fields_that_do_not_fit_together(changes, words):
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        override_config(base_config(), changes)
+
+
+def test_head_dim_frees_the_width_from_the_heads():
+    assert override(model__num_heads="3", model__head_dim="16").model.head_dim == 16
+
+
+def test_all_problems_are_told_at_once():
+    with pytest.raises(ConfigError) as caught:
+        override(train__num_steps="0", optim__beta1="2", model__norm="none")
+    lines = str(caught.value).split("\n")
+    assert [line.split("=")[0] for line in lines] == [
+        "model.norm", "optim.beta1", "train.num_steps"
+    ]  # fmt: skip
+
+
+def test_override_leaves_its_argument_alone_and_comes_back_locked():
+    cfg = base_config()
+    changed = override_config(cfg, {"train.seed": "5"})
+    assert (cfg.train.seed, changed.train.seed) == (0, 5)
+    with pytest.raises(AttributeError):
+        changed.train.sed = 6
+    with pytest.raises(AttributeError):
+        base_config().nothing = 1
+
+
+def test_check_refuses_a_value_of_another_type():
+    cfg = base_config()
+    with cfg.ignore_type():
+        cfg.train.num_steps = "many"
+    with pytest.raises(ConfigError, match=r"train\.num_steps='many' is a str"):
+        check_config(cfg)
+
+
+def test_json_brings_everything_back():
+    cfg = override(model__windows="64,0", optim__learning_rate="0.1", sample__prompt="é\n\"'")
+    assert cfg != base_config()
+    back = from_json(to_json(cfg))
+    assert back == cfg
+    assert back.model.windows == (64, 0)
+    assert type(back.model.windows) is tuple
+    assert config.config_hash(back) == config.config_hash(cfg)
+    assert config.config_hash(back) != config.config_hash(base_config())
+    with pytest.raises(AttributeError):
+        back.train.sed = 6
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"model": {"num_layer": 2}}', "did you mean model.num_layers"),
+        ('{"nothing": {"at_all": 2}}', "nothing.at_all"),
+        ('{"train": {"num_steps": -1}}', "train.num_steps=-1"),
+        ('{"train": {"num_steps": "many"}}', "train.num_steps"),
+        ('{"train": {"num_steps": null}}', "train.num_steps"),
+        ('{"train": {"num_steps": 1.5}}', "train.num_steps"),
+        ('{"model": {"bias": 3}}', "model.bias"),
+        ('{"model": {"windows": ["a"]}}', "model.windows"),
+        ('{"model": {"windows": [[1]]}}', "model.windows"),
+        ('{"optim": {"learning_rate": NaN}}', "optim.learning_rate"),
+        ('{"model": 3}', "is not a config"),
+        ("[]", "is not a config"),
+        ("3", "is not a config"),
+        ("{", "is not a config"),
+        ("", "is not a config"),
+    ],
+)
+def test_json_of_another_shape_is_refused(text, words):
+    with pytest.raises(ConfigError, match=re.escape(words)) as caught:
+        from_json(text, "a/config.json")
+    assert "a/config.json" in str(caught.value)
+
+
+def test_json_of_an_older_version_takes_the_defaults_of_new_fields():
+    old = json.loads(to_json(base_config()))
+    del old["model"]["qk_norm"]
+    assert from_json(json.dumps(old)) == base_config()
+
+
+def test_differences_name_field_old_and_new():
+    new = override(optim__learning_rate="0.5", model__windows="8")
+    found = differences(base_config(), new)
+    assert found == [("model.windows", (0,), (8,)), ("optim.learning_rate", 1e-3, 0.5)]
+    assert differences(new, new) == []
+
+
+def test_experiment_with_variant_and_overrides(experiment):
+    path = experiment(
+        "def get_config(variant='a'):\n"
+        "    cfg = base_config()\n"
+        "    cfg.train.seed = {'a': 1, 'b': 2}[variant]\n"
+        "    return cfg\n"
+    )
+    assert load_config(path + ":b").train.seed == 2
+    assert load_config(path + ":b", {"train.seed": "9"}).train.seed == 9
+    with pytest.raises(ConfigError, match=re.escape(f"{path}:4")) as caught:
+        load_config(path + ":c")
+    assert "KeyError: c" in str(caught.value)
+
+
+def test_missing_file_suggests_another(experiment, tmp_path):
+    path = experiment("", "quickstart.py")
+    with pytest.raises(ConfigError, match="there is") as caught:
+        load_experiment(str(tmp_path / "quikstart.py"))
+    assert path in str(caught.value)
+    with pytest.raises(ConfigError, match="no experiment file"):
+        load_experiment(str(tmp_path / "no" / "such" / "folder.py"))
+    with pytest.raises(ConfigError, match="no experiment file"):
+        load_experiment(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("cfg = base_config()\n", "has no function get_config"),
+        ("import no_such_module\n", "No module named 'no_such_module'"),
+        ("def get_config(:\n", "SyntaxError"),
+        ("1 / 0\n", "ZeroDivisionError"),
+        ("def get_config():\n    return 3\n", "ConfigDict"),
+        ("def get_config():\n    pass\n", "ConfigDict"),
+    ],
+)
+def test_file_that_is_no_experiment(text, words, experiment):
+    path = experiment(text)
+    with pytest.raises(ConfigError, match=re.escape(path)) as caught:
+        load_config(path)
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("cfg.model.num_layer = 2", "num_layer"),
+        ("cfg.model.num_layers = 'two'", "num_layers"),
+        ("cfg.model.num_layers = int('two')", "two"),
+        ("cfg['nothing']", "nothing"),
+        ("undefined", "undefined"),
+        ("1 / 0", "division by zero"),
+    ],
+)
+@pytest.mark.parametrize("relative", [False, True])
+def test_error_inside_get_config_names_its_line(line, words, relative, experiment, monkeypatch):
+    path = experiment(f"def get_config():\n    cfg = base_config()\n    {line}\n    return cfg\n")
+    if relative:
+        folder, _, path = path.rpartition("/")
+        monkeypatch.chdir(folder)
+    with pytest.raises(ConfigError, match=re.escape(f"{path}:4: ")) as caught:
+        load_experiment(path)
+    assert words in str(caught.value)
+    assert "Other fields" not in str(caught.value)
+
+
+def test_variant_where_there_is_none(experiment):
+    path = experiment("def get_config():\n    return base_config()\n")
+    assert load_experiment(path) == base_config()
+    with pytest.raises(ConfigError, match="no variants"):
+        load_experiment(path + ":large")
+
+
+def test_config_and_experiments_import_no_jax():
+    code = (
+        "import sys, nanojaxgpt.config as c; c.load_config(sys.argv[1])\n"
+        "assert 'ml_collections' in sys.modules\n"
+        "print([m for m in sys.modules if m.split('.')[0] in ('jax', 'flax', 'orbax')])"
+    )
+    for path in sorted((ROOT / "experiments").glob("*.py")):
+        found = subprocess.run(
+            [sys.executable, "-c", code, path], cwd=ROOT, capture_output=True, text=True
+        )
+        assert found.returncode == 0, found.stderr
+        assert found.stdout == "[]\n"
