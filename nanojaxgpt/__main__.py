@@ -65,6 +65,8 @@ def parse(verb: str, arguments: list[str], options: dict[str, dict[str, Any]]) -
     if unknown:
         flags = [flag for action in parser._actions for flag in action.option_strings]
         raise ConfigError(config.unknown_name("option", unknown[0].split("=")[0], flags))
+    if parsed.run and parsed.path:
+        raise ConfigError(f"two runs given: {parsed.path} and --run={parsed.run}")
     parsed.run = parsed.run or parsed.path
     parsed.overrides = overrides
     return parsed

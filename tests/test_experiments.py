@@ -1,0 +1,50 @@
+"""Every experiment loads, checks, and has the number of parameters that it declares."""
+
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, SHARED
+
+from nanojaxgpt.config import check_config, load_config, load_module
+from nanojaxgpt.errors import ConfigError
+from nanojaxgpt.model import ModelConfig, count_params
+
+FILES = sorted((ROOT / "experiments").rglob("*.py"))
+CASES = [
+    (path, variant)
+    for path in FILES
+    for variant in getattr(load_module(str(path)), "NUM_PARAMS", {"": 0})
+]
+VOCABULARY = {"shakespeare_char": 65, "quickstart": 2048}  # of their corpora, by their tokenizers
+
+
+@pytest.mark.parametrize(("path", "variant"), CASES, ids=lambda v: getattr(v, "stem", v))
+def test_it_has_the_parameters_it_declares(path: Path, variant: str):
+    cfg = load_config(f"{path}:{variant}" if variant else str(path)).unlock()
+    check_config(cfg)
+    cfg.model.vocab_size = cfg.model.vocab_size or VOCABULARY[path.stem]
+    declared = getattr(load_module(str(path)), "NUM_PARAMS", {}).get(variant)
+    assert declared in (None, count_params(ModelConfig(**cfg.model)))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_its_docstring_holds_its_command(path: Path):
+    assert f"--config=experiments/{path.relative_to(ROOT / 'experiments')}" in (
+        load_module(str(path)).__doc__
+    )
+
+
+def test_a_variant_that_is_not_there_is_an_error():
+    with pytest.raises(ConfigError, match="tiny"):
+        load_config(f"{ROOT}/experiments/gpt2.py:tiny")
+
+
+def test_shakespeare_is_nanogpts_split(tmp_path):
+    text = SHARED / "data" / "tinyshakespeare.txt"
+    if not text.exists():
+        pytest.skip(f"needs Tiny Shakespeare at {text}")
+    from nanojaxgpt.data.store import prepare
+
+    store = prepare(f"text:{text}", "chars", 1024, tmp_path, report=lambda _: None)
+    assert store.tokenizer.vocab_size == 65
+    assert store.split(0.1) == ((0, 1_003_854), (1_003_854, 1_115_394))
