@@ -26,9 +26,10 @@ def get_config() -> ConfigDict:
     optim.decay_fraction = 0.5
     optim.final_fraction = 0.05
     train.batch_size = 16
-    train.num_steps = 800
-    cfg.eval.every_steps = cfg.checkpoint.every_steps = 200
+    train.num_steps = 1000
+    cfg.eval.every_steps = cfg.checkpoint.every_steps = 250
     cfg.eval.batch_size = 64
     cfg.eval.num_batches = 6
     cfg.sample.prompt = "def "
+    cfg.sample.temperature = 0.6
     return cfg

@@ -71,7 +71,7 @@ def test_a_checkpoint_of_one_mesh_is_the_same_on_every_other(cfg, on_mesh, tmp_p
 
 
 def test_sharding_constraints_are_in_the_program(cfg, on_mesh):
-    """In the layers' one body q, k, v, up and two residuals; outside the embedding and the logits."""
+    """In the one body of the layers q, k, v, up, two residuals; outside embedding and logits."""
     mesh = on_mesh("2x2x2")
     store = prepare_data(cfg, lambda _: None)
     job = make_job(resolve(cfg, store), store, mesh)
