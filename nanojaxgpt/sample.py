@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nanojaxgpt.attention import Cache, init_cache
-from nanojaxgpt.model import ModelConfig, Transformer, unstack
+from nanojaxgpt.model import ModelConfig, Transformer, decoding_params
 
 
 class Sampling(NamedTuple):
@@ -101,7 +101,6 @@ def decode(
     model: Transformer, params: Any, state: Decoding, count: int, how: Sampling
 ) -> tuple[Decoding, jax.Array]:
     """Return the state after `count` more tokens of each row, and those tokens [B, count]."""
-    params = unstack(params)
 
     def step(state: Decoding, _: None) -> tuple[Decoding, jax.Array]:
         logits_B1V, cache = model.apply(
@@ -137,6 +136,7 @@ def generate(
             f"{model.cfg.seq_len}"
         )
     cache_len = prompts_BT.shape[1] + max_tokens
+    params = decoding_params(params, len(prompts_BT))
     rng_B, done_B = jax.random.split(rng, len(prompts_BT)), jnp.zeros(len(prompts_BT), bool)
     state = prefill(model, params, prompts_BT, lengths_B, rng_B, done_B, cache_len, how)
     first_B = state.tokens_B
@@ -144,7 +144,7 @@ def generate(
     return jnp.concatenate([first_B[:, None], rest_BC], 1)
 
 
-_unstack = jax.jit(unstack)
+_decoding_params = jax.jit(decoding_params, static_argnames="rows")
 _prefill = jax.jit(prefill, static_argnames=("model", "cache_len", "how"))
 _decode = jax.jit(decode, static_argnames=("model", "count", "how"), donate_argnames=("state",))
 
@@ -169,7 +169,7 @@ def stream(
     longest = max(map(len, rows))
     if min(map(len, rows)) < 1 or longest >= cfg.seq_len:
         raise ValueError(f"prompts must have 1 to {cfg.seq_len - 1} tokens, not {longest}")
-    params = _unstack(params)  # once, not in every chunk
+    params = _decoding_params(params, len(rows))  # once, not in every chunk
     rng_B, made = jax.random.split(jax.random.key(seed), len(rows)), 0
     done_B = np.zeros(len(rows), bool)
     while made < max_tokens and not done_B.all():

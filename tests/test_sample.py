@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from conftest import random_tokens, small_model
 
-from nanojaxgpt.model import Transformer, init_params, unstack
+from nanojaxgpt.attention import init_cache
+from nanojaxgpt.model import Transformer, decoding_params, init_params
 from nanojaxgpt.sample import Sampling, filter_logits, generate, stream
 from nanojaxgpt.sharding import unbox
 
@@ -50,13 +51,13 @@ def test_greedy_is_the_argmax_of_the_full_forward_for_prompts_of_any_length():
     assert len({tuple(row) for row in np.asarray(found_BT)}) == 3
 
 
-def test_stacked_and_unstacked_parameters_sample_the_same():
-    prompts_BT, lengths_B = padded([[1, 2, 3]])
+def test_parameters_laid_out_for_decoding_sample_the_same():
+    prompts_BT, lengths_B = padded([[1, 2, 3], [4, 5, 6]])
     run = functools.partial(
         generate, Transformer(CFG), prompts_BT=prompts_BT, lengths_B=lengths_B,
         rng=jax.random.key(0), max_tokens=8, how=Sampling(temperature=0.0),
     )  # fmt: skip
-    np.testing.assert_array_equal(run(params()), run(unstack(params())))
+    np.testing.assert_array_equal(run(params()), run(decoding_params(params(), 1)))
 
 
 @pytest.mark.parametrize("how", [Sampling(), Sampling(temperature=0.7, top_k=5, top_p=0.9)])
@@ -74,6 +75,23 @@ def test_a_stream_gives_what_generate_gives_and_only_by_its_seed(how):
     np.testing.assert_array_equal(streamed(7), whole_BT)
     np.testing.assert_array_equal(streamed(7, chunk=3), whole_BT)
     assert (streamed(8) != whole_BT).any()
+
+
+def test_decoding_in_blocks_is_the_full_forward():
+    """Eight rows of a model 256 wide: kernels turned over and read by blocks."""
+    cfg = small_model(embed_dim=256, num_heads=2, mlp_dim=512, num_layers=1)
+    weights = jax.jit(lambda: unbox(init_params(cfg, jax.random.key(0))))()
+    ids_BT = random_tokens(8, 6)
+    full_BTV = jax.jit(Transformer(cfg).apply)({"params": weights}, ids_BT)[0]
+    cache = init_cache(1, 8, 8, 2, 128, "float32")
+    laid_out = decoding_params(weights, 8)
+    assert laid_out["layers"][0]["down_FD"].shape == (512, 256)
+    step = jax.jit(Transformer(cfg).apply)
+    for at in range(6):
+        logits_BTV, cache = step(
+            {"params": laid_out}, ids_BT[:, at : at + 1], np.full((8, 1), at), cache=cache
+        )
+        np.testing.assert_allclose(logits_BTV[:, 0], full_BTV[:, at], atol=2e-5)
 
 
 def test_a_stream_goes_on_where_the_context_is_full():
