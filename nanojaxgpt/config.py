@@ -64,10 +64,19 @@ def base_config() -> ConfigDict:
     )
     cfg.data = ConfigDict(
         dict(
-            source="stdlib",  # stdlib, text:PATH (a file, a folder or a glob)
+            source="stdlib",  # KIND[:LOCATION], see docs/data.md; here stdlib, text:PATH
+            mixture=(),  # in place of source: ("3 text:a.txt", "1 text:b.txt"), weight and source
             tokenizer="bytes",  # bytes, chars, sentencepiece (trained here), sentencepiece:FILE
             tokenizer_vocab_size=1024,  # of a tokenizer trained here
-            validation_fraction=0.1,  # the tail of the corpus that is never trained on
+            packing="wrap",  # wrap: the stream cut at seq_len; pack: documents whole and apart
+            validation_fraction=0.1,  # the tail of each source that is never trained on
+            validation_documents=0,  # instead, so many last documents of each source; 0: off
+            validation_source="",  # instead, a source of its own
+            bad_text="error",  # error, skip: what becomes of a document that can't be read
+            tfds_dir="",  # prepared TensorFlow Datasets; "": ~/tensorflow_datasets
+            manual_dir="",  # files of yours that a TFDS builder asks for
+            num_workers=0,  # processes that tokenize; 0: one per core
+            prefetch_batches=2,  # made ahead of the step that needs them
             cache_dir="",  # token stores; "": $XDG_CACHE_HOME/nanojaxgpt or ~/.cache/nanojaxgpt
         )
     )
@@ -145,6 +154,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "model.remat": ("none", "full", "dots", "dots_no_batch"),
     "model.param_dtype": ("float32", "bfloat16"),
     "model.compute_dtype": ("float32", "bfloat16"),
+    "data.packing": ("wrap", "pack"),
+    "data.bad_text": ("error", "skip"),
     "optim.optimizer": ("adamw",),
     "optim.schedule": ("cosine", "linear", "constant", "inverse_sqrt", "wsd"),
 }
@@ -171,6 +182,9 @@ RANGES: dict[str, tuple[float, float]] = {
     "model.unroll": _COUNT,
     "data.tokenizer_vocab_size": _SIZE,
     "data.validation_fraction": _BELOW_ONE,
+    "data.validation_documents": _COUNT,
+    "data.num_workers": _COUNT,
+    "data.prefetch_batches": _SIZE,
     "optim.learning_rate": _ANY,
     "optim.warmup_steps": _COUNT,
     "optim.final_fraction": _FRACTION,
@@ -207,10 +221,12 @@ RANGES: dict[str, tuple[float, float]] = {
     "sample.seed": _COUNT,
 }
 
+TUPLES: dict[str, type] = {"model.windows": int, "data.mixture": str}  # what they hold
+
 # What may change when a run goes on: none of it changes the function that is being trained.
 FREE_ON_RESUME = re.compile(
-    r"(mesh|eval|checkpoint|sample)\..*|train\.log_every_steps|data\.cache_dir"
-    r"|model\.(attention|unroll|remat)"
+    r"(mesh|eval|checkpoint|sample)\..*|train\.log_every_steps"
+    r"|data\.(cache_dir|tfds_dir|manual_dir|num_workers|prefetch_batches)|model\.(attention|unroll|remat)"
 )
 
 
@@ -336,8 +352,8 @@ def field_problems(name: str, value: Any, default: Any) -> list[str]:
         return [f"{name}={value!r} is a {type(value).__name__}, not a {type(default).__name__}"]
     if name in CHOICES and value not in CHOICES[name]:
         return [f"{name}={value!r} is none of {', '.join(CHOICES[name])}"]
-    if isinstance(value, tuple) and any(type(number) is not int for number in value):
-        return [f"{name}={value!r} holds something else than whole numbers"]
+    if isinstance(value, tuple) and any(type(item) is not TUPLES[name] for item in value):
+        return [f"{name}={value!r} holds something else than {TUPLES[name].__name__}"]
     if name in RANGES:
         low, high = RANGES[name]
         for number in value if isinstance(value, tuple) else (value,):

@@ -13,6 +13,7 @@ from nanojaxgpt.config import (
     CHOICES,
     FREE_ON_RESUME,
     RANGES,
+    TUPLES,
     base_config,
     check_config,
     differences,
@@ -48,7 +49,7 @@ def experiment(tmp_path):
 def test_every_number_has_a_range(name):
     default = DEFAULTS[name]
     assert isinstance(default, bool | int | float | str | tuple)
-    if isinstance(default, bool | str):
+    if isinstance(default, bool | str) or TUPLES.get(name) is str:
         assert name not in RANGES
     else:
         low, high = RANGES[name]
@@ -68,7 +69,8 @@ def test_what_is_free_on_resume_is_not_what_is_trained():
         "mesh", "eval", "checkpoint", "sample", "train", "data", "model"
     }  # fmt: skip
     assert {name for name in free if name.startswith(("train", "data", "model"))} == {
-        "train.log_every_steps", "data.cache_dir",
+        "train.log_every_steps", "data.cache_dir", "data.tfds_dir", "data.manual_dir",
+        "data.num_workers", "data.prefetch_batches",
         "model.attention", "model.unroll", "model.remat",
     }  # fmt: skip
 
@@ -91,6 +93,7 @@ def test_what_is_free_on_resume_is_not_what_is_trained():
         ("model.windows", "[8]", (8,)),
         ("model.windows", "8", (8,)),
         ("model.windows", "8,", (8,)),
+        ("data.mixture", "('3 text:a', '1 text:b')", ("3 text:a", "1 text:b")),
         ("model.mlp", "swiglu", "swiglu"),
         ("sample.prompt", "a=b, c", "a=b, c"),
         ("data.cache_dir", "", ""),
@@ -126,6 +129,7 @@ def test_override_takes_the_type_of_the_default(name, text, value):
         ("model.windows", "(64,"),
         ("model.windows", "'a'"),
         ("model.windows", "None"),
+        ("data.mixture", "3,1"),
         ("model.windows", "1.5"),
         ("model.windows", "True"),
         ("model.windows", "-1"),

@@ -8,10 +8,31 @@ import os
 import platform
 import sysconfig
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from nanojaxgpt.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which corpus, and how it becomes tokens: the fields of the config's section `data`."""
+
+    source: str
+    mixture: tuple[str, ...]
+    tokenizer: str
+    tokenizer_vocab_size: int
+    packing: str
+    validation_fraction: float
+    validation_documents: int
+    validation_source: str
+    bad_text: str
+    tfds_dir: str
+    manual_dir: str
+    num_workers: int
+    prefetch_batches: int
+    cache_dir: str
 
 
 class Document(NamedTuple):

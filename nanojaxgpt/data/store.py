@@ -39,6 +39,19 @@ class Store:
     document_starts: np.ndarray  # int64 [num_documents]
     tokenizer: Tokenizer
 
+    @property
+    def num_tokens(self) -> int:
+        """All tokens, of training and validation."""
+        return len(self.tokens)
+
+    def read(self, starts_B: np.ndarray, length: int) -> np.ndarray:
+        """Return [B, length]: the tokens from each start on, in the store's own dtype.
+
+        Every start must leave `length` tokens up to the end of the store.
+        """
+        windows = np.lib.stride_tricks.sliding_window_view(self.tokens, length)
+        return windows[starts_B]
+
     def identity(self) -> dict[str, str]:
         """Return the hashes that name the source, the tokenizer and the tokens."""
         return dict(
@@ -48,11 +61,12 @@ class Store:
             documents=self.manifest["files"]["documents.npy"]["sha256"],
         )
 
-    def split(self, validation_fraction: float) -> tuple[Span, Span]:
+    def split(self, validation_fraction: float, validation_documents: int = 0) -> tuple[Span, Span]:
         """Return the spans of training and validation tokens, which share no document.
 
-        One document is cut at its token int(n * (1 - validation_fraction)); several at the last
-        border up to there, or at the first one if the first document reaches further.
+        `validation_documents` counts from the end. Else one document is cut at its token
+        int(n * (1 - validation_fraction)); several at the last border up to there, or at the
+        first one if the first document reaches further.
         """
         num_tokens = len(self.tokens)
         cut = int(num_tokens * (1 - validation_fraction))
