@@ -17,6 +17,7 @@ import numpy as np
 
 from nanojaxgpt import attention
 from nanojaxgpt.attention import Cache, Mask
+from nanojaxgpt.projection import Blocks, decoding_params, project
 from nanojaxgpt.sharding import constrain
 
 
@@ -132,6 +133,17 @@ class Weights(nn.Module):
         array = self.param(name, boxed, shape, jnp.dtype(self.cfg.param_dtype))
         return array.astype(self.cfg.compute_dtype)
 
+    def kernel(
+        self, name: str, init: Callable, shape: tuple, axes: tuple, inputs: int = 0
+    ) -> jax.Array | Blocks:
+        """Return a projection's kernel for `project`, flattened to [inputs, out] where asked."""
+        if self.has_variable("params", name):
+            stored = self.get_variable("params", name)
+            if isinstance(stored, Blocks):
+                return stored
+        kernel = self.weight(name, init, shape, axes)
+        return kernel.reshape(inputs, -1) if inputs else kernel
+
     def normalize(self, x: jax.Array, name: str, bias: bool = True) -> jax.Array:
         """Return LayerNorm or RMSNorm over the last axis, computed in float32."""
         cfg, shape = self.cfg, x.shape[-1:]
@@ -205,9 +217,8 @@ class Block(Weights):
             )  # fmt: skip
         fan_in, axes = cfg.num_heads * cfg.head_dim, ("heads", "head_dim", "embed")
         shape = (cfg.num_heads, cfg.head_dim, cfg.embed_dim)
-        o_NHD = self.weight("o_NHD", kernel_init(cfg, fan_in, residual=True), shape, axes)
-        out_BTI = out_BTNH.reshape(*out_BTNH.shape[:2], fan_in)
-        update_BTD = project(out_BTI, o_NHD.reshape(fan_in, cfg.embed_dim))
+        o_ID = self.kernel("o_NHD", kernel_init(cfg, fan_in, residual=True), shape, axes, fan_in)
+        update_BTD = project(out_BTNH.reshape(*out_BTNH.shape[:2], fan_in), o_ID)
         if cfg.bias:
             bias = bias_init(cfg, fan_in)
             update_BTD += self.weight("o_bias", bias, (cfg.embed_dim,), ("norm",))
@@ -217,11 +228,9 @@ class Block(Weights):
         """Return the projection of `x` to `heads` heads [B, T, heads, H]."""
         cfg = self.cfg
         shape = (cfg.embed_dim, heads, cfg.head_dim)
-        kernel_DNH = self.weight(
-            name, kernel_init(cfg, cfg.embed_dim), shape, ("embed", axis, "head_dim")
-        )
-        y_BTNH = project(x_BTD, kernel_DNH.reshape(cfg.embed_dim, -1))
-        y_BTNH = y_BTNH.reshape(*x_BTD.shape[:2], heads, cfg.head_dim)
+        init, axes = kernel_init(cfg, cfg.embed_dim), ("embed", axis, "head_dim")
+        y_BTI = project(x_BTD, self.kernel(name, init, shape, axes, cfg.embed_dim))
+        y_BTNH = y_BTI.reshape(*x_BTD.shape[:2], heads, cfg.head_dim)
         if cfg.bias:
             init = bias_init(cfg, cfg.embed_dim)
             y_BTNH += self.weight(f"{name[0]}_bias", init, shape[1:], (axis, "head_dim"))
@@ -233,7 +242,7 @@ class Block(Weights):
 
         def widen(name: str) -> jax.Array:
             init, axes = kernel_init(cfg, cfg.embed_dim), ("embed", "mlp")
-            y_BTF = project(x_BTD, self.weight(f"{name}_DF", init, shape, axes))
+            y_BTF = project(x_BTD, self.kernel(f"{name}_DF", init, shape, axes))
             if cfg.bias:
                 init = bias_init(cfg, cfg.embed_dim)
                 y_BTF += self.weight(f"{name}_bias", init, (cfg.mlp_dim,), ("mlp",))
@@ -242,14 +251,10 @@ class Block(Weights):
         y_BTF = ACTIVATIONS[cfg.mlp](widen("gate" if cfg.mlp in GATED else "up"))
         if cfg.mlp in GATED:
             y_BTF *= widen("up")
-        if self.has_variable("params", "down_FD"):  # see decoding_params
-            down_FD = self.get_variable("params", "down_FD").astype(cfg.compute_dtype)
-            update_BTD = project(y_BTF, down_FD)
-        else:
-            # Stored [out, in]: the gradient of a wide-to-narrow kernel is 1.1x faster so on CPU.
-            init = kernel_init(cfg, cfg.mlp_dim, residual=True)
-            down_DF = self.weight("down_DF", init, shape, ("embed", "mlp"))
-            update_BTD = project(y_BTF, down_DF, "TF,DF->TD")
+        # Stored [out, in]: the gradient of a wide-to-narrow kernel is 1.1x faster so on CPU.
+        init = kernel_init(cfg, cfg.mlp_dim, residual=True)
+        down_DF = self.kernel("down_DF", init, shape, ("embed", "mlp"))
+        update_BTD = project(y_BTF, down_DF, "TF,DF->TD")
         if cfg.bias:
             init = bias_init(cfg, cfg.mlp_dim)
             update_BTD += self.weight("down_bias", init, (cfg.embed_dim,), ("norm",))
@@ -303,20 +308,13 @@ class Transformer(Weights):
         if cfg.final_norm:
             x_BTD = self.normalize(x_BTD, "final_norm")
 
-        head_VD, head_DV = embed_VD, None
-        if self.has_variable("params", "head_DV"):  # see decoding_params
-            head_DV = self.get_variable("params", "head_DV").astype(cfg.compute_dtype)
-        elif not cfg.tied_head:
-            init = kernel_init(cfg, cfg.embed_dim)
-            head_VD = self.weight(
-                "head_VD", init, (cfg.vocab_size, cfg.embed_dim), ("vocab", "embed")
-            )
+        head_VD = embed_VD
+        if not cfg.tied_head or self.has_variable("params", "head_VD"):  # see decoding_params
+            init, axes = kernel_init(cfg, cfg.embed_dim), ("vocab", "embed")
+            head_VD = self.kernel("head_VD", init, (cfg.vocab_size, cfg.embed_dim), axes)
 
         def head(x_BTD: jax.Array) -> jax.Array:
-            if head_DV is None:
-                logits_BTV = project(x_BTD, head_VD, "TD,VD->TV", jnp.float32)
-            else:
-                logits_BTV = project(x_BTD, head_DV, dtype=jnp.float32)
+            logits_BTV = project(x_BTD, head_VD, "TD,VD->TV", jnp.float32)
             if cfg.logit_softcap:
                 logits_BTV = cfg.logit_softcap * jnp.tanh(logits_BTV / cfg.logit_softcap)
             return constrain(logits_BTV, "batch", "sequence", "vocab")
@@ -366,52 +364,6 @@ class Transformer(Weights):
             )
             filled.append(one)
         return x_BTD, tuple(filled)
-
-
-def decoding_params(params: Any, rows: int) -> Any:
-    """Return the parameters laid out for decoding `rows` rows; those that are come back as given.
-
-    The layers become a tuple: a decoding loop reads each in place, where from a stack it would
-    copy every layer at every token (2x of the time on CPU). For several rows the kernels that
-    are stored [out, in] are turned over, as `project` then reads them by blocks.
-    """
-    layers = params["layers"]
-    if isinstance(layers, tuple):
-        return params
-    count = len(jax.tree.leaves(layers)[0])
-    layers = [jax.tree.map(lambda w, i=i: w[i], dict(layers)) for i in range(count)]
-    params = {**params, "layers": layers}
-    if rows > 1:
-        head_VD = params.pop("head_VD", params["embed_VD"])
-        params["head_DV"] = head_VD.T
-        for layer in layers:
-            if "down_DF" in layer:
-                layer["down_FD"] = layer.pop("down_DF").T
-    return {**params, "layers": tuple(layers)}
-
-
-def project(
-    x_BTI: jax.Array, kernel: jax.Array, terms: str = "TI,IO->TO", dtype: Any = None
-) -> jax.Array:
-    """Return x [B, T, in] times a kernel of two dimensions, [B, T, out].
-
-    The tokens are flattened to one dimension: with two, XLA transposes copies of them for the
-    kernel's gradient (1.2x of an MLP's time on CPU). Few tokens at a time, as in decoding, are
-    bound by reading the kernel, which XLA's CPU matmul does faster by blocks (1.3x to 1.6x alone).
-    """
-    x_TI = x_BTI.reshape(-1, x_BTI.shape[-1])
-    tokens, width = x_TI.shape
-    few = 1 < tokens <= 32 and jax.default_backend() == "cpu" and x_TI.dtype == jnp.float32
-    if few and terms == "TI,IO->TO" and width % 256 == 0:
-        blocks = (
-            x_TI.reshape(tokens, -1, 256).swapaxes(0, 1),
-            kernel.reshape(-1, 256, kernel.shape[1]),
-        )
-        zero_TO = jnp.zeros((tokens, kernel.shape[1]), x_TI.dtype)
-        y_TO = jax.lax.scan(lambda y, block: (y + block[0] @ block[1], None), zero_TO, blocks)[0]
-    else:
-        y_TO = jnp.einsum(terms, x_TI, kernel, preferred_element_type=dtype)
-    return y_TO.reshape(*x_BTI.shape[:-1], -1)
 
 
 def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, base: float) -> jax.Array:

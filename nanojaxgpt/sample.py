@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from nanojaxgpt.attention import Cache, init_cache
-from nanojaxgpt.model import ModelConfig, Transformer, decoding_params
+from nanojaxgpt.model import ModelConfig, Transformer
+from nanojaxgpt.projection import decoding_params
 
 
 class Sampling(NamedTuple):

@@ -28,7 +28,8 @@ def jax_generate(batch: int, new_tokens: int) -> Callable[[], None]:
     import numpy as np
 
     from nanojaxgpt.config import base_config
-    from nanojaxgpt.model import ModelConfig, Transformer, decoding_params, init_params
+    from nanojaxgpt.model import ModelConfig, Transformer, init_params
+    from nanojaxgpt.projection import decoding_params
     from nanojaxgpt.sample import Sampling, generate
     from nanojaxgpt.sharding import unbox
 

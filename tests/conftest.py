@@ -5,6 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+# Tests compile much and compute little: LLVM's optimizations would take over half of their time.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
+
 import jax
 import numpy as np
 import pytest

@@ -9,7 +9,7 @@ from conftest import ROOT
 PACKAGE = "nanojaxgpt"
 FLOORS = {
     0: {"", "errors", "model", "attention", "loss", "optim", "sharding", "data.tokenizers",
-        "data.subwords"},
+        "data.subwords", "projection"},
     1: {"config", "rundir", "hosts", "checkpoint", "metrics", "sample", "evaluate", "data",
         "data.sources", "data.store", "data.loader"},
     2: {"train"},

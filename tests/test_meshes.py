@@ -23,6 +23,7 @@ LOSS_BOUND = 2e-5
 def cfg(small_config):
     return small_config(**{
         "model.embed_dim": "32", "model.num_heads": "4", "model.vocab_size": "24",
+        "model.unroll": "1",
         "train.num_steps": "6", "checkpoint.every_steps": "3", "eval.every_steps": "0",
     })  # fmt: skip
 

@@ -9,7 +9,8 @@ import pytest
 from conftest import random_tokens, small_model
 
 from nanojaxgpt.attention import init_cache
-from nanojaxgpt.model import Transformer, decoding_params, init_params
+from nanojaxgpt.model import Transformer, init_params
+from nanojaxgpt.projection import decoding_params
 from nanojaxgpt.sample import Sampling, filter_logits, generate, stream
 from nanojaxgpt.sharding import unbox
 
@@ -85,7 +86,7 @@ def test_decoding_in_blocks_is_the_full_forward():
     full_BTV = jax.jit(Transformer(cfg).apply)({"params": weights}, ids_BT)[0]
     cache = init_cache(1, 8, 8, 2, 128, "float32")
     laid_out = decoding_params(weights, 8)
-    assert laid_out["layers"][0]["down_FD"].shape == (512, 256)
+    assert laid_out["layers"][0]["down_DF"].blocks_GIO.shape == (1, 512, 256)
     step = jax.jit(Transformer(cfg).apply)
     for at in range(6):
         logits_BTV, cache = step(
