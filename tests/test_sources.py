@@ -5,10 +5,23 @@ import os
 from pathlib import Path
 
 import pytest
+from conftest import SHARED, data_config
 
 from nanojaxgpt.data import sources
-from nanojaxgpt.data.sources import Document, read_documents, source_identity
+from nanojaxgpt.data.sources import Document
+from nanojaxgpt.data.sources import stdlib as stdlib_source
 from nanojaxgpt.errors import ConfigError, DataError
+
+SHAKESPEARE = SHARED / "data" / "tinyshakespeare.txt"
+needs_shakespeare = pytest.mark.skipif(not SHAKESPEARE.exists(), reason=f"no {SHAKESPEARE}")
+
+
+def read_documents(source, report=print, **changes):
+    return sources.read_documents(source, data_config(**changes), report)
+
+
+def source_identity(source, **changes):
+    return sources.source_identity(source, data_config(**changes))
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +51,7 @@ def test_stdlib_order_is_shuffled_and_repeats(stdlib):
 def test_stdlib_identity_follows_the_content(monkeypatch):
     before = source_identity("stdlib")
     assert before == source_identity("stdlib")
-    monkeypatch.setattr(sources, "stdlib_topics", lambda: iter([Document("topics/x", "y")]))
+    monkeypatch.setattr(stdlib_source, "stdlib_topics", lambda: iter([Document("topics/x", "y")]))
     assert source_identity("stdlib")["sha256"] != before["sha256"]
 
 
@@ -48,13 +61,13 @@ def test_stdlib_skips_what_is_not_utf8(tmp_path, monkeypatch):
     (tmp_path / "empty.py").touch()
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests/hidden.py").write_text("x = 2\n")
-    monkeypatch.setattr(sources.sysconfig, "get_path", lambda name: str(tmp_path))
-    assert list(sources.stdlib_modules()) == [Document("good.py", "x = 1\n")]
+    monkeypatch.setattr(stdlib_source.sysconfig, "get_path", lambda name: str(tmp_path))
+    assert list(stdlib_source.stdlib_modules()) == [Document("good.py", "x = 1\n")]
 
 
 def test_stdlib_without_any_part_is_an_error(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources.sysconfig, "get_path", lambda name: str(tmp_path / "absent"))
-    monkeypatch.setattr(sources, "stdlib_topics", lambda: iter(()))
+    monkeypatch.setattr(stdlib_source.sysconfig, "get_path", lambda name: str(tmp_path / "absent"))
+    monkeypatch.setattr(stdlib_source, "stdlib_topics", lambda: iter(()))
     with pytest.raises(DataError, match=r"data\.source=text:PATH"):
         list(read_documents("stdlib"))
 
@@ -132,5 +145,5 @@ def test_unknown_source_is_a_config_error(source):
 
 
 def test_unknown_kind_lists_the_known_ones():
-    with pytest.raises(ConfigError, match="known: stdlib, text"):
-        read_documents("tfds:lm1b")
+    with pytest.raises(ConfigError, match="known: stdlib, text, blocks, jsonl, tfds, hf"):
+        read_documents("csv:a")
