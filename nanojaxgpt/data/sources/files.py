@@ -10,11 +10,11 @@ import hashlib
 import importlib
 import io
 import json
-import os
 import re
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import takewhile
 from typing import Any, BinaryIO
 
 from etils import epath
@@ -143,9 +143,9 @@ def find_files(kind: str, location: str, endings: tuple[str, ...]) -> list[tuple
         raise DataError(f"{location} needs the package {package}: pip install {package}") from error
     if not paths:
         raise DataError(missing_files(kind, path, endings))
-    folders = [os.fspath(p.parent) for p in paths]
-    shared = epath.Path(os.path.commonpath(folders)) if len(set(folders)) > 1 else paths[0].parent
-    return sorted((p.relative_to(shared).as_posix(), p) for p in paths)
+    levels = zip(*(p.parent.parts for p in paths), strict=False)
+    shared = len([*takewhile(lambda names: len(set(names)) == 1, levels)])
+    return sorted(("/".join(p.parts[shared:]), p) for p in paths)
 
 
 def walk(folder: epath.Path, pattern: list[str]) -> Iterator[epath.Path]:
