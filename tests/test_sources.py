@@ -345,6 +345,18 @@ def test_dataset_needs_a_split_field_and_version_that_exist(tmp_path):
         list(read_documents("tfds:lambada:2.0.0", tfds_dir=str(tmp_path)))
 
 
+def test_prepared_dataset_that_can_not_be_read_is_named(tmp_path):
+    prepare_dataset(tmp_path, "lm1b", ["text"])
+    (records,) = (tmp_path / "lm1b/1.1.0").glob("lm1b-train.array_record*")
+    records.write_bytes(records.read_bytes()[:1000])
+    with pytest.raises(DataError, match=r"lm1b/1\.1\.0 can't be read"):
+        list(read_documents("tfds:lm1b", tfds_dir=str(tmp_path)))
+    info = tmp_path / "lm1b/1.1.0/dataset_info.json"
+    info.write_text(info.read_text().replace("array_record", "tfrecord"))
+    with pytest.raises(DataError, match=r"(?s)not in array_record format; .*file_format="):
+        list(read_documents("tfds:lm1b", tfds_dir=str(tmp_path)))
+
+
 @pytest.mark.parametrize("name", ["c4/en", "lm1b", "wiki40b"])
 def test_unprepared_dataset_is_refused_at_once(tmp_path, name):
     began = time.monotonic()

@@ -338,6 +338,17 @@ def test_killed_preparation_leaves_no_process(tmp_path, small_shards):
     assert store.num_tokens == 300 * 100_001
 
 
+def test_script_without_a_guard_is_told_so(corpus, tmp_path):
+    (tmp_path / "child.py").write_text(PARALLEL.replace('__name__ == "__main__"', "True"))
+    found = subprocess.run(
+        [sys.executable, tmp_path / "child.py", corpus, tmp_path / "cache"],
+        capture_output=True, text=True, timeout=60, check=False,
+        env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
+    )  # fmt: skip
+    assert found.returncode == 1
+    assert 'without `if __name__ == "__main__":`' in found.stderr.splitlines()[-1]
+
+
 def test_mixture_has_one_tokenizer_and_weights(corpus, tmp_path):
     (tmp_path / "b.jsonl").write_text('{"text": "ß"}\n{"text": "x"}\n')
     other = f"jsonl:{tmp_path}/b.jsonl"

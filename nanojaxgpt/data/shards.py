@@ -29,6 +29,8 @@ from nanojaxgpt.data.tokenizers import Tokenizer, load_tokenizer
 SHARD_BYTES = 32 << 20  # of text: a few seconds' work, so that little is lost to a kill
 EDGE_BYTES = 1 << 16  # of a file's beginning and end, hashed apart to tell large files quickly
 
+UNGUARDED = 'the script that trains does so without `if __name__ == "__main__":`'
+
 Shard = tuple[int, list[str]]  # its number and its texts
 
 
@@ -67,8 +69,7 @@ def write_in_parallel(folder: Path, shards: Iterator[Shard], num_workers: int) -
         except BrokenProcessPool as error:
             raise OSError(
                 "a process that tokenizes ended suddenly: for want of memory (lower "
-                "data.num_workers), or since the script that trains has no "
-                'if __name__ == "__main__"'
+                f"data.num_workers), or since {UNGUARDED}"
             ) from error
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -86,6 +87,11 @@ def start_worker() -> None:
         os._exit(1)
 
     threading.Thread(target=follow, daemon=True).start()
+
+
+def is_starting_worker() -> bool:
+    """Return whether this process is a worker that runs its parent's script to begin with."""
+    return getattr(multiprocessing.current_process(), "_inheriting", False)
 
 
 def write_shard_apart(folder: Path, number: int, texts: list[str]) -> None:

@@ -268,6 +268,8 @@ def making(folder: Path, report: Report) -> Iterator[Path | None]:
     if folder.exists():
         yield None
         return
+    if shards.is_starting_worker():  # it would wait for its parent, which waits for it
+        raise DataError(f"nothing is prepared here: {shards.UNGUARDED}")
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock_path, unfinished = (folder.with_name(folder.name + e) for e in (".lock", ".unfinished"))
     with open(lock_path, "w") as lock:

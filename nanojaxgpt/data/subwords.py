@@ -12,7 +12,8 @@ from nanojaxgpt.errors import DataError
 SPACE_MARK = "\u2581"  # how SentencePiece writes a space inside its pieces
 WORD_START = re.compile("(?<=[^ ]) ")
 AFTER_LETTER = re.compile(r"(?<=\S) ")
-SAMPLE_CHARS = 4_000_000  # what a tokenizer is trained on, at most; a second's work
+# What a tokenizer is trained on, at most: a few seconds' work for merges, twenty for unigrams.
+SAMPLE_CHARS = {"bpe": 4_000_000, "unigram": 1_000_000}
 CHUNK_CHARS = 2_000
 # Characters that SentencePiece keeps for itself; it skips any text that has the second.
 RESERVED = str.maketrans({SPACE_MARK: " ", "\u2585": " "})
@@ -28,7 +29,7 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, algorithm: str) -
     """
     texts = join_short(texts, CHUNK_CHARS)
     chunks = (chunk for text in texts for chunk in cut_at_words(text, CHUNK_CHARS))
-    sample = draw_sample(chunks, SAMPLE_CHARS // CHUNK_CHARS)
+    sample = draw_sample(chunks, SAMPLE_CHARS[algorithm] // CHUNK_CHARS)
     if not any(chunk.strip() for chunk in sample):
         raise DataError("the corpus has no text to train a tokenizer on")
     model = io.BytesIO()
