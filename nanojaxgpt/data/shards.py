@@ -51,7 +51,8 @@ def write_shards(
             write_shard(folder, number, texts, tokenizer)
     else:
         write_in_parallel(folder, chain(first, waiting), num_workers)
-    return [json.loads(path.read_text()) for path in sorted(folder.glob("[0-9]*.json"))]
+    finished = sorted(folder.glob("[0-9]*.json"), key=lambda path: int(path.stem))
+    return [json.loads(path.read_text()) for path in finished]
 
 
 def write_in_parallel(folder: Path, shards: Iterator[Shard], num_workers: int) -> None:
