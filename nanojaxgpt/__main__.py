@@ -22,6 +22,7 @@ nanojaxgpt VERB ...
   train  --config=EXPERIMENT.py[:VARIANT] [--run=RUN]   train, or go on where RUN stopped
   eval   RUN                                            validation loss, bits per byte
   sample RUN --prompt=TEXT                              text, streamed as it is made
+  prepare --config=EXPERIMENT.py[:VARIANT]              the corpus as tokens, as train would
 
 Every field of the config can be set: --config.optim.learning_rate=3e-4. VERB --help says more.
 """
@@ -77,19 +78,41 @@ def train(arguments: list[str]) -> None:
 
     Without --config, RUN's own config; without RUN, runs/EXPERIMENT[-VARIANT].
     """
-    settings = {"default": "", "help": "the experiment: FILE.py or FILE.py:VARIANT"}
-    parsed = parse("train", arguments, {"config": settings})
-    if parsed.config:
-        cfg = config.load_config(parsed.config, parsed.overrides)
-    elif parsed.run:
-        cfg = config.override_config(rundir.load_run(Path(parsed.run)), parsed.overrides)
-    else:
-        raise ConfigError("say what to train: --config=experiments/quickstart.py, or a RUN")
+    parsed, cfg = open_experiment("train", arguments)
     name, _, variant = parsed.config.partition(":")
     run = Path(parsed.run or Path("runs") / (Path(name).stem + (f"-{variant}" if variant else "")))
     from nanojaxgpt.train import fit
 
     fit(cfg, run)
+
+
+def prepare(arguments: list[str]) -> None:
+    """Make the token stores of an experiment or a RUN ahead of its training; print what they hold.
+
+    A preparation that was stopped goes on; one that was done is opened and checked.
+    """
+    _, cfg = open_experiment("prepare", arguments)
+    from nanojaxgpt.data import store
+    from nanojaxgpt.data.sources import DataConfig
+
+    said: list[str] = []
+
+    def report(line: str) -> None:
+        said.append(line)
+        warn(line)
+
+    corpus = store.prepare(DataConfig(**cfg.data), config.cache_dir(cfg), report)
+    print_table(store.describe(corpus))
+    if not said:
+        warn("all of it was already there")
+
+
+def print_table(rows: list[tuple[str, ...]]) -> None:
+    """Print rows in columns: the first and the last to the left, the numbers to the right."""
+    *widths, _ = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for first, *numbers, last in rows:
+        cells = [n.rjust(width) for n, width in zip(numbers, widths[1:], strict=True)]
+        print("  ".join([first.ljust(widths[0]), *cells, last]))
 
 
 def evaluate(arguments: list[str]) -> None:
@@ -204,6 +227,18 @@ def chosen_step(run: Path, text: str) -> int:
     return min(losses, key=losses.get)
 
 
+def open_experiment(verb: str, arguments: list[str]) -> tuple[Any, ConfigDict]:
+    """Return the parsed arguments of a verb, and the config of its --config or else of its RUN."""
+    settings = {"default": "", "help": "the experiment: FILE.py or FILE.py:VARIANT"}
+    parsed = parse(verb, arguments, {"config": settings})
+    if parsed.config:
+        return parsed, config.load_config(parsed.config, parsed.overrides)
+    if parsed.run:
+        cfg = rundir.load_run(Path(parsed.run))
+        return parsed, config.override_config(cfg, parsed.overrides)
+    raise ConfigError(f"say what to {verb}: --config=experiments/quickstart.py, or a RUN")
+
+
 def open_run(
     verb: str, arguments: list[str], options: dict[str, dict[str, Any]]
 ) -> tuple[Any, ConfigDict]:
@@ -226,6 +261,7 @@ VERBS: dict[str, Callable[[list[str]], None]] = {
     "train": train,
     "eval": evaluate,
     "sample": sample,
+    "prepare": prepare,
 }
 
 

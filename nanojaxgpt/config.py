@@ -64,9 +64,9 @@ def base_config() -> ConfigDict:
     )
     cfg.data = ConfigDict(
         dict(
-            source="stdlib",  # KIND[:LOCATION], see docs/data.md; here stdlib, text:PATH
+            source="stdlib",  # KIND[:LOCATION]: stdlib, text:PATH, jsonl:PATH, ...; docs/data.md
             mixture=(),  # in place of source: ("3 text:a.txt", "1 text:b.txt"), weight and source
-            tokenizer="bytes",  # bytes, chars, sentencepiece (trained here), sentencepiece:FILE
+            tokenizer="bytes",  # bytes, chars, sentencepiece, gpt2:FOLDER, hf:FILE; docs/data.md
             tokenizer_vocab_size=1024,  # of a tokenizer trained here
             packing="wrap",  # wrap: the stream cut at seq_len; pack: documents whole and apart
             validation_fraction=0.1,  # the tail of each source that is never trained on

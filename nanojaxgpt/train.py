@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from nanojaxgpt import checkpoint, metrics, optim, sharding
 from nanojaxgpt.config import cache_dir
 from nanojaxgpt.data.loader import Batch, make_eval_batches, make_train_rows
+from nanojaxgpt.data.sources import DataConfig
 from nanojaxgpt.data.store import Store, prepare
 from nanojaxgpt.errors import ConfigError, NonFiniteError
 from nanojaxgpt.evaluate import evaluate, make_eval_step
@@ -144,8 +145,7 @@ def resolve(cfg: ConfigDict, store: Store) -> ConfigDict:
 
 def prepare_data(cfg: ConfigDict, report: Callable[[str], None]) -> Store:
     """Return the token store of the config's corpus, made now where it is not there yet."""
-    data = cfg.data
-    return prepare(data.source, data.tokenizer, data.tokenizer_vocab_size, cache_dir(cfg), report)
+    return prepare(DataConfig(**cfg.data), cache_dir(cfg), report).parts[0].store
 
 
 def make_job(cfg: ConfigDict, store: Store, mesh: Mesh, loss_fn: LossFn | None = None) -> Job:

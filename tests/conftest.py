@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from nanojaxgpt.config import base_config, override_config
+from nanojaxgpt.data.sources import DataConfig
 from nanojaxgpt.model import ModelConfig
 
 jax.config.update("jax_platforms", "cpu")
@@ -26,6 +27,11 @@ def small_model(**changes) -> ModelConfig:
     """Return a model config of 2 layers, 16 wide, with `changes`."""
     small = dict(num_layers=2, embed_dim=16, num_heads=2, seq_len=16, vocab_size=31)
     return ModelConfig(**(base_config().model.to_dict() | small | changes))
+
+
+def data_config(**changes) -> DataConfig:
+    """Return the default data config with `changes`."""
+    return DataConfig(**(base_config().data.to_dict() | changes))
 
 
 def random_tokens(*shape: int, vocab_size: int = 31, seed: int = 0) -> np.ndarray:

@@ -344,7 +344,7 @@ def test_run_without_a_checkpoint(verb, run, tmp_path, refused):
     assert "has no checkpoint yet" in refused(CHECKPOINT, verb, run)
 
 
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("verb", ["train", "eval", "sample"])
 def test_run_whose_checkpoints_are_all_corrupted(verb, run, tmp_path, refused):
     run = copy(run, tmp_path / "run")
     harmed = 0

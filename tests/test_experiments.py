@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, SHARED
+from conftest import ROOT, SHARED, data_config
 
 from nanojaxgpt.config import check_config, load_config, load_module
 from nanojaxgpt.errors import ConfigError
@@ -45,6 +45,7 @@ def test_shakespeare_is_nanogpts_split(tmp_path):
         pytest.skip(f"needs Tiny Shakespeare at {text}")
     from nanojaxgpt.data.store import prepare
 
-    store = prepare(f"text:{text}", "chars", 1024, tmp_path, report=lambda _: None)
+    data = data_config(source=f"text:{text}", tokenizer="chars")
+    store = prepare(data, tmp_path, report=lambda _: None).parts[0].store
     assert store.tokenizer.vocab_size == 65
     assert store.split(0.1) == ((0, 1_003_854), (1_003_854, 1_115_394))

@@ -5,18 +5,19 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT, SHARED, command, data_config
 
+from nanojaxgpt.data import shards as shards_module
+from nanojaxgpt.data import sources
 from nanojaxgpt.data import store as store_module
-from nanojaxgpt.data.sources import read_documents
 from nanojaxgpt.data.store import Store, open_store, prepare
 from nanojaxgpt.errors import ConfigError, DataError
 
-ROOT = Path(__file__).parents[1]
-SHARED = Path(os.environ.get("NANOJAXGPT_SHARED") or ROOT.parent / "shared")
 SHAKESPEARE = SHARED / "data" / "tinyshakespeare.txt"
 
 
@@ -30,8 +31,29 @@ def corpus(tmp_path):
     return f"text:{folder}"
 
 
-def prepare_quietly(source, tmp_path, spec="bytes", vocab_size=300):
-    return prepare(source, spec, vocab_size, tmp_path / "cache", report=lambda line: None)
+def prepare_corpus(source, tmp_path, spec="bytes", vocab_size=300, report=str, **changes):
+    """Prepare one source, or a mixture of several, in one process unless `changes` say so."""
+    named = dict(mixture=source) if isinstance(source, tuple) else dict(source=source)
+    fields = dict(num_workers=1, tokenizer=spec, tokenizer_vocab_size=vocab_size)
+    return prepare(data_config(**fields | named | changes), tmp_path / "cache", report)
+
+
+def prepare_quietly(*arguments, **more):
+    return prepare_corpus(*arguments, **more).parts[0].store
+
+
+def read_documents(source):
+    return sources.read_documents(source, data_config())
+
+
+def folders_of(cache):
+    return [path for path in cache.iterdir() if path.is_dir() and path.name != "tokenizers"]
+
+
+@pytest.fixture
+def small_shards(monkeypatch):
+    """Close a shard as soon as it has 100 bytes of text."""
+    monkeypatch.setattr(shards_module, "SHARD_BYTES", 100)
 
 
 @pytest.mark.parametrize("spec", ["bytes", "chars", "sentencepiece"])
@@ -45,9 +67,10 @@ def test_store_holds_every_document_and_its_end(spec, corpus, tmp_path):
             stop -= 1
             assert store.tokens[stop] == store.tokenizer.end_id
         assert store.tokenizer.decode(store.tokens[start:stop]) == document.text
-    assert store.manifest["bytes"] == sum(len(document.text.encode()) for document in documents)
+    assert store.manifest["text_bytes"] == sum(len(text.encode()) for _, text in documents)
     assert store.tokens.dtype == np.uint16
-    assert isinstance(store.tokens, np.memmap)
+    assert isinstance(store.document_starts, np.memmap)
+    assert isinstance(store.shards[0].base, np.memmap)
 
 
 def test_large_vocabulary_takes_four_bytes(tmp_path):
@@ -61,11 +84,12 @@ def test_large_vocabulary_takes_four_bytes(tmp_path):
 
 def test_second_time_opens_what_is_there(corpus, tmp_path, monkeypatch):
     lines = []
-    first = prepare(corpus, "bytes", 0, tmp_path / "cache", report=lines.append)
+    first = prepare_quietly(corpus, tmp_path, "chars", report=lines.append)
     assert len(lines) == 1
     assert "10 documents" in lines[0]
     monkeypatch.setattr(store_module, "train_tokenizer", None)
-    again = prepare(corpus, "bytes", 0, tmp_path / "cache", report=lines.append)
+    monkeypatch.setattr(store_module, "write_shards", None)
+    again = prepare_quietly(corpus, tmp_path, "chars", report=lines.append)
     assert again.folder == first.folder
     assert again.identity() == first.identity()
     assert len(lines) == 1
@@ -86,13 +110,17 @@ def test_refused_inputs_leave_nothing_behind(corpus, tmp_path):
         prepare_quietly(corpus, tmp_path, "words")
     with pytest.raises(DataError):
         prepare_quietly(corpus, tmp_path, "sentencepiece", 5000)
-    assert list((tmp_path / "cache").glob("*")) == []
+    Path(corpus.removeprefix("text:"), "5.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(DataError, match=r"5\.txt, line 1, byte 3: not UTF-8"):
+        prepare_quietly(corpus, tmp_path)
+    left = [path for path in (tmp_path / "cache").rglob("*") if not path.name.endswith(".lock")]
+    assert left == [tmp_path / "cache/tokenizers"]
 
 
 def test_cache_that_can_not_be_written_is_named(corpus, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(DataError, match=f"can't write the token store below {tmp_path}/file"):
-        prepare(corpus, "bytes", 0, tmp_path / "file", report=lambda line: None)
+    with pytest.raises(DataError, match=f"can't make the token store below {tmp_path}/file"):
+        prepare(data_config(source=corpus), tmp_path / "file")
 
 
 def truncate(path):
@@ -106,13 +134,25 @@ def flip_bit(path):
 
 
 @pytest.mark.parametrize("damage", [truncate, flip_bit, Path.unlink])
-@pytest.mark.parametrize("name", ["tokens.bin", "documents.npy", "tokenizer/sentencepiece.model"])
-def test_damaged_store_is_refused(name, damage, corpus, tmp_path):
+@pytest.mark.parametrize("name", ["00001.tokens", "documents.npy", "tokenizer/sentencepiece.model"])
+def test_damaged_store_is_refused(name, damage, corpus, tmp_path, small_shards):
     folder = prepare_quietly(corpus, tmp_path, "sentencepiece", 280).folder
     open_store(folder)
     damage(folder / name)
     with pytest.raises(DataError, match=f"(?s){Path(name).parts[0]}.*delete the folder {folder}"):
         prepare_quietly(corpus, tmp_path, "sentencepiece", 280)
+
+
+@pytest.mark.parametrize("limit", [store_module.HASHED_BYTES, 0])
+def test_swapped_shards_are_refused(limit, tmp_path, monkeypatch, small_shards):
+    (tmp_path / "a.jsonl").write_text("".join(f'{{"text": "{c * 100}"}}\n' for c in "abc"))
+    folder = prepare_quietly(f"jsonl:{tmp_path}/a.jsonl", tmp_path).folder
+    (folder / "00000.tokens").rename(folder / "x")
+    (folder / "00002.tokens").rename(folder / "00000.tokens")
+    (folder / "x").rename(folder / "00002.tokens")
+    monkeypatch.setattr(store_module, "HASHED_BYTES", limit)
+    with pytest.raises(DataError, match=r"00000\.tokens was altered"):
+        open_store(folder)
 
 
 @pytest.mark.parametrize("text", [None, "", "{", "[]", '{"format": 1}', '{"format": 0}'])
@@ -131,63 +171,235 @@ def test_tokenizer_of_another_store_is_refused(corpus, tmp_path):
         open_store(folder)
 
 
+def contents(folder):
+    """Return the bytes of every file below the folder by its name there."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+
+
+@pytest.mark.parametrize("spec", ["bytes", "sentencepiece"])
+def test_any_number_of_processes_writes_the_same(spec, corpus, tmp_path, small_shards):
+    one = prepare_quietly(corpus, tmp_path / "1", spec, 280, num_workers=1)
+    two = prepare_quietly(corpus, tmp_path / "2", spec, 280, num_workers=2)
+    assert len(one.manifest["shards"]) == 5
+    assert contents(one.folder) == contents(two.folder)
+    whole = np.concatenate([np.fromfile(path, "<u2") for path in one.folder.glob("*.tokens")])
+    assert len(whole) == one.num_tokens
+
+
+def test_shards_hold_whole_documents(corpus, tmp_path, monkeypatch):
+    one = prepare_quietly(corpus, tmp_path)
+    monkeypatch.setattr(shards_module, "SHARD_BYTES", 100)
+    many = prepare_quietly(corpus, tmp_path)
+    assert (len(one.shards), len(many.shards)) == (1, 5)
+    np.testing.assert_array_equal(one.tokens, many.tokens)
+    np.testing.assert_array_equal(one.document_starts, many.document_starts)
+    assert set(many.shard_starts[:-1]) <= set(many.document_starts)
+    assert many.num_documents == 10
+
+
+def test_rows_are_read_across_shards(corpus, tmp_path, small_shards):
+    store = prepare_quietly(corpus, tmp_path)
+    whole = store.tokens
+    for length in (1, 7, 100, 500, len(whole)):
+        starts_B = np.random.default_rng(length).integers(0, len(whole) - length + 1, 50)
+        rows = store.read(starts_B, length)
+        assert rows.dtype == np.uint16
+        np.testing.assert_array_equal(rows, [whole[start : start + length] for start in starts_B])
+
+
+def test_only_some_shards_are_open_at_once(corpus, tmp_path, monkeypatch, small_shards):
+    monkeypatch.setattr(store_module, "OPEN_SHARDS", 2)
+    store = prepare_quietly(corpus, tmp_path)
+    assert len(store.read(np.zeros(1, int), store.num_tokens)[0]) == store.num_tokens
+    assert store.shards._map.cache_info().currsize == 2
+
+
+# What the child tokenizes is written down; it stops, by SIGKILL or a file, at the fifth text.
 CHILD = """
 import os, signal, sys, time
 from pathlib import Path
-from nanojaxgpt.data import tokenizers
+from nanojaxgpt.config import base_config
+from nanojaxgpt.data import shards, tokenizers
+from nanojaxgpt.data.sources import DataConfig
 from nanojaxgpt.data.store import prepare
 
-source, cache, mode, flags = sys.argv[1:]
+source, cache, mode, flag = sys.argv[1:]
+shards.SHARD_BYTES = 100
 encode, calls = tokenizers.ByteTokenizer.encode, []
 
 def interrupted(self, text):
     calls.append(text)
     if mode == "kill" and len(calls) == 5:
         os.kill(os.getpid(), signal.SIGKILL)
-    if mode == "meet" and len(calls) == 5:
-        Path(flags, str(os.getpid())).touch()
-        while len(os.listdir(flags)) < 2:
+    if mode == "slow" and len(calls) == 5:
+        print("half", flush=True)
+        while not os.path.exists(flag):
             time.sleep(0.01)
     return encode(self, text)
 
 tokenizers.ByteTokenizer.encode = interrupted
-store = prepare(source, "bytes", 0, Path(cache), report=lambda line: None)
+data = DataConfig(**base_config().data.to_dict() | dict(source=source, num_workers=1))
+store = prepare(data, Path(cache), report=lambda line: print(line, flush=True)).parts[0].store
 print(len(calls), store.identity()["tokens"])
 """
 
 
 def start_child(source, tmp_path, mode):
-    (tmp_path / "flags").mkdir(exist_ok=True)
-    arguments = [source, str(tmp_path / "cache"), mode, str(tmp_path / "flags")]
+    arguments = [source, str(tmp_path / "cache"), mode, str(tmp_path / "flag")]
     return subprocess.Popen(
-        [sys.executable, "-c", CHILD, *arguments], stdout=subprocess.PIPE, text=True, cwd=ROOT
-    )
+        [sys.executable, "-c", CHILD, *arguments], stdout=subprocess.PIPE, text=True, cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
 
 
-def test_two_processes_at_once_agree(corpus, tmp_path):
-    children = [start_child(corpus, tmp_path, "meet") for _ in range(2)]
-    printed = [child.communicate(timeout=60)[0].split() for child in children]
-    assert [child.returncode for child in children] == [0, 0]
-    assert printed[0] == printed[1]
-    assert printed[0][0] == "10"  # each of them built, neither waited for the other
-    (folder,) = (tmp_path / "cache").iterdir()
-    assert open_store(folder).identity()["tokens"] == printed[0][1]
+def test_second_process_waits_and_says_so(corpus, tmp_path):
+    first = start_child(corpus, tmp_path, "slow")
+    assert first.stdout.readline() == "half\n"
+    second = start_child(corpus, tmp_path, "plain")
+    assert "another process is making" in second.stdout.readline()
+    (tmp_path / "flag").touch()
+    (*_, made), (*_, found) = (child.communicate(timeout=60)[0].split("\n")[:-1]
+                              for child in (first, second))  # fmt: skip
+    assert made.split()[0] == "10"
+    assert found.split() == ["0", made.split()[1]]
 
 
-def test_killed_preparation_is_never_used(corpus, tmp_path):
+def test_killed_preparation_goes_on_where_it_was(corpus, tmp_path, small_shards):
     child = start_child(corpus, tmp_path, "kill")
     child.communicate(timeout=60)
     assert child.returncode == -signal.SIGKILL
-    (stale,) = (tmp_path / "cache").iterdir()
-    assert not (stale / "manifest.json").exists()
+    (unfinished,) = folders_of(tmp_path / "cache")
+    assert unfinished.name.endswith(".unfinished")
+    (unfinished / "00003.tokens.123").touch()  # as a kill within a write leaves it
+    done = len(list(unfinished.glob("*.json")))
+    child = start_child(corpus, tmp_path, "plain")
+    calls = int(child.communicate(timeout=60)[0].split("\n")[-2].split()[0])
+    assert 0 < done < 5
+    assert calls <= 10 - done
     store = prepare_quietly(corpus, tmp_path)
-    assert store.folder != stale
-    assert store.manifest["documents"] == 10
+    fresh = prepare_quietly(corpus, tmp_path / "fresh")
+    assert contents(store.folder) == contents(fresh.folder)
+    assert folders_of(tmp_path / "cache") == [store.folder]
+
+
+def alive(pid):
+    """Return whether a process runs; one that ended and waits for its parent does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
+    except OSError:
+        return False
+
+
+# Every text takes a tenth of a second in a process of its own, which the parent's end must end.
+PARALLEL = """
+import multiprocessing, sys, threading, time
+from pathlib import Path
+from nanojaxgpt.config import base_config
+from nanojaxgpt.data import shards
+from nanojaxgpt.data.sources import DataConfig
+from nanojaxgpt.data.store import prepare
+
+if __name__ == "__main__":
+    shards.SHARD_BYTES = 100
+    def tell():
+        while not list(Path(sys.argv[2]).glob("*/00001.json")):
+            time.sleep(0.005)
+        print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+    threading.Thread(target=tell, daemon=True).start()
+    data = base_config().data.to_dict() | dict(source=sys.argv[1], num_workers=2)
+    prepare(DataConfig(**data), Path(sys.argv[2]))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="no /proc")
+def test_killed_preparation_leaves_no_process(tmp_path, small_shards):
+    line = json.dumps({"text": "word " * 20_000}) + "\n"
+    (tmp_path / "a.jsonl").write_text(line * 300)
+    (tmp_path / "child.py").write_text(PARALLEL)
+    source = f"jsonl:{tmp_path}/a.jsonl"
+    child = subprocess.Popen(
+        [sys.executable, tmp_path / "child.py", source, tmp_path / "cache"],
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    workers = [int(pid) for pid in child.stdout.readline().split()]
+    child.kill()
+    child.wait()
+    assert len(workers) == 2
+    waited = time.monotonic()
+    while any(map(alive, workers)) and time.monotonic() - waited < 20:
+        time.sleep(0.02)
+    assert not any(map(alive, workers))
+    (unfinished,) = folders_of(tmp_path / "cache")
+    kept = {path.name: path.stat().st_mtime_ns for path in unfinished.glob("*.tokens")}
+    assert 1 < len(kept) < 300
+    store = prepare_quietly(source, tmp_path, num_workers=2)
+    same = [name for name, when in kept.items()
+            if (store.folder / name).stat().st_mtime_ns == when]  # fmt: skip
+    assert len(same) > len(kept) - 3  # but for those whose description was not written yet
+    assert store.num_tokens == 300 * 100_001
+
+
+def test_script_without_a_guard_is_told_so(corpus, tmp_path):
+    (tmp_path / "child.py").write_text(PARALLEL.replace('__name__ == "__main__"', "True"))
+    found = subprocess.run(
+        [sys.executable, tmp_path / "child.py", corpus, tmp_path / "cache"],
+        capture_output=True, text=True, timeout=60, check=False,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert found.returncode == 1
+    assert 'without `if __name__ == "__main__":`' in found.stderr.splitlines()[-1]
+
+
+def test_mixture_has_one_tokenizer_and_weights(corpus, tmp_path):
+    (tmp_path / "b.jsonl").write_text('{"text": "ß"}\n{"text": "x"}\n')
+    other = f"jsonl:{tmp_path}/b.jsonl"
+    mixed = prepare_corpus((f"3 {corpus}", f"0.5 {other}"), tmp_path, "chars")
+    assert [(part.source, str(part.weight)) for part in mixed.parts] == [
+        (corpus, "3"),
+        (other, "1/2"),
+    ]
+    assert "ß" in mixed.tokenizer.characters
+    assert len({part.store.tokenizer.content_hash() for part in mixed.parts}) == 1
+    assert mixed.parts[1].store.num_tokens == 2
+    again = prepare_corpus((f"3 {corpus}", f"1 {other}"), tmp_path, "chars")
+    assert again.parts[1].store.folder == mixed.parts[1].store.folder
+    assert again.identity() != mixed.identity()
+    assert json.loads(json.dumps(mixed.identity())) == mixed.identity()
+
+
+def test_validation_source_has_its_own_store(corpus, tmp_path):
+    (tmp_path / "held.txt").write_text("document")
+    held = f"text:{tmp_path}/held.txt"
+    found = prepare_corpus(corpus, tmp_path, "chars", validation_source=held)
+    assert found.validation.num_tokens == 8
+    assert found.validation.tokenizer.content_hash() == found.tokenizer.content_hash()
+    assert found.identity()["validation"] == found.validation.identity()
+    plain = prepare_corpus(corpus, tmp_path, "chars")
+    assert plain.validation is None
+    assert plain.tokenizer.content_hash() == found.tokenizer.content_hash()
+    with pytest.raises(ConfigError, match=r"data\.validation_source=.* is what is trained on"):
+        prepare_corpus(corpus, tmp_path, "chars", validation_source=corpus + "/*.txt")
+
+
+def test_skipped_texts_are_counted(corpus, tmp_path):
+    lines = ['{"text": "good"}', "{", '{"body": 1}', '{"text": "\\ud800"}', '{"text": "fine"}']
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    said, source = [], f"jsonl:{tmp_path}/a.jsonl"
+    store = prepare_quietly(source, tmp_path, "chars", report=said.append, bad_text="skip")
+    assert store.num_documents == 2
+    for line, problem in zip(said, (":2 is not JSON", ":3 has no field", ":4 holds"), strict=False):
+        assert problem in line
+    assert said[3] == f"skipped 3 bad texts of {source}"
+    with pytest.raises(DataError, match=r"a\.jsonl:2 is not JSON.*data\.bad_text=skip"):
+        prepare_quietly(source, tmp_path)
 
 
 def make_store(lengths):
     starts = np.cumsum([0, *lengths[:-1]])
-    return Store(Path(), {}, np.zeros(sum(lengths), np.uint16), starts, None)
+    tokens = np.zeros(sum(lengths), np.uint16)
+    return Store(Path(), {}, [tokens], np.array([0, len(tokens)]), starts, None)
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.05, 0.1, 0.3, 0.5, 0.9, 0.999])
@@ -211,6 +423,13 @@ def test_split_cuts_at_the_last_border_before_the_fraction():
     assert make_store([30, 70]).split(0.0) == ((0, 100), (100, 100))
 
 
+def test_split_by_documents():
+    assert make_store([30, 30, 30, 10]).split(0.5, 1) == ((0, 90), (90, 100))
+    assert make_store([30, 30, 30, 10]).split(0.0, 3) == ((0, 30), (30, 100))
+    with pytest.raises(DataError, match="validation_documents=4 leaves nothing"):
+        make_store([30, 30, 30, 10]).split(0.1, 4)
+
+
 @pytest.mark.skipif(not SHAKESPEARE.exists(), reason=f"no {SHAKESPEARE}")
 def test_tinyshakespeare_is_split_as_published(tmp_path):
     store = prepare_quietly(f"text:{SHAKESPEARE}", tmp_path, "chars")
@@ -218,14 +437,25 @@ def test_tinyshakespeare_is_split_as_published(tmp_path):
     assert store.split(0.1) == ((0, 1_003_854), (1_003_854, 1_115_394))
 
 
+@pytest.mark.skipif(not SHAKESPEARE.exists(), reason=f"no {SHAKESPEARE}")
+def test_tinyshakespeare_gives_the_same_tokens_from_its_builder(tmp_path):
+    folders = dict(manual_dir=str(SHAKESPEARE.parent), tfds_dir=str(tmp_path / "tfds"))
+    plain = prepare_quietly(f"text:{SHAKESPEARE}", tmp_path, "chars")
+    built = prepare_quietly("tfds:tiny_shakespeare", tmp_path, "chars", **folders)
+    assert built.folder != plain.folder
+    np.testing.assert_array_equal(built.tokens, plain.tokens)
+
+
 def test_progress_is_shown_on_a_terminal_alone(corpus, monkeypatch, capsys):
     ticks = iter(range(1000))
-    monkeypatch.setattr(store_module.time, "monotonic", lambda: next(ticks))
+    monkeypatch.setattr(shards_module.time, "monotonic", lambda: next(ticks))
     documents = list(read_documents(corpus))
-    assert list(store_module.show_progress(iter(documents))) == documents
+    assert list(shards_module.show_progress(iter(documents))) == documents
     assert capsys.readouterr() == ("", "")
+    assert list(shards_module.show_progress(iter(documents * 4))) == documents * 4
+    assert capsys.readouterr().err.startswith("tokenizing: 30 documents, 0.0 M characters\n")
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    assert list(store_module.show_progress(iter(documents))) == documents
+    assert list(shards_module.show_progress(iter(documents))) == documents
     printed = capsys.readouterr().err
     assert "\rtokenizing: 9 documents" in printed
     assert "\n" not in printed
@@ -234,7 +464,30 @@ def test_progress_is_shown_on_a_terminal_alone(corpus, monkeypatch, capsys):
 def test_manifest_is_complete(corpus, tmp_path):
     store = prepare_quietly(corpus, tmp_path)
     manifest = json.loads((store.folder / "manifest.json").read_text())
-    assert manifest["tokens"] == len(store.tokens)
-    assert manifest["files"]["tokens.bin"]["bytes"] == 2 * len(store.tokens)
+    assert manifest["tokens"] == store.num_tokens
+    (shard,) = manifest["shards"]
+    assert shard["size"] == 2 * store.num_tokens
+    assert (shard["documents"], shard["text_bytes"]) == (10, manifest["text_bytes"])
     assert manifest["source"]["kind"] == "text"
     assert set(store.identity()) == {"source", "tokenizer", "tokens", "documents"}
+
+
+def test_prepare_prints_a_table_and_is_instant_the_second_time(corpus, tmp_path):
+    arguments = ["prepare", "--config=experiments/quickstart.py",
+                 f"--config.data.source={corpus}", "--config.data.tokenizer=bytes",
+                 f"--config.data.cache_dir={tmp_path}/cache"]  # fmt: skip
+    first = command(*arguments)
+    assert first.returncode == 0, first.stderr
+    header, row = first.stdout.splitlines()
+    (folder,) = folders_of(tmp_path / "cache")
+    assert header.split() == ["source", "documents", "bytes", "tokens", "bytes/token", "shards",
+                              "folder"]  # fmt: skip
+    store = open_store(folder)
+    assert row.split() == [corpus, "10", f"{store.manifest['text_bytes']:,}",
+                           f"{store.num_tokens:,}", "0.99", "1", str(folder)]  # fmt: skip
+    again = command(*arguments)
+    assert again.stdout == first.stdout
+    assert "already there" in again.stderr
+    wrong = command(*arguments, "--config.data.source=text:/absent")
+    assert wrong.returncode == 3
+    assert "no file, folder or glob /absent" in wrong.stderr

@@ -1,64 +1,95 @@
-"""In: a source and a tokenizer's spec. Out: the corpus as token ids on disk, opened as a memmap."""
+"""In: the config's section `data`. Out: its corpus as token ids on disk, opened as memmaps."""
 
+import fcntl
+import functools
 import hashlib
 import json
 import os
 import shutil
-import sys
 import time
-import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from nanojaxgpt.data.sources import Document, read_documents, source_identity
+from nanojaxgpt.data import shards
+from nanojaxgpt.data.shards import describe_file, edge_hash, read_lengths, token_dtype, write_shards
+from nanojaxgpt.data.sources import DataConfig, read_documents, source_identity, weighted_sources
 from nanojaxgpt.data.tokenizers import (
+    TRAINED,
     Tokenizer,
     load_tokenizer,
-    tokenizer_identity,
+    read_tokenizer,
     train_tokenizer,
 )
-from nanojaxgpt.errors import DataError
+from nanojaxgpt.errors import ConfigError, DataError, UserError
 
-FORMAT = 1  # raise it whenever the same source and spec would give other tokens or files
-HASHED_BYTES = 256 << 20  # above this, opening checks sizes alone: hashing takes a second per GB
+FORMAT = 2  # raise it whenever the same source and tokenizer would give other tokens or files
+HASHED_BYTES = 256 << 20  # of a store: a larger one is checked by sizes and its shards' edges
+OPEN_SHARDS = 256  # each mapped file costs a descriptor, of which a process often has 1,024
 
 Span = tuple[int, int]  # token positions [start, stop)
+Report = Callable[[str], object]
 
 
 @dataclass(frozen=True)
 class Store:
-    """A tokenized corpus: each document's tokens, then the end token where there is one."""
+    """A tokenized source: each document's tokens, then the end token where there is one."""
 
     folder: Path
     manifest: dict[str, Any]
-    tokens: np.ndarray  # uint16 or uint32 [num_tokens], on disk
-    document_starts: np.ndarray  # int64 [num_documents]
+    shards: Sequence[np.ndarray]  # uint16 or uint32, on disk
+    shard_starts: np.ndarray  # int64 [num_shards + 1], the last one is num_tokens
+    document_starts: np.ndarray  # int64 [num_documents], on disk
     tokenizer: Tokenizer
 
     @property
     def num_tokens(self) -> int:
         """All tokens, of training and validation."""
-        return len(self.tokens)
+        return int(self.shard_starts[-1])
+
+    @property
+    def num_documents(self) -> int:
+        """All documents, of training and validation."""
+        return len(self.document_starts)
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """All tokens as one array: a memmap of the only shard, else a copy in memory."""
+        return self.shards[0] if len(self.shards) == 1 else np.concatenate(list(self.shards))
 
     def read(self, starts_B: np.ndarray, length: int) -> np.ndarray:
         """Return [B, length]: the tokens from each start on, in the store's own dtype.
 
         Every start must leave `length` tokens up to the end of the store.
         """
-        windows = np.lib.stride_tricks.sliding_window_view(self.tokens, length)
-        return windows[starts_B]
+        starts_B = np.asarray(starts_B, np.int64)
+        shard_B = np.searchsorted(self.shard_starts, starts_B, side="right") - 1
+        offset_B = starts_B - self.shard_starts[shard_B]
+        rows = np.empty((len(starts_B), length), self.shards[0].dtype)
+        # A loop over slices takes half a microsecond a row; indexing windows takes twenty a shard.
+        for row, number, offset in zip(rows, shard_B.tolist(), offset_B.tolist(), strict=True):
+            piece = self.shards[number][offset : offset + length]
+            row[: len(piece)] = piece
+            filled = len(piece)
+            while filled < length:
+                number += 1
+                piece = self.shards[number][: length - filled]
+                row[filled : filled + len(piece)] = piece
+                filled += len(piece)
+        return rows
 
     def identity(self) -> dict[str, str]:
         """Return the hashes that name the source, the tokenizer and the tokens."""
         return dict(
             source=content_key(self.manifest["source"]),
             tokenizer=self.manifest["tokenizer_hash"],
-            tokens=self.manifest["files"]["tokens.bin"]["sha256"],
-            documents=self.manifest["files"]["documents.npy"]["sha256"],
+            tokens=content_key([shard["sha256"] for shard in self.manifest["shards"]]),
+            documents=self.manifest["documents_file"]["sha256"],
         )
 
     def split(self, validation_fraction: float, validation_documents: int = 0) -> tuple[Span, Span]:
@@ -66,69 +97,250 @@ class Store:
 
         `validation_documents` counts from the end. Else one document is cut at its token
         int(n * (1 - validation_fraction)); several at the last border up to there, or at the
-        first one if the first document reaches further.
+        first one if the first document reaches further. Raises DataError where the documents
+        asked for leave none to train on.
         """
-        num_tokens = len(self.tokens)
-        cut = int(num_tokens * (1 - validation_fraction))
-        if len(self.document_starts) > 1:
-            borders = np.append(self.document_starts[1:], num_tokens)
-            cut = int(borders[max(np.searchsorted(borders, cut, side="right") - 1, 0)])
-        return (0, cut), (cut, num_tokens)
+        if validation_documents >= self.num_documents:
+            raise DataError(
+                f"data.validation_documents={validation_documents} leaves nothing to train on: "
+                f"{self.folder} has {self.num_documents:,} documents"
+            )
+        cut = int(self.num_tokens * (1 - validation_fraction))
+        if validation_documents:
+            cut = int(self.document_starts[-validation_documents])
+        elif self.num_documents > 1 and cut < self.num_tokens:
+            last = np.searchsorted(self.document_starts, cut, side="right") - 1
+            cut = int(self.document_starts[max(last, 1)])
+        return (0, cut), (cut, self.num_tokens)
 
 
-def prepare(
-    source: str,
-    tokenizer_spec: str,
-    tokenizer_vocab_size: int,
-    cache_dir: Path,
-    report: Callable[[str], object] = print,
-) -> Store:
-    """Return the store of this corpus and tokenizer, building it below `cache_dir` if need be.
+class Part(NamedTuple):
+    """A source to train on, how often relative to the others, and its tokens."""
 
-    The folder appears under its name only when it is complete, so that a killed or a second
-    process does no harm. Raises ConfigError and DataError as the source and the tokenizer do, and
-    DataError where the store can't be written or was altered.
+    source: str
+    weight: Fraction
+    store: Store
+
+
+class Corpus(NamedTuple):
+    """All that is trained on, by one tokenizer, and `data.validation_source` where it is set."""
+
+    parts: tuple[Part, ...]
+    validation: Store | None
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of every part."""
+        return self.parts[0].store.tokenizer
+
+    def identity(self) -> dict[str, Any]:
+        """Return the hashes of every part with its weight, ready for JSON."""
+        parts = [{"weight": str(part.weight), **part.store.identity()} for part in self.parts]
+        return dict(parts=parts, validation=self.validation.identity() if self.validation else {})
+
+
+class Shards(Sequence):
+    """The shards of a store, each mapped when it is first read; the last OPEN_SHARDS stay so."""
+
+    def __init__(self, folder: Path, files: list[str], dtype: np.dtype) -> None:
+        self._paths, self._dtype = [folder / file for file in files], dtype
+        self._map = functools.lru_cache(OPEN_SHARDS)(self._open)
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, number: int) -> np.ndarray:
+        return self._map(number)
+
+    def _open(self, number: int) -> np.ndarray:
+        path = self._paths[number]  # IndexError ends an iteration
+        if not path.stat().st_size:
+            return np.zeros(0, self._dtype)
+        return np.asarray(np.memmap(path, self._dtype, "r"))  # slices of a memmap cost more
+
+
+def prepare(data: DataConfig, cache_dir: Path, report: Report = print) -> Corpus:
+    """Return the corpus, building below `cache_dir` what is not there yet.
+
+    Raises ConfigError and DataError as the sources and the tokenizer do, ConfigError where the
+    validation source is one to train on, and DataError where a store can't be written or was
+    altered.
     """
-    source_content = source_identity(source)
-    tokenizer_content = tokenizer_identity(tokenizer_spec, tokenizer_vocab_size)
-    key = content_key(dict(format=FORMAT, source=source_content, tokenizer=tokenizer_content))
-    folder = Path(cache_dir) / key
-    if folder.exists():
-        return open_store(folder)
-    unfinished = folder.with_name(f"{key}.unfinished-{uuid.uuid4().hex[:8]}")
+    weighted = weighted_sources(data)
+    contents = [source_identity(source, data) for _, source in weighted]
+    if data.validation_source:
+        held_out = source_identity(data.validation_source, data)
+        for (_, source), content in zip(weighted, contents, strict=True):
+            if content == held_out:
+                raise ConfigError(
+                    f"data.validation_source={data.validation_source} is what is trained on, "
+                    f"{source}; name another, or split by data.validation_fraction"
+                )
     try:
-        (unfinished / "tokenizer").mkdir(parents=True)
-        started = time.perf_counter()
-        texts = (document.text for document in read_documents(source))
-        tokenizer = train_tokenizer(tokenizer_spec, texts, tokenizer_vocab_size)
-        manifest = write_store(unfinished, source_content, read_documents(source), tokenizer)
-        seconds = time.perf_counter() - started
-        publish(unfinished, folder)
+        tokenizer = prepare_tokenizer(data, contents, Path(cache_dir), report)
+        parts = tuple(
+            Part(source, weight, prepare_store(source, content, tokenizer, data, cache_dir, report))
+            for (weight, source), content in zip(weighted, contents, strict=True)
+        )
+        validation = None
+        if source := data.validation_source:
+            validation = prepare_store(source, held_out, tokenizer, data, cache_dir, report)
     except OSError as error:
-        raise DataError(f"can't write the token store below {cache_dir}: {error}") from error
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-    report(
-        f"tokenized {source}: {manifest['documents']:,} documents, {manifest['bytes']:,} bytes, "
-        f"{manifest['tokens']:,} tokens of {tokenizer.vocab_size:,} in {seconds:.1f} s: {folder}"
-    )
+        raise DataError(f"can't make the token store below {cache_dir}: {error}") from error
+    return Corpus(parts, validation)
+
+
+def describe(corpus: Corpus) -> list[tuple[str, ...]]:
+    """Return a table of the corpus as text: a header, then a row for each source."""
+    header = ("source", "documents", "bytes", "tokens", "bytes/token", "shards", "folder")
+    rows = [(part.source, part.store) for part in corpus.parts]
+    rows += [("validation", corpus.validation)] if corpus.validation else []
+    table = [header]
+    for name, store in rows:
+        text_bytes = store.manifest["text_bytes"]
+        counts = store.num_documents, text_bytes, store.num_tokens
+        ratio = f"{text_bytes / max(store.num_tokens, 1):.2f}"
+        cells = *map("{:,}".format, counts), ratio, f"{len(store.shards):,}", str(store.folder)
+        table.append((name, *cells))
+    return table
+
+
+def prepare_tokenizer(
+    data: DataConfig, contents: list[dict[str, Any]], cache_dir: Path, report: Report
+) -> Tokenizer:
+    """Return the tokenizer of `data`; one that learns does so once for the same sources."""
+    if data.tokenizer not in TRAINED:
+        return read_tokenizer(data.tokenizer)
+    size = data.tokenizer_vocab_size if TRAINED[data.tokenizer] else 0
+    content = dict(format=FORMAT, kind=data.tokenizer, vocab_size=size, sources=contents)
+    content["bad_text"] = data.bad_text
+    folder = cache_dir / "tokenizers" / content_key(content)
+    with making(folder, report) as unfinished:
+        if unfinished:
+            texts = (
+                document.text
+                for _, source in weighted_sources(data)
+                for document in read_documents(source, data, report=lambda _: None)
+            )
+            tokenizer = train_tokenizer(data.tokenizer, texts, data.tokenizer_vocab_size)
+            tokenizer.save(unfinished)
+    try:
+        return load_tokenizer(folder)
+    except DataError as error:
+        raise refusal(folder, "tokenizer.json", f"can't be used ({error})") from error
+
+
+def prepare_store(
+    source: str,
+    content: dict[str, Any],
+    tokenizer: Tokenizer,
+    data: DataConfig,
+    cache_dir: Path,
+    report: Report,
+) -> Store:
+    """Return the store of one source, whose identity is `content`, tokenized where it is not."""
+    key = dict(format=FORMAT, source=content, tokenizer=tokenizer.content_hash())
+    key |= dict(bad_text=data.bad_text, shard_bytes=shards.SHARD_BYTES)
+    folder = Path(cache_dir) / content_key(key)
+    with making(folder, report) as unfinished:
+        if unfinished:
+            started = time.perf_counter()
+            (unfinished / "tokenizer").mkdir(exist_ok=True)
+            tokenizer.save(unfinished / "tokenizer")
+            documents = read_documents(source, data, report)
+            found = write_shards(unfinished, documents, tokenizer, data.num_workers)
+            manifest = write_manifest(unfinished, content, found, tokenizer)
+            report(
+                f"tokenized {source}: {manifest['documents']:,} documents, "
+                f"{manifest['text_bytes']:,} bytes, {manifest['tokens']:,} tokens of "
+                f"{tokenizer.vocab_size:,} in {time.perf_counter() - started:.1f} s: {folder}"
+            )
     return open_store(folder)
 
 
-def open_store(folder: Path) -> Store:
-    """Return the store in `folder`, checked against its manifest.
+@contextmanager
+def making(folder: Path, report: Report) -> Iterator[Path | None]:
+    """Give the unfinished `folder` to one process at a time; it has its name when all is done.
 
-    Raises DataError that names the file which is missing, truncated or altered.
+    Gives None where the folder is there. What a killed process left goes to the next one; what
+    can't be made, by a UserError, leaves nothing.
+    """
+    if folder.exists():
+        yield None
+        return
+    if shards.is_starting_worker():  # it would wait for its parent, which waits for it
+        raise DataError(f"nothing is prepared here: {shards.UNGUARDED}")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock_path, unfinished = (folder.with_name(folder.name + e) for e in (".lock", ".unfinished"))
+    with open(lock_path, "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            report(f"another process is making {folder}; waiting for it")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if folder.exists():
+            yield None
+            return
+        unfinished.mkdir(exist_ok=True)
+        try:
+            yield unfinished
+        except UserError:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise
+        os.rename(unfinished, folder)
+        lock_path.unlink(missing_ok=True)  # who waits for it still finds the folder
+
+
+def write_manifest(
+    folder: Path, content: dict[str, Any], found: list[dict[str, Any]], tokenizer: Tokenizer
+) -> dict[str, Any]:
+    """Write where each document starts, and the manifest, returned; drop what is no more needed."""
+    starts = np.lib.format.open_memmap(
+        folder / "documents.npy", "w+", np.int64, (sum(shard["documents"] for shard in found),)
+    )
+    place, num_tokens = 0, 0
+    for shard in found:
+        stops = num_tokens + np.cumsum(read_lengths(folder, shard))
+        starts[place : place + len(stops)] = [num_tokens, *stops[:-1]]
+        place, num_tokens = place + len(stops), num_tokens + shard["tokens"]
+    starts.flush()
+    manifest = dict(
+        format=FORMAT,
+        source=content,
+        tokenizer_hash=tokenizer.content_hash(),
+        dtype=token_dtype(tokenizer).str,
+        tokens=num_tokens,
+        documents=place,
+        text_bytes=sum(shard["text_bytes"] for shard in found),
+        documents_file=dict(file="documents.npy", **describe_file(folder / "documents.npy")),
+        shards=found,
+    )
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+    kept = {"manifest.json", "documents.npy", "tokenizer", *(shard["file"] for shard in found)}
+    for path in folder.iterdir():  # lengths and descriptions, and what a killed process left
+        if path.name not in kept:
+            path.unlink()
+    return manifest
+
+
+def open_store(folder: Path) -> Store:
+    """Return the store in `folder`, checked against its manifest; it takes no memory to speak of.
+
+    Raises DataError that names the file which is missing, truncated, altered or swapped.
     """
     folder = Path(folder)
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
         if manifest["format"] != FORMAT:
             raise refusal(folder, "manifest.json", f"has format {manifest['format']}, not {FORMAT}")
-        for name, expected in manifest["files"].items():
-            check_file(folder, name, expected)
-        tokens = np.memmap(folder / "tokens.bin", np.dtype(manifest["dtype"]), "r")
-        document_starts = np.load(folder / "documents.npy")
+        files = [manifest["documents_file"], *manifest["shards"]]
+        hash_all = sum(file["size"] for file in files) <= HASHED_BYTES
+        for file in files:
+            check_file(folder, file, hash_all)
+        names = [shard["file"] for shard in manifest["shards"]]
+        opened = Shards(folder, names, np.dtype(manifest["dtype"]))
+        shard_starts = np.cumsum([0, *(shard["tokens"] for shard in manifest["shards"])])
+        document_starts = np.load(folder / "documents.npy", mmap_mode="r")
         tokenizer_hash = manifest["tokenizer_hash"]
     except OSError as error:
         raise refusal(folder, error.filename, f"can't be read ({error.strerror})") from error
@@ -140,15 +352,17 @@ def open_store(folder: Path) -> Store:
         raise refusal(folder, "tokenizer", f"can't be used ({error})") from error
     if tokenizer.content_hash() != tokenizer_hash:
         raise refusal(folder, "tokenizer", "is not the one that the tokens were made with")
-    return Store(folder, manifest, tokens, document_starts, tokenizer)
+    return Store(folder, manifest, opened, shard_starts, document_starts, tokenizer)
 
 
-def check_file(folder: Path, name: str, expected: dict[str, Any]) -> None:
-    """Raise DataError unless the file has the size and, up to HASHED_BYTES, the hash expected."""
-    size = (folder / name).stat().st_size
-    if size != expected["bytes"]:
-        raise refusal(folder, name, f"has {size:,} bytes instead of {expected['bytes']:,}")
-    if size <= HASHED_BYTES and file_hash(folder / name) != expected["sha256"]:
+def check_file(folder: Path, expected: dict[str, Any], hash_all: bool) -> None:
+    """Raise DataError unless the file has the size and the hash expected: of all, or its edges."""
+    name, path = expected["file"], folder / expected["file"]
+    size = path.stat().st_size
+    if size != expected["size"]:
+        raise refusal(folder, name, f"has {size:,} bytes instead of {expected['size']:,}")
+    found = describe_file(path) if hash_all else dict(edges=edge_hash(path))
+    if any(expected[key] != value for key, value in found.items()):
         raise refusal(folder, name, "was altered: its SHA-256 is not the manifest's")
 
 
@@ -157,74 +371,6 @@ def refusal(folder: Path, name: str, what: str) -> DataError:
     return DataError(f"{folder / name} {what}; delete the folder {folder} to have it built again")
 
 
-def write_store(
-    folder: Path,
-    source_content: dict[str, Any],
-    documents: Iterator[Document],
-    tokenizer: Tokenizer,
-) -> dict[str, Any]:
-    """Write every file of a store into `folder`; the manifest, returned, comes last."""
-    dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
-    end = np.array([tokenizer.end_id] if tokenizer.end_id >= 0 else [], dtype)
-    starts, num_tokens, num_bytes = [], 0, 0
-    with (folder / "tokens.bin").open("wb") as file:
-        for document in show_progress(documents):
-            ids = np.concatenate([tokenizer.encode(document.text).astype(dtype), end])
-            ids.tofile(file)
-            starts.append(num_tokens)
-            num_tokens += len(ids)
-            num_bytes += len(document.text.encode())
-    np.save(folder / "documents.npy", np.array(starts, np.int64))
-    tokenizer.save(folder / "tokenizer")
-    manifest = dict(
-        format=FORMAT,
-        source=source_content,
-        tokenizer_hash=tokenizer.content_hash(),
-        dtype=dtype.str,
-        tokens=num_tokens,
-        documents=len(starts),
-        bytes=num_bytes,
-        files={name: describe_file(folder / name) for name in ("tokens.bin", "documents.npy")},
-    )
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
-    return manifest
-
-
-def publish(unfinished: Path, folder: Path) -> None:
-    """Give a complete store its name, unless another process was faster."""
-    try:
-        os.rename(unfinished, folder)
-    except OSError:
-        if not folder.exists():
-            raise
-
-
-def show_progress(documents: Iterator[Document]) -> Iterator[Document]:
-    """Yield the documents; on a terminal, count them on one line, twice a second."""
-    is_terminal = sys.stderr.isatty()
-    num_chars, shown = 0, time.monotonic()
-    for number, document in enumerate(documents):
-        if is_terminal and time.monotonic() - shown > 0.5:
-            shown = time.monotonic()
-            text = f"\rtokenizing: {number:,} documents, {num_chars / 1e6:,.1f} M characters"
-            print(text, end="", file=sys.stderr, flush=True)
-        yield document
-        num_chars += len(document.text)
-    if is_terminal:
-        print("\r\033[K", end="", file=sys.stderr, flush=True)
-
-
-def describe_file(path: Path) -> dict[str, Any]:
-    """Return the size and the hash that `check_file` compares."""
-    return dict(bytes=path.stat().st_size, sha256=file_hash(path))
-
-
-def file_hash(path: Path) -> str:
-    """Return the SHA-256 of a file in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def content_key(content: dict[str, Any]) -> str:
+def content_key(content: Any) -> str:
     """Return 16 hex digits that name JSON-able content."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,7 +1,7 @@
 """In: text. Out: token ids, and the text again; a tokenizer is kept in a folder.
 
 Every tokenizer trained here is exact: `decode(encode(text)) == text`, and the bytes that the ids
-stand for add up to the bytes of the text.
+stand for add up to the bytes of the text. Text that spells a special token is text.
 """
 
 import hashlib
@@ -13,10 +13,18 @@ from typing import Any, Protocol
 import numpy as np
 import sentencepiece
 
-from nanojaxgpt.data.subwords import SPACE_MARK, cut_at_words, train_sentencepiece
+from nanojaxgpt.data.subwords import (
+    SPACE_MARK,
+    cut_after_letters,
+    cut_at_words,
+    train_sentencepiece,
+)
 from nanojaxgpt.errors import ConfigError, DataError
 
-KINDS = "bytes, chars, sentencepiece, sentencepiece:FILE"
+KINDS = (
+    "bytes, chars, sentencepiece, sentencepiece-unigram, sentencepiece:FILE, gpt2:FOLDER, hf:FILE"
+)
+TRAINED = {"chars": "", "sentencepiece": "bpe", "sentencepiece-unigram": "unigram"}
 
 
 class Tokenizer(Protocol):
@@ -168,31 +176,140 @@ class SentencePieceTokenizer:
         write_description(folder, self, {})
 
 
+# What ends a document in the vocabularies that people share, the surest first.
+END_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[SEP]")
+GPT2_FILES = ("encoder.json", "vocab.bpe")  # what they are called in a run's folder
+GPT2_NAMES = (GPT2_FILES, ("vocab.json", "merges.txt"), ("gpt2_encoder.json", "gpt2_vocab.bpe"))
+HF_FILES = ("huggingface.json",)
+
+
+class JsonTokenizer:
+    """A tokenizer that the package `tokenizers` runs: GPT-2's two files or a tokenizer.json.
+
+    A byte-level one without a normalizer is exact; any other stays as lossy as its author made it.
+    Raises DataError where the files are no tokenizer; `origin` names them.
+    """
+
+    def __init__(self, kind: str, files: dict[str, bytes], origin: str) -> None:
+        self.kind, self.files = kind, files
+        build = build_gpt2 if kind == "gpt2" else build_from_json
+        try:
+            self._tokenizer, self._byte_level, self._can_cut = build(*files.values())
+        except Exception as error:  # the package raises nothing more special
+            raise DataError(f"{origin} can't be read as a tokenizer: {error}") from error
+        self._tokenizer.encode_special_tokens = True
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(vocabulary.values()) + 1
+        self.end_id = next((vocabulary[token] for token in END_TOKENS if token in vocabulary), -1)
+        added = self._tokenizer.get_added_tokens_decoder()
+        self._special = {i for i, token in added.items() if token.special} | {self.end_id}
+        self._bytes: list[bytes] = [b""] * self.vocab_size
+        for piece, number in vocabulary.items():
+            if number in added and number not in self._special:
+                self._bytes[number] = added[number].content.encode()
+            elif number not in self._special:
+                self._bytes[number] = self._piece_bytes(piece)
+
+    def _piece_bytes(self, piece: str) -> bytes:
+        if self._byte_level:
+            return b"".join(BYTE_OF.get(c) or c.encode() for c in piece)
+        if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
+            return bytes.fromhex(piece[3:5])
+        return piece.removeprefix("##").replace(SPACE_MARK, " ").encode()
+
+    def encode(self, text: str) -> np.ndarray:
+        parts = list(cut_after_letters(text, SEGMENT_CHARS)) if self._can_cut else [text]
+        encodings = self._tokenizer.encode_batch_fast(parts, add_special_tokens=False)
+        return np.concatenate([np.array(encoding.ids, np.int32) for encoding in encodings])
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        known = [i for i in np.asarray(ids).tolist() if i < self.vocab_size]
+        if self._byte_level:
+            return b"".join(self._bytes[i] for i in known).decode(errors="replace")
+        return self._tokenizer.decode([i for i in known if i not in self._special])
+
+    def token_bytes(self) -> np.ndarray:
+        return np.array([len(piece) for piece in self._bytes], np.int32)
+
+    def content_hash(self) -> str:
+        return short_hash(b"\0".join([self.kind.encode(), *self.files.values()]))
+
+    def save(self, folder: Path) -> None:
+        for name, content in self.files.items():
+            (folder / name).write_bytes(content)
+        write_description(folder, self, {})
+
+
+def byte_characters() -> dict[str, bytes]:
+    """Return the byte that each character stands for in a byte-level vocabulary.
+
+    Printable bytes stand for themselves, the others for the code points from 256 on (GPT-2).
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    characters = [*map(chr, printable), *(chr(256 + i) for i in range(len(others)))]
+    return {c: bytes([byte]) for c, byte in zip(characters, printable + others, strict=True)}
+
+
+BYTE_OF = byte_characters()
+
+
+def build_gpt2(vocabulary: bytes, merges: bytes) -> tuple[Any, bool, bool]:
+    """Return (tokenizer, whether it is byte-level, whether texts may be cut) of GPT-2's files."""
+    import tokenizers
+
+    lines = merges.decode().split("\n")
+    pairs = [tuple(line.split()) for line in lines if line and not line.startswith("#version")]
+    found = tokenizers.Tokenizer(tokenizers.models.BPE(json.loads(vocabulary), pairs))
+    found.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return found, True, True
+
+
+def build_from_json(content: bytes) -> tuple[Any, bool, bool]:
+    """Return the same of a tokenizer.json, the format of the package `tokenizers`."""
+    import tokenizers
+
+    found = tokenizers.Tokenizer.from_str(content.decode())
+    found.no_truncation()
+    found.no_padding()
+    splitter = json.loads(content)["pre_tokenizer"] or {}
+    steps = splitter.get("pretokenizers", [splitter])
+    levels = [step for step in steps if step.get("type") == "ByteLevel"]
+    return found, bool(levels), bool(levels) and not any(s["add_prefix_space"] for s in levels)
+
+
 def train_tokenizer(spec: str, texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Return the tokenizer that `spec` (`data.tokenizer`) names, trained on `texts` if it learns.
 
-    `vocab_size` counts for `sentencepiece` alone. Raises ConfigError for an unknown spec, DataError
-    for a model file that can't be used or a corpus that can't fill the vocabulary.
+    `vocab_size` counts for SentencePiece alone. Raises ConfigError for an unknown spec, DataError
+    for a file that can't be used or a corpus that can't fill the vocabulary.
     """
-    kind, _, file = spec.partition(":")
-    if spec == "bytes":
-        return ByteTokenizer()
     if spec == "chars":
         return CharTokenizer(character for text in texts for character in set(text))
-    if spec == "sentencepiece":
-        return SentencePieceTokenizer(train_sentencepiece(texts, vocab_size), "the trained model")
-    if kind == "sentencepiece" and file:
-        return SentencePieceTokenizer(read_model(Path(file).expanduser()), file)
+    if spec in TRAINED:
+        model = train_sentencepiece(texts, vocab_size, TRAINED[spec])
+        return SentencePieceTokenizer(model, "the trained model")
+    return read_tokenizer(spec)
+
+
+def read_tokenizer(spec: str) -> Tokenizer:
+    """Return a tokenizer that learns nothing. Raises ConfigError, DataError as training does."""
+    kind, _, location = spec.partition(":")
+    path = Path(location).expanduser()
+    if spec == "bytes":
+        return ByteTokenizer()
+    if kind == "sentencepiece" and location:
+        return SentencePieceTokenizer(read_model(path), location)
+    if kind == "gpt2" and location:
+        for names in GPT2_NAMES:
+            if all((path / name).is_file() for name in names):
+                contents = [read_model(path / name) for name in names]
+                return JsonTokenizer(kind, dict(zip(GPT2_FILES, contents, strict=True)), location)
+        pairs = ", ".join(" and ".join(names) for names in GPT2_NAMES)
+        raise DataError(f"data.tokenizer={spec}: no GPT-2 vocabulary in {path}: {pairs}")
+    if kind == "hf" and location:
+        return JsonTokenizer(kind, {HF_FILES[0]: read_model(path)}, location)
     raise ConfigError(f"data.tokenizer={spec!r} is none of {KINDS}")
-
-
-def tokenizer_identity(spec: str, vocab_size: int) -> dict[str, Any]:
-    """Return what decides the tokenizer that `spec` gives on a corpus. Raises as training does."""
-    kind, _, file = spec.partition(":")
-    if kind == "sentencepiece" and file:
-        model = read_model(Path(file).expanduser())
-        return dict(kind=kind, sha256=hashlib.sha256(model).hexdigest())
-    return dict(kind=spec, vocab_size=vocab_size) if spec == "sentencepiece" else dict(kind=spec)
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
@@ -208,6 +325,10 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         elif kind == "sentencepiece":
             model_path = path.with_name("sentencepiece.model")
             tokenizer = SentencePieceTokenizer(read_model(model_path), str(model_path))
+        elif kind in ("gpt2", "hf"):
+            names = GPT2_FILES if kind == "gpt2" else HF_FILES
+            files = {name: read_model(path.with_name(name)) for name in names}
+            tokenizer = JsonTokenizer(kind, files, str(folder))
         else:
             raise DataError(f"{path}: no tokenizer kind {kind!r}; another version wrote it")
     except OSError as error:
@@ -225,11 +346,11 @@ def code_points(text: str) -> np.ndarray:
 
 
 def read_model(path: Path) -> bytes:
-    """Return the bytes of a model file. Raises DataError where there is none."""
+    """Return the bytes of a tokenizer's file. Raises DataError where there is none."""
     try:
         return path.read_bytes()
     except OSError as error:
-        raise DataError(f"no SentencePiece model {path}: {error.strerror}") from error
+        raise DataError(f"no tokenizer file {path}: {error.strerror}") from error
 
 
 def short_hash(data: bytes) -> str:

@@ -1,0 +1,201 @@
+"""In: documents and a tokenizer. Out: numbered shards of tokens in a folder, by many processes.
+
+What a shard holds follows from the documents alone, not from how many processes there are or
+from how often they were killed. A shard is finished when its description NUMBER.json is there.
+"""
+
+import functools
+import hashlib
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nanojaxgpt.data.sources import Document
+from nanojaxgpt.data.tokenizers import Tokenizer, load_tokenizer
+
+SHARD_BYTES = 32 << 20  # of text: a few seconds' work, so that little is lost to a kill
+EDGE_BYTES = 1 << 16  # of a file's beginning and end, hashed apart to tell large files quickly
+
+UNGUARDED = 'the script that trains does so without `if __name__ == "__main__":`'
+
+Shard = tuple[int, list[str]]  # its number and its texts
+
+
+def write_shards(
+    folder: Path, documents: Iterator[Document], tokenizer: Tokenizer, num_workers: int
+) -> list[dict[str, Any]]:
+    """Tokenize the documents into `folder`, which holds `tokenizer`; return what each shard is.
+
+    Shards that are finished already stay as they are. `num_workers` 0 means one process per core;
+    a single shard is made by this process. Raises OSError where it can't write.
+    """
+    cut = enumerate(cut_shards(show_progress(documents)))
+    waiting = ((number, texts) for number, texts in cut if not is_finished(folder, number))
+    first = list(islice(waiting, 2))
+    num_workers = num_workers or os.cpu_count() or 1
+    if len(first) < 2 or num_workers == 1:
+        for number, texts in chain(first, waiting):
+            write_shard(folder, number, texts, tokenizer)
+    else:
+        write_in_parallel(folder, chain(first, waiting), num_workers)
+    finished = sorted(folder.glob("[0-9]*.json"), key=lambda path: int(path.stem))
+    return [json.loads(path.read_text()) for path in finished]
+
+
+def write_in_parallel(folder: Path, shards: Iterator[Shard], num_workers: int) -> None:
+    """Have processes write the shards, with one more in hand than there are processes."""
+    spawn = multiprocessing.get_context("spawn")  # a fork of a process that runs jax may hang
+    under_way: deque[Future] = deque()
+    with ProcessPoolExecutor(num_workers, spawn, initializer=start_worker) as pool:
+        try:
+            for number, texts in shards:
+                if len(under_way) > num_workers:
+                    under_way.popleft().result()
+                under_way.append(pool.submit(write_shard_apart, folder, number, texts))
+            while under_way:
+                under_way.popleft().result()
+        except BrokenProcessPool as error:
+            raise OSError(
+                "a process that tokenizes ended suddenly: for want of memory (lower "
+                f"data.num_workers), or since {UNGUARDED}"
+            ) from error
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def start_worker() -> None:
+    """Leave signals to the parent, end with it, and keep to one thread."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    parent = multiprocessing.parent_process()
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+def is_starting_worker() -> bool:
+    """Return whether this process is a worker that runs its parent's script to begin with."""
+    return getattr(multiprocessing.current_process(), "_inheriting", False)
+
+
+def write_shard_apart(folder: Path, number: int, texts: list[str]) -> None:
+    """Write a shard with the tokenizer that lies in its folder."""
+    write_shard(folder, number, texts, load_once(folder / "tokenizer"))
+
+
+load_once = functools.cache(load_tokenizer)
+
+
+def write_shard(folder: Path, number: int, texts: list[str], tokenizer: Tokenizer) -> None:
+    """Write a shard's tokens and its documents' lengths, then what describes them."""
+    dtype = token_dtype(tokenizer)
+    end = np.array([tokenizer.end_id] if tokenizer.end_id >= 0 else [], dtype)
+    parts = [part for text in texts for part in (tokenizer.encode(text).astype(dtype), end)]
+    tokens = np.concatenate(parts)
+    lengths = [len(parts[i]) + len(end) for i in range(0, len(parts), 2)]
+    path = folder / f"{number:05}.tokens"
+    write_whole(path, tokens.tobytes())
+    write_whole(path.with_suffix(".lengths"), np.array(lengths, "<i8").tobytes())
+    description = dict(
+        file=path.name,
+        tokens=len(tokens),
+        documents=len(texts),
+        text_bytes=sum(len(text.encode()) for text in texts),
+        **describe_file(path),
+    )
+    write_whole(path.with_suffix(".json"), json.dumps(description).encode())
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file so that it is there complete or not at all."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}")
+    partial.write_bytes(content)
+    os.replace(partial, path)
+
+
+def read_lengths(folder: Path, shard: dict[str, Any]) -> np.ndarray:
+    """Return int64 [documents]: the tokens of each document of a finished shard."""
+    return np.fromfile((folder / shard["file"]).with_suffix(".lengths"), "<i8")
+
+
+def token_dtype(tokenizer: Tokenizer) -> np.dtype:
+    """Return the type that a tokenizer's ids are kept in."""
+    return np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
+
+
+def cut_shards(documents: Iterator[Document]) -> Iterator[list[str]]:
+    """Yield the texts of each shard: documents, whole, until they have SHARD_BYTES."""
+    texts, size = [], 0
+    for document in documents:
+        texts.append(document.text)
+        size += len(document.text.encode())
+        if size >= SHARD_BYTES:
+            yield texts
+            texts, size = [], 0
+    if texts:
+        yield texts
+
+
+def is_finished(folder: Path, number: int) -> bool:
+    """Return whether a shard needs no more work; its hash is compared when the store is opened."""
+    path = folder / f"{number:05}.json"
+    try:
+        shard = json.loads(path.read_text())
+        return (
+            path.with_suffix(".tokens").stat().st_size == shard["size"]
+            and path.with_suffix(".lengths").stat().st_size == 8 * shard["documents"]
+        )
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def describe_file(path: Path) -> dict[str, Any]:
+    """Return a file's size, its hash, and a hash of its first and last EDGE_BYTES."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return dict(size=path.stat().st_size, sha256=digest, edges=edge_hash(path))
+
+
+def edge_hash(path: Path) -> str:
+    """Return the SHA-256 of a file's first and last EDGE_BYTES in hex."""
+    with path.open("rb") as file:
+        digest = hashlib.sha256(file.read(EDGE_BYTES))
+        file.seek(max(0, path.stat().st_size - EDGE_BYTES))
+        digest.update(file.read())
+    return digest.hexdigest()
+
+
+def show_progress(documents: Iterator[Document]) -> Iterator[Document]:
+    """Yield the documents and say how many: twice a second on a terminal's last line, else rarely.
+
+    A line of its own follows every half minute where there is no terminal.
+    """
+    is_terminal = sys.stderr.isatty()
+    pause, form = (0.5, "\r{}\033[K") if is_terminal else (30, "{}\n")
+    num_chars, shown = 0, time.monotonic()
+    for number, document in enumerate(documents):
+        if time.monotonic() - shown > pause:
+            shown = time.monotonic()
+            text = f"tokenizing: {number:,} documents, {num_chars / 1e6:,.1f} M characters"
+            print(form.format(text), end="", file=sys.stderr, flush=True)
+        yield document
+        num_chars += len(document.text)
+    if is_terminal:
+        print("\r\033[K", end="", file=sys.stderr, flush=True)

@@ -1,0 +1,85 @@
+"""In: the name of a source, as in `data.source`. Out: its documents, and what identifies them."""
+
+import re
+from collections.abc import Callable, Iterator
+from fractions import Fraction
+from typing import Any
+
+from nanojaxgpt.data.sources.documents import BadTexts, DataConfig, Document, Source
+from nanojaxgpt.data.sources.files import (
+    identify_blocks,
+    identify_jsonl,
+    identify_text,
+    read_blocks,
+    read_jsonl,
+    read_text,
+)
+from nanojaxgpt.data.sources.hub import identify_hub, read_hub
+from nanojaxgpt.data.sources.stdlib import identify_stdlib, read_stdlib
+from nanojaxgpt.data.sources.tfds import identify_tfds, read_tfds
+from nanojaxgpt.errors import ConfigError, DataError
+
+__all__ = ["DataConfig", "Document", "read_documents", "source_identity", "weighted_sources"]
+
+SOURCES: dict[str, Source] = {
+    "stdlib": Source(read_stdlib, identify_stdlib),
+    "text": Source(read_text, identify_text),
+    "blocks": Source(read_blocks, identify_blocks),
+    "jsonl": Source(read_jsonl, identify_jsonl),
+    "tfds": Source(read_tfds, identify_tfds),
+    "hf": Source(read_hub, identify_hub),
+}
+
+
+def read_documents(
+    source: str, data: DataConfig, report: Callable[[str], object] = print
+) -> Iterator[Document]:
+    """Yield the documents of `source` in an order that is the same on every machine.
+
+    `data` gives bad_text, tfds_dir and manual_dir; `report` hears what is skipped. Raises
+    ConfigError for a source that does not exist, DataError for data that can't be read.
+    """
+    reader, location = find_source(source)
+    return drop_bad(reader.read, location, source, BadTexts(data.bad_text, report), data)
+
+
+def drop_bad(
+    read: Callable, location: str, source: str, bad: BadTexts, data: DataConfig
+) -> Iterator[Document]:
+    """Yield what `read` does. Raises DataError where that is nothing."""
+    empty = True
+    for document in read(location, data, bad):
+        empty = False
+        yield document
+    bad.close(source)
+    if empty:
+        raise DataError(f"{source} has no text; correct data.source")
+
+
+def source_identity(source: str, data: DataConfig) -> dict[str, Any]:
+    """Return what tells this content from any other, ready for JSON. Raises as `read_documents`."""
+    reader, location = find_source(source)
+    return {"kind": source.partition(":")[0], **reader.identify(location, data)}
+
+
+def weighted_sources(data: DataConfig) -> list[tuple[Fraction, str]]:
+    """Return (weight, source) of all that is trained on. Raises ConfigError."""
+    weighted = []
+    for item in data.mixture or (f"1 {data.source}",):
+        weight, _, source = item.strip().partition(" ")
+        if not re.fullmatch(r"\d+(\.\d*)?|\.\d+", weight) or not source.strip():
+            raise ConfigError(
+                f'data.mixture: {item!r} is no weight and source, as in "3 text:a.txt"'
+            )
+        if not Fraction(weight):
+            raise ConfigError(f"data.mixture: the weight in {item!r} must be above 0")
+        weighted.append((Fraction(weight), source.strip()))
+    return weighted
+
+
+def find_source(source: str) -> tuple[Source, str]:
+    """Return the functions of "KIND:LOCATION" and the location. Raises ConfigError."""
+    kind, _, location = source.partition(":")
+    if kind not in SOURCES:
+        raise ConfigError(f"data.source={source!r}: no kind {kind!r}; known: {', '.join(SOURCES)}")
+    return SOURCES[kind], location

@@ -1,0 +1,80 @@
+"""What every kind of source shares: the config's section `data`, a document, what is refused."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from nanojaxgpt.errors import DataError
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which corpus, and how it becomes tokens: the fields of the config's section `data`."""
+
+    source: str
+    mixture: tuple[str, ...]
+    tokenizer: str
+    tokenizer_vocab_size: int
+    packing: str
+    validation_fraction: float
+    validation_documents: int
+    validation_source: str
+    bad_text: str
+    tfds_dir: str
+    manual_dir: str
+    num_workers: int
+    prefetch_batches: int
+    cache_dir: str
+
+
+class Document(NamedTuple):
+    """One text; its name is unique in its source and the same on every machine."""
+
+    name: str
+    text: str
+
+
+Refuse = Callable[[str], None]  # takes what is wrong and where; returns if it is to be left out
+SHOWN = 10  # bad documents that are reported one by one
+
+
+class BadTexts:
+    """What becomes of documents that can't be read, by `data.bad_text`.
+
+    Called with what is wrong and where, it raises DataError or, under `skip`, reports and counts.
+    """
+
+    def __init__(self, bad_text: str, report: Callable[[str], object]) -> None:
+        self.skip, self.report, self.count = bad_text == "skip", report, 0
+
+    def __call__(self, problem: str) -> None:
+        if not self.skip:
+            raise DataError(f"{problem}; mend it, or leave such text out by data.bad_text=skip")
+        self.count += 1
+        if self.count <= SHOWN:
+            self.report(f"skipped: {problem}")
+
+    def close(self, source: str) -> None:
+        """Report how many there were, if any."""
+        if self.count:
+            self.report(f"skipped {self.count:,} bad texts of {source}")
+
+
+class Source(NamedTuple):
+    """The two functions of a kind of source; LOCATION is what follows the colon in its name."""
+
+    read: Callable[[str, DataConfig, Refuse], Iterator[Document]]
+    identify: Callable[[str, DataConfig], dict[str, Any]]
+
+
+def check_text(name: str, value: object, refuse: Refuse) -> str:
+    """Return `value` where it is a text that UTF-8 can hold; else refuse it and return ""."""
+    if not isinstance(value, str):
+        refuse(f"{name} holds a {type(value).__name__} where its text should be")
+        return ""
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        refuse(f"{name} holds half a surrogate pair, U+{ord(value[error.start]):04X}")
+        return ""
+    return value

@@ -1,0 +1,251 @@
+"""In: a file, a folder or a glob, here or at gs:// or s3://. Out: its text files as documents.
+
+`etils.epath` finds and opens all of them; .gz and .zst are unpacked on the way.
+"""
+
+import codecs
+import fnmatch
+import gzip
+import hashlib
+import importlib
+import io
+import json
+import re
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import takewhile
+from typing import Any, BinaryIO
+
+from etils import epath
+
+from nanojaxgpt.data.sources.documents import DataConfig, Document, Refuse, check_text
+from nanojaxgpt.errors import ConfigError, DataError
+
+TEXT_ENDINGS = (".txt",)
+JSON_ENDINGS = (".jsonl", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst")
+WILDCARD = re.compile(r"[*?[]")
+
+
+def read_text(location: str, data: DataConfig, refuse: Refuse) -> Iterator[Document]:
+    """Yield one document per file of `location`: a file, a folder of *.txt, or a glob.
+
+    A byte order mark is dropped; every other byte is kept, `\\r\\n` too.
+    """
+    for name, path in find_files("text", location, TEXT_ENDINGS):
+        with open_bytes(path) as file:
+            content = file.read()
+        if not content.removeprefix(codecs.BOM_UTF8):
+            refuse(f"{path} is empty")
+        elif text := decode(content, path, 1, 0, refuse):
+            yield Document(name, text)
+
+
+def read_blocks(location: str, data: DataConfig, refuse: Refuse) -> Iterator[Document]:
+    """Yield one document per block of lines; blank lines part the blocks and belong to none."""
+    for name, path in find_files("blocks", location, TEXT_ENDINGS):
+        block, start, end = [], 0, 0
+        for number, line in read_lines(path, refuse):
+            if line.strip():
+                block.append(line)
+            elif block:
+                yield from make_block(name, path, number - len(block), start, block, refuse)
+                block = []
+            end += len(line)
+            if not block:
+                start = end
+        if block:
+            yield from make_block(name, path, number - len(block) + 1, start, block, refuse)
+
+
+def make_block(
+    name: str, path: epath.Path, line: int, byte: int, block: list[bytes], refuse: Refuse
+) -> Iterator[Document]:
+    """Yield the lines as a document that is named by its first, unless they are refused."""
+    if text := decode(b"".join(block), path, line, byte, refuse).rstrip("\r\n"):
+        yield Document(f"{name}:{line}", text)
+
+
+def read_jsonl(location: str, data: DataConfig, refuse: Refuse) -> Iterator[Document]:
+    """Yield one document per line: the field FIELD of its JSON object, PATH[#FIELD], else `text`.
+
+    Blank lines and empty texts are passed over.
+    """
+    location, field = split_field(location, "text")
+    for name, path in find_files("jsonl", location, JSON_ENDINGS):
+        for number, line in read_lines(path, refuse):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except ValueError as error:  # UnicodeDecodeError is one
+                refuse(f"{path}:{number} is not JSON ({error})")
+                continue
+            if not isinstance(record, dict) or field not in record:
+                fields = f"; it has {', '.join(record)}" if isinstance(record, dict) else ""
+                refuse(f"{path}:{number} has no field {field!r}{fields}")
+            elif text := check_text(f"{path}:{number}", record[field], refuse):
+                yield Document(f"{name}:{number}", text)
+
+
+def identify_text(location: str, data: DataConfig) -> dict[str, Any]:
+    """Return the name, size and hash of every file."""
+    return identify_files("text", location, TEXT_ENDINGS)
+
+
+def identify_blocks(location: str, data: DataConfig) -> dict[str, Any]:
+    """Return the name, size and hash of every file."""
+    return identify_files("blocks", location, TEXT_ENDINGS)
+
+
+def identify_jsonl(location: str, data: DataConfig) -> dict[str, Any]:
+    """Return the field, and the name, size and hash of every file."""
+    location, field = split_field(location, "text")
+    return dict(field=field, **identify_files("jsonl", location, JSON_ENDINGS))
+
+
+def identify_files(kind: str, location: str, endings: tuple[str, ...]) -> dict[str, Any]:
+    """Return the name, size and hash of every file, as it lies there: not unpacked."""
+    files = []
+    for name, path in find_files(kind, location, endings):
+        digest, size = hashlib.sha256(), 0
+        with named(path), path.open("rb") as file:
+            while chunk := file.read(1 << 22):
+                digest.update(chunk)
+                size += len(chunk)
+        files.append(dict(name=name, bytes=size, sha256=digest.hexdigest()))
+    return dict(files=files)
+
+
+def split_field(location: str, default: str) -> tuple[str, str]:
+    """Return the parts of LOCATION[#FIELD]."""
+    path, _, field = location.partition("#")
+    return path, field or default
+
+
+def find_files(kind: str, location: str, endings: tuple[str, ...]) -> list[tuple[str, epath.Path]]:
+    """Return (name, path) of the files, sorted; a name is the path below what all files share."""
+    if not location:
+        raise ConfigError(f"data.source={kind}: needs a path: {kind}:FILE, {kind}:FOLDER or a glob")
+    path = epath.Path(location).expanduser()
+    try:
+        if path.is_file():
+            return [(path.name, path)]
+        if path.is_dir():
+            paths = [p for p in walk(path, ["**", "*"]) if p.name.endswith(endings)]
+        else:
+            wild = [bool(WILDCARD.search(part)) for part in path.parts]
+            plain = wild.index(True) if True in wild else len(wild) - 1
+            paths = list(walk(epath.Path(*path.parts[:plain]), list(path.parts[plain:])))
+    except ImportError as error:
+        scheme = location.partition(":")[0]
+        package = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs"}.get(scheme, "fsspec")
+        raise DataError(f"{location} needs the package {package}: pip install {package}") from error
+    except Exception as error:  # each kind of bucket has its own errors for a missing right
+        if "://" not in location:
+            raise
+        raise DataError(f"{location} can't be reached: {type(error).__name__}: {error}") from error
+    if not paths:
+        raise DataError(missing_files(kind, path, endings))
+    levels = zip(*(p.parent.parts for p in paths), strict=False)
+    shared = len([*takewhile(lambda names: len(set(names)) == 1, levels)])
+    return sorted(("/".join(p.parts[shared:]), p) for p in paths)
+
+
+def walk(folder: epath.Path, pattern: list[str]) -> Iterator[epath.Path]:
+    """Yield the files below `folder` that match a glob's parts; ** stands for any folders.
+
+    As in `glob`, no wildcard takes a name that begins with a dot. `epath` has no ** of its own.
+    """
+    if not folder.is_dir():
+        return
+    first, *rest = pattern
+    if first == "**":
+        if rest:
+            yield from walk(folder, rest)
+        for path in folder.iterdir():
+            if path.is_dir() and not path.name.startswith("."):
+                yield from walk(path, pattern)
+        return
+    for path in folder.iterdir():
+        hidden = path.name.startswith(".") and not first.startswith(".")
+        if hidden or not fnmatch.fnmatchcase(path.name, first):
+            continue
+        if rest:
+            yield from walk(path, rest)
+        elif not path.is_dir():
+            yield path
+
+
+def missing_files(kind: str, path: epath.Path, endings: tuple[str, ...]) -> str:
+    """Return the sentence for a path that holds no text."""
+    if path.is_dir():
+        wanted = ", ".join(f"*{ending}" for ending in endings)
+        return (
+            f"{path} holds no {wanted} file; name a glob for other endings, {kind}:{path}/**/*.md"
+        )
+    if path.name == "tinyshakespeare.txt":
+        return (
+            f"no file {path}; it is Tiny Shakespeare, 1,115,394 bytes, from the char-rnn "
+            "repository's data/tinyshakespeare/input.txt: save it under that name"
+        )
+    return f"no file, folder or glob {path}; correct data.source"
+
+
+def read_lines(path: epath.Path, refuse: Refuse) -> Iterator[tuple[int, bytes]]:
+    """Yield (line number from 1, line) of a file."""
+    with open_bytes(path) as file:
+        number = 0
+        for number, line in enumerate(file, 1):
+            yield number, line
+        if not number:
+            refuse(f"{path} is empty")
+
+
+@contextmanager
+def open_bytes(path: epath.Path) -> Iterator[BinaryIO]:
+    """Open a file for reading, unpacked. Raises DataError where it can't be read to its end."""
+    with named(path), path.open("rb") as file:
+        if path.suffix == ".gz":
+            with gzip.open(file) as unpacked:
+                yield unpacked
+        elif path.suffix == ".zst":
+            try:
+                zstandard = importlib.import_module("zstandard")
+            except ImportError as error:
+                raise DataError(
+                    f"{path} needs the package zstandard: pip install nanojaxgpt[zstd]"
+                ) from error
+            reader = zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
+            try:
+                with io.BufferedReader(reader, 1 << 20) as unpacked:
+                    yield unpacked
+            except zstandard.ZstdError as error:
+                raise DataError(f"{path} can't be unpacked: {error}") from error
+        else:
+            yield file
+
+
+@contextmanager
+def named(path: epath.Path) -> Iterator[None]:
+    """Turn what goes wrong while reading `path` into a DataError that names it."""
+    try:
+        yield
+    except (gzip.BadGzipFile, zlib.error, EOFError) as error:
+        raise DataError(f"{path} can't be unpacked: {error}") from error
+    except OSError as error:
+        raise DataError(f"{path} can't be read: {error.strerror or error}") from error
+
+
+def decode(content: bytes, path: epath.Path, line: int, byte: int, refuse: Refuse) -> str:
+    """Return UTF-8 that begins at this line and byte of the file, without its byte order mark.
+
+    What is not UTF-8 is refused by the place of its first wrong byte; it gives "".
+    """
+    try:
+        text = content.decode()
+    except UnicodeDecodeError as error:
+        line, byte = line + content.count(b"\n", 0, error.start), byte + error.start
+        refuse(f"{path}, line {line}, byte {byte}: not UTF-8 ({error.reason})")
+        return ""
+    return text if byte else text.removeprefix("\ufeff")

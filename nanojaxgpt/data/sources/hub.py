@@ -1,0 +1,70 @@
+"""In: NAME[/CONFIG][@SPLIT][#FIELD]. Out: the texts of a Hugging Face dataset, by `datasets`."""
+
+import importlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from nanojaxgpt.data.sources.documents import DataConfig, Document, Refuse, check_text
+from nanojaxgpt.errors import ConfigError, DataError
+
+NAME = re.compile(r"([^@#]+)(?:@([^#]+))?(?:#(.+))?")
+
+
+def read_hub(location: str, data: DataConfig, refuse: Refuse) -> Iterator[Document]:
+    """Yield one document per row that has any text, in the dataset's order."""
+    dataset, split, field = open_dataset(location)
+    for number, row in enumerate(dataset.select_columns([field])):
+        name = f"{split}/{number}"
+        if text := check_text(f"hf:{location}, row {name}", row[field], refuse):
+            yield Document(name, text)
+
+
+def identify_hub(location: str, data: DataConfig) -> dict[str, Any]:
+    """Return the name, what is read of it, and the fingerprint that `datasets` gives it."""
+    dataset, split, field = open_dataset(location)
+    return dict(
+        dataset=NAME.fullmatch(location)[1],
+        split=split,
+        field=field,
+        rows=len(dataset),
+        fingerprint=dataset._fingerprint,
+    )
+
+
+def open_dataset(location: str) -> tuple[Any, str, str]:
+    """Return (dataset, split, text field). Raises ConfigError, DataError where it can't be had.
+
+    NAME is a folder that `save_to_disk` wrote, or OWNER/NAME[/CONFIG] on the hub.
+    """
+    parts = NAME.fullmatch(location)
+    if not parts:
+        raise ConfigError(f"data.source=hf:{location} is not hf:NAME[/CONFIG][@SPLIT][#FIELD]")
+    name, split, field = parts[1], parts[2] or "train", parts[3] or ""
+    try:
+        datasets = importlib.import_module("datasets")
+    except ImportError as error:
+        raise DataError(
+            f"hf:{location} needs the package datasets: pip install nanojaxgpt[huggingface]"
+        ) from error
+    try:
+        if Path(name).expanduser().is_dir():
+            dataset = datasets.load_from_disk(str(Path(name).expanduser()))
+            dataset = dataset[split] if isinstance(dataset, dict) else dataset
+        else:
+            owner, _, rest = name.partition("/")
+            repository, _, config = rest.partition("/")
+            full = f"{owner}/{repository}" if repository else owner
+            dataset = datasets.load_dataset(full, config or None, split=split)
+    except Exception as error:  # the package and the network below it raise many kinds
+        raise DataError(
+            f"hf:{location} can't be loaded: {type(error).__name__}: {error}"
+        ) from error
+    texts = [k for k, kind in dataset.features.items() if getattr(kind, "dtype", "") == "string"]
+    choice = field or ("text" if "text" in texts else texts[0] if len(texts) == 1 else "")
+    if choice not in texts:
+        raise ConfigError(
+            f"hf:{location}: which field? choose by #FIELD: {', '.join(texts) or 'none is text'}"
+        )
+    return dataset, split, choice
