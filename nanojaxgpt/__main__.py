@@ -14,7 +14,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from nanojaxgpt import __version__, config, hosts, rundir
-from nanojaxgpt.errors import INTERNAL, INTERRUPTED, OK, ConfigError, Stopped, UserError
+from nanojaxgpt.errors import INTERNAL, INTERRUPTED, OK, ConfigError, DataError, Stopped, UserError
 
 USAGE = """\
 nanojaxgpt VERB ...
@@ -125,8 +125,8 @@ def evaluate(arguments: list[str]) -> None:
     from nanojaxgpt.model import ModelConfig, Transformer
     from nanojaxgpt.train import make_evaluation, prepare_data
 
-    store = prepare_data(cfg, warn)
-    rundir.check_data(Path(parsed.run), store.identity())
+    data = prepare_data(cfg, warn)
+    rundir.check_data(Path(parsed.run), data.identity)
     try:
         mesh = sharding.make_mesh(**cfg.mesh)
     except ConfigError:  # the run's mesh does not fit this machine: one device does
@@ -134,7 +134,12 @@ def evaluate(arguments: list[str]) -> None:
     run, model_cfg = Path(parsed.run), ModelConfig(**cfg.model)
     with jax.set_mesh(mesh):
         step, params = load_params(run, model_cfg, mesh, chosen_step(run, parsed.step), warn)
-        found = make_evaluation(cfg, store, mesh, Transformer(model_cfg))(params)
+        found = make_evaluation(cfg, data, mesh, Transformer(model_cfg))(params)
+    if not found["tokens"]:
+        raise DataError(
+            f"{run} holds nothing out to validate on; set data.validation_fraction, "
+            "data.validation_documents or data.validation_source, and train again"
+        )
     print(json.dumps({"step": step, **found}))
 
 

@@ -3,7 +3,7 @@
 import functools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,9 +16,9 @@ from ml_collections import ConfigDict
 
 from nanojaxgpt import checkpoint, metrics, optim, sharding
 from nanojaxgpt.config import cache_dir
-from nanojaxgpt.data.loader import Batch, make_eval_batches, make_train_rows
+from nanojaxgpt.data.loader import Data, fetch_ahead, open_data
+from nanojaxgpt.data.rows import Batch, ReadRows, make_eval_batches, make_train_rows
 from nanojaxgpt.data.sources import DataConfig
-from nanojaxgpt.data.store import Store, prepare
 from nanojaxgpt.errors import ConfigError, NonFiniteError
 from nanojaxgpt.evaluate import evaluate, make_eval_step
 from nanojaxgpt.hosts import StopRequest, stop_signals
@@ -126,7 +126,7 @@ class Job(NamedTuple):
 
     cfg: ConfigDict
     mesh: Mesh
-    store: Store
+    data: Data
     shardings: TrainState
     abstract: TrainState
     train_step: Callable
@@ -134,21 +134,21 @@ class Job(NamedTuple):
     evaluate: Callable[[Any], dict[str, float]]
 
 
-def resolve(cfg: ConfigDict, store: Store) -> ConfigDict:
+def resolve(cfg: ConfigDict, data: Data) -> ConfigDict:
     """Return the config with the vocabulary that the tokenizer gives. Raises ConfigError."""
-    cfg, size = cfg.copy_and_resolve_references(), store.tokenizer.vocab_size
+    cfg, size = cfg.copy_and_resolve_references(), data.tokenizer.vocab_size
     if 0 < cfg.model.vocab_size < size:
         raise ConfigError(f"model.vocab_size={cfg.model.vocab_size}, but the tokenizer has {size}")
     cfg.model.vocab_size = cfg.model.vocab_size or size
     return cfg.lock()
 
 
-def prepare_data(cfg: ConfigDict, report: Callable[[str], None]) -> Store:
-    """Return the token store of the config's corpus, made now where it is not there yet."""
-    return prepare(DataConfig(**cfg.data), cache_dir(cfg), report).parts[0].store
+def prepare_data(cfg: ConfigDict, report: Callable[[str], None]) -> Data:
+    """Return the data of the config, tokenized now where it is not there yet."""
+    return open_data(DataConfig(**cfg.data), cache_dir(cfg), report)
 
 
-def make_job(cfg: ConfigDict, store: Store, mesh: Mesh, loss_fn: LossFn | None = None) -> Job:
+def make_job(cfg: ConfigDict, data: Data, mesh: Mesh, loss_fn: LossFn | None = None) -> Job:
     """Return everything the loop needs. Raises ConfigError or DataError; allocates nothing."""
     shape = cfg.train
     sharding.check_batch_size("train.batch_size", shape.batch_size, shape.accumulation_steps, mesh)
@@ -163,34 +163,33 @@ def make_job(cfg: ConfigDict, store: Store, mesh: Mesh, loss_fn: LossFn | None =
         donate_argnums=0,
         out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),
     )
-    train_span, _ = store.split(cfg.data.validation_fraction)
     seq_len = cfg.model.seq_len
-    rows = make_train_rows(store.tokens, train_span, seq_len, shape.batch_size, shape.seed)
+    rows = make_train_rows(data.train(seq_len), shape.batch_size, shape.seed)
+    train_batch = make_batches(rows, shape.batch_size, seq_len, mesh)
+    job_eval = make_evaluation(cfg, data, mesh, model)
+    return Job(cfg, mesh, data, shardings, abstract, train_step, train_batch, job_eval)
 
-    def train_batch(step: int) -> Batch:
-        fetch = functools.partial(rows, step)
-        return sharding.global_batch(fetch, shape.batch_size, seq_len, mesh)
 
-    job_eval = make_evaluation(cfg, store, mesh, model)
-    return Job(cfg, mesh, store, shardings, abstract, train_step, train_batch, job_eval)
+def make_batches(
+    rows: ReadRows, batch_size: int, seq_len: int, mesh: Mesh
+) -> Callable[[int], Batch]:
+    """Return batch(step) -> that step's batch as global arrays; a host reads its own rows alone."""
+    return lambda step: sharding.global_batch(
+        functools.partial(rows, int(step)), batch_size, seq_len, mesh
+    )
 
 
 def make_evaluation(
-    cfg: ConfigDict, store: Store, mesh: Mesh, model: Transformer
+    cfg: ConfigDict, data: Data, mesh: Mesh, model: Transformer
 ) -> Callable[[Any], dict[str, float]]:
     """Return evaluate(params) -> the numbers over the validation split, or its first batches."""
     size, seq_len = cfg.eval.batch_size or cfg.train.batch_size, cfg.model.seq_len
     sharding.check_batch_size("eval.batch_size", size, 1, mesh)
-    _, span = store.split(cfg.data.validation_fraction)
-    count, rows = make_eval_batches(store.tokens, span, seq_len, size)
+    count, rows = make_eval_batches(data.validation(seq_len), size)
     count = min(count, cfg.eval.num_batches or count)
-    eval_step = make_eval_step(model, store.tokenizer.token_bytes(), cfg.train.loss_chunks)
-
-    def batches() -> Iterator[Batch]:
-        for index in range(count):
-            yield sharding.global_batch(functools.partial(rows, index), size, seq_len, mesh)
-
-    return lambda params: evaluate(eval_step, params, batches())
+    fetch, ahead = make_batches(rows, size, seq_len, mesh), cfg.data.prefetch_batches
+    eval_step = make_eval_step(model, data.tokenizer.token_bytes(), cfg.train.loss_chunks)
+    return lambda params: evaluate(eval_step, params, fetch_ahead(fetch, 0, count, ahead))
 
 
 def start_state(job: Job, run: Path, report: Callable[[str], None]) -> TrainState:
@@ -229,20 +228,20 @@ def fit(
     """
     run = Path(run)
     with own_run(run), stop_signals() as stop:
-        store = prepare_data(cfg, report)
-        cfg = resolve(cfg, store)
+        data = prepare_data(cfg, report)
+        cfg = resolve(cfg, data)
         mesh = sharding.make_mesh(**cfg.mesh)
-        job = make_job(cfg, store, mesh, loss_fn)
+        job = make_job(cfg, data, mesh, loss_fn)
         for name, old, new in enter_run(run, cfg):
             report(f"changed since the run began: {name} {old!r} -> {new!r}")
         (run / "tokenizer").mkdir(exist_ok=True)
-        store.tokenizer.save(run / "tokenizer")
+        data.tokenizer.save(run / "tokenizer")
         devices = [device.device_kind for device in mesh.devices.flat]
-        for change in write_identity(run, cfg, store.identity(), devices):
+        for change in write_identity(run, cfg, data.identity, devices):
             report(f"changed since the run began: {change}")
         report(
             f"{run}: {count_params(ModelConfig(**cfg.model)):,} parameters, "
-            f"{len(store.tokens):,} tokens, {len(devices)} x {devices[0]}"
+            f"{data.size}, {len(devices)} x {devices[0]}"
         )
         with jax.set_mesh(mesh):
             state = start_state(job, run, report)
@@ -288,8 +287,9 @@ class Loop:
             missed = self.start and due(self.start, cfg.eval.every_steps)
             if missed and self.start not in self.losses:
                 self.validate(self.start, state)  # the run was stopped between saving and this
-            for step in range(self.start + 1, last + 1):
-                batch = self.job.train_batch(step - 1)
+            ahead = cfg.data.prefetch_batches
+            batches = fetch_ahead(self.job.train_batch, self.start, last, ahead)
+            for step, batch in enumerate(batches, self.start + 1):
                 state, numbers = self.job.train_step(state, batch, hyper)
                 self.read()
                 self.unread = step, numbers

@@ -32,7 +32,7 @@ def jax_steps(shape: dict[str, int], dtype: str) -> Callable[[int], None]:
 
     from nanojaxgpt import sharding
     from nanojaxgpt.config import base_config
-    from nanojaxgpt.data.loader import Batch
+    from nanojaxgpt.data.rows import Batch
     from nanojaxgpt.model import ModelConfig, Transformer
     from nanojaxgpt.train import make_hyper, make_init, make_loss, make_train_step
 

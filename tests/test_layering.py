@@ -9,11 +9,11 @@ from conftest import ROOT
 PACKAGE = "nanojaxgpt"
 FLOORS = {
     0: {"", "errors", "model", "attention", "loss", "optim", "sharding", "data.tokenizers",
-        "data.subwords", "projection"},
+        "data.subwords", "projection", "data.rows", "data.tasks"},
     1: {"config", "rundir", "hosts", "checkpoint", "metrics", "sample", "evaluate", "data",
         "data.sources", "data.sources.documents", "data.sources.files", "data.sources.stdlib",
         "data.sources.tfds", "data.sources.builders", "data.sources.hub",
-        "data.shards", "data.store", "data.loader"},
+        "data.shards", "data.store", "data.packing", "data.loader"},
     2: {"train"},
     3: {"__main__"},
 }  # fmt: skip

@@ -259,7 +259,7 @@ def test_a_signal_while_restoring_is_no_broken_checkpoint(job, tmp_path, monkeyp
 def test_no_validation_split_gives_no_validation_loss(job, tmp_path, monkeypatch):
     cfg = override_config(job.cfg, {"data.validation_fraction": "0"})
     model = Transformer(ModelConfig(**cfg.model))
-    share(job._replace(evaluate=make_evaluation(cfg, job.store, job.mesh, model)), monkeypatch)
+    share(job._replace(evaluate=make_evaluation(cfg, job.data, job.mesh, model)), monkeypatch)
     fit(job.cfg, tmp_path / "run", report=lambda text: None)
     assert len(losses(tmp_path / "run")) == NUM_STEPS
     assert losses(tmp_path / "run", "validation_loss") == []

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from conftest import random_tokens
 
-from nanojaxgpt.data.loader import Batch
+from nanojaxgpt.data.rows import Batch
 from nanojaxgpt.errors import CheckpointError, ConfigError
 from nanojaxgpt.model import ModelConfig, Transformer
 from nanojaxgpt.sharding import unbox

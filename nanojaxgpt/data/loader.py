@@ -1,118 +1,139 @@
-"""In: token ids and a span of them. Out: batches, each a pure function of its place.
+"""In: the config's section `data`. Out: tables of rows to train and to validate on, and batches.
 
-Dimensions: B rows, T tokens of a row.
+Text and generated tasks stand behind the same few functions.
 """
 
+import inspect
 import math
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
-import numpy as np
+from nanojaxgpt.config import unknown_name
+from nanojaxgpt.data.packing import cover_rows, packed_rows, wrap_rows
+from nanojaxgpt.data.rows import Rows, Source, chain
+from nanojaxgpt.data.sources import DataConfig
+from nanojaxgpt.data.store import Corpus, prepare
+from nanojaxgpt.data.tasks import TASKS, Task, task_rows
+from nanojaxgpt.data.tokenizers import Tokenizer, WordTokenizer
+from nanojaxgpt.errors import ConfigError
 
-from nanojaxgpt.errors import DataError
+Fetched = TypeVar("Fetched")
+LARGEST_SUM = 2**31  # of a mixture's weights as integers, see rows.interleave
 
 
-class Batch(NamedTuple):
-    """Rows of tokens with the tokens that follow them.
+class Data(NamedTuple):
+    """What a run learns from: `train` and `validation` give tables of rows of a length."""
 
-    Where `segments_BT` is None a row is one segment; where `positions_BT` is None they are 0..T-1.
+    tokenizer: Tokenizer
+    identity: dict[str, Any]
+    size: str  # for a person
+    train: Callable[[int], tuple[Source, ...]]
+    validation: Callable[[int], Rows]  # of no row where nothing is held out
+
+
+def open_data(data: DataConfig, cache_dir: Path, report: Callable[[str], object] = print) -> Data:
+    """Return the data that the config names, made now where it is not there yet.
+
+    Raises ConfigError for a name, an option or a weight that can't be used, DataError as
+    `prepare` does.
     """
-
-    tokens_BT: np.ndarray  # int32
-    targets_BT: np.ndarray  # int32
-    weights_BT: np.ndarray  # float32; 0: this target is padding
-    segments_BT: np.ndarray | None = None  # int32
-    positions_BT: np.ndarray | None = None  # int32
-
-
-ReadRows = Callable[[int, int, int], Batch]
+    if not data.mixture and data.source.startswith("task:"):
+        return task_data(data.source)
+    for name in (data.validation_source, *(entry.split(" ")[-1] for entry in data.mixture)):
+        if name.startswith("task:"):
+            raise ConfigError(f"{name} can only be data.source, alone: it has a split of its own")
+    return text_data(prepare(data, cache_dir, report), data)
 
 
-def make_train_rows(
-    tokens: np.ndarray, span: tuple[int, int], seq_len: int, batch_size: int, seed: int
-) -> ReadRows:
-    """Return `read(step, first_row, last_row)`: rows [first_row, last_row) of that step's batch.
+def text_data(corpus: Corpus, data: DataConfig) -> Data:
+    """Return the data of a corpus: each part's own split, unless validation is a source."""
+    if corpus.validation is None:
+        spans = [
+            part.store.split(data.validation_fraction, data.validation_documents)
+            for part in corpus.parts
+        ]
+        held_out = [(part.store, last) for part, (_, last) in zip(corpus.parts, spans, strict=True)]
+    else:
+        spans = [part.store.split(0.0) for part in corpus.parts]
+        held_out = [(corpus.validation, (0, corpus.validation.num_tokens))]
+    weights = whole_weights([part.weight for part in corpus.parts])
+    train_rows = {"wrap": wrap_rows, "pack": packed_rows}[data.packing]
+    eval_rows = {"wrap": cover_rows, "pack": packed_rows}[data.packing]
 
-    In every epoch the span is cut, at another offset, into windows of `seq_len`, and each window is
-    visited once, in another order; both follow from `seed` and the epoch, so that a batch depends
-    on nothing but (seed, step). Raises DataError where the span is shorter than a batch.
-    """
-    start, stop = span
-    num_windows = (stop - start - seq_len) // seq_len  # one less than would fit: room for offsets
-    if num_windows < batch_size:
-        raise DataError(
-            f"the training split has {stop - start:,} tokens, but {batch_size} sequences of "
-            f"{seq_len} need {(batch_size + 1) * seq_len:,}; use more text, "
-            "or a smaller train.batch_size or model.seq_len"
+    def train(seq_len: int) -> tuple[Source, ...]:
+        return tuple(
+            Source(part.source, weight, train_rows(part.store, first, seq_len))
+            for part, weight, (first, _) in zip(corpus.parts, weights, spans, strict=True)
         )
-    windows = np.lib.stride_tricks.sliding_window_view(tokens[start:stop], seq_len + 1)
 
-    def read(step: int, first_row: int, last_row: int) -> Batch:
-        position_B = step * batch_size + np.arange(first_row, last_row, dtype=np.uint64)
-        epoch_B, index_B = np.divmod(position_B, np.uint64(num_windows))
-        key_B = hash_words(seed, epoch_B)
-        offset_B = hash_words(key_B, 0) % np.uint64(seq_len)
-        window_B = permute(index_B, num_windows, key_B)
-        rows_BT = windows[offset_B + window_B * np.uint64(seq_len)].astype(np.int32)
-        weights_BT = np.ones((len(rows_BT), seq_len), np.float32)
-        return Batch(rows_BT[:, :-1], rows_BT[:, 1:], weights_BT)
+    def validation(seq_len: int) -> Rows:
+        return chain([eval_rows(store, span, seq_len) for store, span in held_out])
 
-    return read
+    num_tokens = sum(part.store.num_tokens for part in corpus.parts)
+    return Data(corpus.tokenizer, corpus.identity(), f"{num_tokens:,} tokens", train, validation)
 
 
-def make_eval_batches(
-    tokens: np.ndarray, span: tuple[int, int], seq_len: int, batch_size: int
-) -> tuple[int, ReadRows]:
-    """Return the number of batches and `read(batch_index, first_row, last_row)`.
+def whole_weights(weights: list[Fraction]) -> list[int]:
+    """Return the smallest integers in the same proportion. Raises ConfigError if they are huge."""
+    scale = math.lcm(*(weight.denominator for weight in weights))
+    whole = [int(weight * scale) for weight in weights]
+    whole = [weight // math.gcd(*whole) for weight in whole]
+    if sum(whole) > LARGEST_SUM:
+        raise ConfigError(
+            f"data.mixture: the weights come to {sum(whole):,} parts; give them fewer digits"
+        )
+    return whole
 
-    Together they score every token of the span but its first exactly once; what is missing from
-    the last batch has weight 0. A span of fewer than two tokens gives no batch.
+
+def task_data(spec: str) -> Data:
+    """Return the data of a generated task, `task:NAME[,option=value...]`. Raises ConfigError."""
+    name, task = open_task(spec)
+    tokenizer = WordTokenizer(task.words)
+    identity = dict(source=spec, tokenizer=tokenizer.content_hash())
+
+    def train(seq_len: int) -> tuple[Source, ...]:
+        return (Source(name, 1, task_rows(task, seq_len)[0]),)
+
+    def validation(seq_len: int) -> Rows:
+        return task_rows(task, seq_len)[1]
+
+    return Data(tokenizer, identity, f"examples of {name}", train, validation)
+
+
+def open_task(spec: str) -> tuple[str, Task]:
+    """Return the name and the task of `task:NAME[,option=value...]`. Raises ConfigError."""
+    name, *settings = spec.removeprefix("task:").split(",")
+    if name not in TASKS:
+        raise ConfigError(f"{unknown_name('task', name, list(TASKS))}; there is {', '.join(TASKS)}")
+    known = {
+        option: parameter.default
+        for option, parameter in inspect.signature(TASKS[name]).parameters.items()
+    }
+    options: dict[str, int | float] = {}
+    for setting in settings:
+        option, _, text = setting.partition("=")
+        if option not in known:
+            hint = ", ".join(f"{key}={value}" for key, value in known.items())
+            raise ConfigError(f"{unknown_name('option', option, list(known))}; {name} has {hint}")
+        try:
+            options[option] = type(known[option])(text)
+        except ValueError:
+            kind = type(known[option]).__name__
+            raise ConfigError(f"{spec}: {option}={text!r} is not a {kind}") from None
+    return name, TASKS[name](**options)
+
+
+def fetch_ahead(
+    fetch: Callable[[int], Fetched], first: int, stop: int, ahead: int
+) -> Iterator[Fetched]:
+    """Yield fetch(step) for the steps [first, stop), made by a thread `ahead` of their use.
+
+    An exception of `fetch` is raised where its result would have come. Imports jax.
     """
-    start, stop = span
-    num_windows = math.ceil(max(stop - start - 1, 0) / seq_len)
+    import grain
 
-    def read(batch_index: int, first_row: int, last_row: int) -> Batch:
-        window_B = batch_index * batch_size + np.arange(first_row, last_row)
-        index_BT = start + window_B[:, None] * seq_len + np.arange(seq_len + 1)
-        rows_BT = tokens[np.minimum(index_BT, stop - 1)].astype(np.int32)
-        weights_BT = (index_BT[:, 1:] < stop).astype(np.float32)
-        return Batch(rows_BT[:, :-1], rows_BT[:, 1:], weights_BT)
-
-    return math.ceil(num_windows / batch_size), read
-
-
-NUM_ROUNDS = 4
-
-
-def permute(index_B: np.ndarray, size: int, key_B: np.ndarray) -> np.ndarray:
-    """Return where a random permutation of `size` numbers takes each index; uint64 in and out.
-
-    A Feistel network on a rectangle of at least `size` cells: each round shifts the row by a hash
-    of the column and then the column by a hash of the row, which can be undone, so that no two
-    cells meet. Cells past `size` walk on until they are inside (Black and Rogaway 2002).
-    """
-    columns = math.isqrt(size - 1) + 1
-    rows, columns = np.uint64(-(-size // columns)), np.uint64(columns)
-
-    def shift(cell_B: np.ndarray, key_B: np.ndarray) -> np.ndarray:
-        row_B, column_B = np.divmod(cell_B, columns)
-        for turn in range(1, 2 * NUM_ROUNDS, 2):
-            row_B = (row_B + hash_words(key_B, turn, column_B) % rows) % rows
-            column_B = (column_B + hash_words(key_B, turn + 1, row_B) % columns) % columns
-        return row_B * columns + column_B
-
-    cell_B = shift(index_B, key_B)
-    while (outside_B := cell_B >= size).any():
-        cell_B[outside_B] = shift(cell_B[outside_B], key_B[outside_B])
-    return cell_B
-
-
-def hash_words(*words: int | np.ndarray) -> np.ndarray:
-    """Return a uint64 hash of the words, elementwise, after SplitMix64 (Steele et al. 2014)."""
-    state = np.zeros(1, np.uint64)
-    for word in words:
-        state = (state ^ word) + np.uint64(0x9E3779B97F4A7C15)
-        state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        state = state ^ (state >> np.uint64(31))
-    return state
+    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=ahead)
+    steps = grain.MapDataset.range(first, stop).map(fetch)
+    return iter(steps.to_iter_dataset(options))

@@ -112,6 +112,41 @@ class CharTokenizer:
         write_description(folder, self, dict(characters=self.characters))
 
 
+class WordTokenizer:
+    """The given words, as a generated task uses them, with spaces between; no end token."""
+
+    kind = "words"
+    end_id = -1
+
+    def __init__(self, words: Iterable[str]) -> None:
+        self.words = tuple(words)
+        self.vocab_size = len(self.words)
+        self._ids = {word: i for i, word in enumerate(self.words)}
+
+    def encode(self, text: str) -> np.ndarray:
+        """Return the int32 ids of `text`. Raises DataError for a word outside the vocabulary."""
+        try:
+            return np.array([self._ids[word] for word in text.split()], np.int32)
+        except KeyError as error:
+            near = " ".join(self.words[:12])
+            raise DataError(
+                f"{error} is no word of this task, whose words are {near} ..."
+            ) from None
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        known = (i for i in np.asarray(ids).tolist() if i < self.vocab_size)
+        return " ".join(self.words[i] for i in known)
+
+    def token_bytes(self) -> np.ndarray:
+        return np.array([len(f"{word} ".encode()) for word in self.words], np.int32)
+
+    def content_hash(self) -> str:
+        return short_hash(" ".join((self.kind, *self.words)).encode())
+
+    def save(self, folder: Path) -> None:
+        write_description(folder, self, dict(words=self.words))
+
+
 # Longer texts take 3 times as long in one call, and memory in proportion.
 SEGMENT_CHARS = 1 << 16
 # A model that leaves this as it is leaves every text as it is.
@@ -322,6 +357,8 @@ def load_tokenizer(folder: Path) -> Tokenizer:
             tokenizer: Tokenizer = ByteTokenizer()
         elif kind == "chars":
             tokenizer = CharTokenizer(description["characters"])
+        elif kind == "words":
+            tokenizer = WordTokenizer(description["words"])
         elif kind == "sentencepiece":
             model_path = path.with_name("sentencepiece.model")
             tokenizer = SentencePieceTokenizer(read_model(model_path), str(model_path))

@@ -1,0 +1,143 @@
+"""In: a token store and a span of it. Out: tables of rows, cut from the stream or packed.
+
+Dimensions: B rows, T tokens of a row, P pieces of documents.
+"""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from nanojaxgpt.data.rows import Batch, Rows, hash_words
+from nanojaxgpt.data.store import Span, Store
+
+GROUP = 1024  # successive pieces that share rows: planning is linear, and reading stays local
+
+
+def wrap_rows(store: Store, span: Span, seq_len: int) -> Rows:
+    """Return the span cut into windows of `seq_len`, at another offset in each epoch."""
+    start, stop = span
+    count = max((stop - start - seq_len) // seq_len, 0)  # one less than would fit: for the offsets
+    weights_T = np.ones(seq_len, np.float32)
+
+    def read(index_B: np.ndarray, key_B: np.ndarray) -> Batch:
+        offset_B = hash_words(key_B, 0) % np.uint64(seq_len)
+        start_B = (index_B * np.uint64(seq_len) + offset_B).astype(np.int64) + start
+        rows_BT = store.read(start_B, seq_len + 1).astype(np.int32)
+        weights_BT = np.broadcast_to(weights_T, (len(rows_BT), seq_len))
+        return Batch(rows_BT[:, :-1], rows_BT[:, 1:], weights_BT)
+
+    return Rows(count, read)
+
+
+def cover_rows(store: Store, span: Span, seq_len: int) -> Rows:
+    """Return windows that score every token of the span but its first exactly once.
+
+    A span of fewer than two tokens gives no row.
+    """
+    start, stop = span
+
+    def read(index_B: np.ndarray, key_B: np.ndarray) -> Batch:
+        start_B = start + index_B.astype(np.int64) * seq_len
+        at_BT = start_B[:, None] + np.arange(seq_len + 1)
+        rows_BT = store.read(np.minimum(at_BT, stop - 1).ravel(), 1).reshape(at_BT.shape)
+        rows_BT = rows_BT.astype(np.int32)
+        weights_BT = (at_BT[:, 1:] < stop).astype(np.float32)
+        return Batch(rows_BT[:, :-1], rows_BT[:, 1:], weights_BT)
+
+    return Rows(math.ceil(max(stop - start - 1, 0) / seq_len), read)
+
+
+class Plan(NamedTuple):
+    """Which pieces of documents stand in which row; a piece of n tokens takes n - 1 places."""
+
+    borders: np.ndarray  # int64 [rows + 1]: row r holds the pieces [borders[r], borders[r + 1])
+    start_P: np.ndarray  # int64: a piece's first token in the store
+    places_P: np.ndarray  # int32: the targets it is scored on
+
+
+def packed_rows(store: Store, span: Span, seq_len: int) -> Rows:
+    """Return the span's documents packed into rows; a segment is a document or a piece of one.
+
+    Every target inside a document is scored exactly once, and none crosses a border.
+    """
+    plan = plan_rows(store.document_starts, span, seq_len)
+
+    def read(index_B: np.ndarray, key_B: np.ndarray) -> Batch:
+        first_B, last_B = plan.borders[index_B], plan.borders[index_B + np.uint64(1)]
+        count_B = last_B - first_B
+        piece_P = count_up(first_B, count_B)
+        places_P, segment_P = plan.places_P[piece_P], count_up(np.ones_like(count_B), count_B)
+        # Where each piece begins in its row, and where its row begins among all places.
+        begin_P = np.cumsum(places_P) - places_P
+        row_P = np.repeat(np.arange(len(index_B)), count_B)
+        begin_P += row_P * seq_len - np.repeat(begin_P[np.cumsum(count_B) - count_B], count_B)
+        place = count_up(begin_P, places_P)
+        position = count_up(np.zeros_like(places_P), places_P)
+        pair = store.read(np.repeat(plan.start_P[piece_P], places_P) + position, 2)
+        fields = np.zeros((4, len(index_B) * seq_len), np.int32)
+        columns = (pair[:, 0], pair[:, 1], np.repeat(segment_P, places_P), position)
+        for field, column in zip(fields, columns, strict=True):
+            field[place] = column
+        tokens_BT, targets_BT, segments_BT, positions_BT = fields.reshape(4, -1, seq_len)
+        weights_BT = (segments_BT > 0).astype(np.float32)
+        return Batch(tokens_BT, targets_BT, weights_BT, segments_BT, positions_BT)
+
+    return Rows(len(plan.borders) - 1, read)
+
+
+def plan_rows(document_starts: np.ndarray, span: Span, seq_len: int) -> Plan:
+    """Return how the documents of the span are packed into rows of `seq_len` places.
+
+    A document with more targets than that is cut, so that its pieces share one token. In each
+    group of successive pieces the longest come first, and each goes to the first row with room.
+    """
+    start_P, places_P = cut_documents(document_starts, span, seq_len)
+    row_P = first_fit(places_P, seq_len)
+    order_P = np.argsort(row_P, kind="stable")
+    _, first = np.unique(row_P[order_P], return_index=True)
+    borders = np.append(first, len(row_P)).astype(np.int64)
+    return Plan(borders, start_P[order_P], places_P[order_P])
+
+
+def cut_documents(
+    document_starts: np.ndarray, span: Span, seq_len: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the first token of each piece (int64) and how many targets it has (int32)."""
+    start, stop = span
+    inside = document_starts[(document_starts > start) & (document_starts < stop)]
+    borders = np.concatenate([[start], inside, [stop]]).astype(np.int64)
+    num_targets = np.maximum(np.diff(borders) - 1, 0)
+    num_pieces = -(-num_targets // seq_len)
+    piece_P = count_up(np.zeros_like(num_pieces), num_pieces)
+    start_P = np.repeat(borders[:-1], num_pieces) + piece_P * seq_len
+    left_P = np.repeat(num_targets, num_pieces) - piece_P * seq_len
+    return start_P, np.minimum(left_P, seq_len).astype(np.int32)
+
+
+def first_fit(places_P: np.ndarray, seq_len: int) -> np.ndarray:
+    """Return the row of each piece, int64; rows of different groups are far apart.
+
+    All groups place their next piece at once, so that a million pieces take a second.
+    """
+    num_groups = -(-len(places_P) // GROUP)
+    places = np.zeros(num_groups * GROUP, np.int32)
+    places[: len(places_P)] = places_P
+    places = places.reshape(num_groups, GROUP)
+    order = np.argsort(-places, axis=1, kind="stable")
+    # Any two rows of a first fit together hold more than one row's places.
+    most = min(GROUP, 2 * int(places.sum(1, dtype=np.int64).max(initial=0)) // seq_len + 2)
+    free, group = np.full((num_groups, most), seq_len, np.int32), np.arange(num_groups)
+    row = np.zeros_like(places, dtype=np.int64)
+    for chosen in order.T:
+        needed = places[group, chosen]
+        fit = np.argmax(free >= needed[:, None], axis=1)
+        free[group, fit] -= needed
+        row[group, chosen] = fit
+    return (row + group[:, None] * GROUP).ravel()[: len(places_P)]
+
+
+def count_up(start: np.ndarray, length: np.ndarray) -> np.ndarray:
+    """Return start, start + 1, ... for each of the lengths, one after the other."""
+    offset = np.cumsum(length) - length
+    return np.repeat(start - offset, length) + np.arange(int(length.sum()))

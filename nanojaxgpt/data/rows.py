@@ -1,0 +1,190 @@
+"""In: tables of rows and a seed. Out: which row stands at which place, as a pure function of it.
+
+Dimensions: B rows, T tokens of a row. Places and indices are uint64 arrays.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from nanojaxgpt.errors import DataError
+
+
+class Batch(NamedTuple):
+    """Rows of tokens with the tokens that follow them.
+
+    Where `segments_BT` is None a row is one segment; where `positions_BT` is None they are 0..T-1.
+    """
+
+    tokens_BT: np.ndarray  # int32
+    targets_BT: np.ndarray  # int32
+    weights_BT: np.ndarray  # float32; 0: this target is not scored
+    segments_BT: np.ndarray | None = None  # int32; 1, 2, ... in each row, 0: padding
+    positions_BT: np.ndarray | None = None  # int32; they restart with each segment
+
+
+ReadRows = Callable[
+    [int, int, int], Batch
+]  # (step, first_row, last_row) -> those rows of its batch
+
+
+class Rows(NamedTuple):
+    """A table of `count` rows: `read(index_B, key_B)` gives the rows of these numbers.
+
+    `key_B` differs from epoch to epoch, for a table that is cut anew in each.
+    """
+
+    count: int
+    read: Callable[[np.ndarray, np.ndarray], Batch]
+
+
+class Source(NamedTuple):
+    """A table to train on, and how many of `sum(weights)` successive rows come from it."""
+
+    name: str
+    weight: int
+    rows: Rows
+
+
+def make_train_rows(sources: tuple[Source, ...], batch_size: int, seed: int) -> ReadRows:
+    """Return `read(step, first_row, last_row)`: rows [first_row, last_row) of that step's batch.
+
+    In every epoch of a source each of its rows is visited once, in another order, which follows
+    from `seed`, the source's number and the epoch: a batch depends on nothing but (seed, step).
+    Raises DataError where a source has fewer rows than it gives to one batch.
+    """
+    weights = [source.weight for source in sources]
+    for source in sources:
+        needed = -(-batch_size * source.weight // sum(weights))
+        if source.rows.count < needed:
+            raise DataError(
+                f"the training split of {source.name} fills {source.rows.count:,} sequences, but a "
+                f"batch takes {needed:,}; use more data, or a smaller train.batch_size or "
+                "model.seq_len"
+            )
+    if len(sources) == 1:
+        return lambda step, first_row, last_row: read_shuffled(
+            sources[0].rows, places(step, batch_size, first_row, last_row), seed
+        )
+    seeds = [int(hash_words(seed, number)[0]) for number in range(len(sources))]
+
+    def read(step: int, first_row: int, last_row: int) -> Batch:
+        source_B, place_B = interleave(places(step, batch_size, first_row, last_row), weights)
+        chosen = [np.flatnonzero(source_B == number) for number in range(len(sources))]
+        parts = [
+            read_shuffled(source.rows, place_B[rows], source_seed)
+            for source, rows, source_seed in zip(sources, chosen, seeds, strict=True)
+        ]
+        return take_rows(parts, np.argsort(np.concatenate(chosen)))
+
+    return read
+
+
+def make_eval_batches(rows: Rows, batch_size: int) -> tuple[int, ReadRows]:
+    """Return the number of batches and `read(batch_index, first_row, last_row)`.
+
+    Together they hold every row once; what is missing from the last batch has weight 0.
+    """
+
+    def read(batch_index: int, first_row: int, last_row: int) -> Batch:
+        index_B = places(batch_index, batch_size, first_row, last_row)
+        batch = rows.read(np.minimum(index_B, np.uint64(rows.count - 1)), np.zeros_like(index_B))
+        return batch._replace(weights_BT=batch.weights_BT * (index_B < rows.count)[:, None])
+
+    return math.ceil(rows.count / batch_size), read
+
+
+def chain(tables: list[Rows]) -> Rows:
+    """Return the table of all tables' rows, one table after the other."""
+    borders = np.cumsum([0, *(rows.count for rows in tables)]).astype(np.uint64)
+
+    def read(index_B: np.ndarray, key_B: np.ndarray) -> Batch:
+        table_B = np.searchsorted(borders, index_B, side="right") - 1
+        chosen = [np.flatnonzero(table_B == number) for number in range(len(tables))]
+        parts = [
+            rows.read(index_B[chosen_B] - borders[number], key_B[chosen_B])
+            for number, (rows, chosen_B) in enumerate(zip(tables, chosen, strict=True))
+            if len(chosen_B)
+        ]
+        return take_rows(parts, np.argsort(np.concatenate(chosen)))
+
+    return tables[0] if len(tables) == 1 else Rows(int(borders[-1]), read)
+
+
+def take_rows(parts: list[Batch], order_B: np.ndarray) -> Batch:
+    """Return the rows of all parts, one part after the other, in this order."""
+    fields = zip(*parts, strict=True)
+    return Batch(*(None if f[0] is None else np.concatenate(f)[order_B] for f in fields))
+
+
+def places(step: int, batch_size: int, first_row: int, last_row: int) -> np.ndarray:
+    """Return where rows [first_row, last_row) of a step's batch stand among all rows ever read."""
+    return np.arange(step * batch_size + first_row, step * batch_size + last_row, dtype=np.uint64)
+
+
+def read_shuffled(rows: Rows, place_B: np.ndarray, seed: int) -> Batch:
+    """Return the rows at these places of the endless row of epochs, each in an order of its own."""
+    epoch_B, index_B = np.divmod(place_B, np.uint64(rows.count))
+    key_B = hash_words(seed, epoch_B)
+    return rows.read(permute(index_B, rows.count, key_B), key_B)
+
+
+def interleave(place_B: np.ndarray, weights: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the source of each place, and its place among the rows of that source.
+
+    Any `sum(weights)` successive places hold each source exactly `weight` times, evenly spread:
+    the first source takes place p wherever floor(p * share) grows, the second does the same among
+    the places that are left, and so on. The sum of the weights is at most 2^31.
+    """
+    left = sum(weights)
+    cycle_B, place_B = np.divmod(place_B, np.uint64(left))
+    source_B, within_B = np.zeros(len(place_B), np.int64), np.zeros_like(place_B)
+    open_B = np.ones(len(place_B), bool)
+    for number, weight in enumerate(weights):
+        whole, part = np.uint64(left), np.uint64(weight)
+        before_B = place_B * part // whole
+        taken_B = open_B & ((place_B + np.uint64(1)) * part // whole > before_B)
+        source_B[taken_B] = number
+        within_B[taken_B] = cycle_B[taken_B] * part + before_B[taken_B]
+        open_B &= ~taken_B
+        place_B, left = place_B - before_B, left - weight
+    return source_B, within_B
+
+
+NUM_ROUNDS = 4
+
+
+def permute(index_B: np.ndarray, size: int, key_B: np.ndarray) -> np.ndarray:
+    """Return where a random permutation of `size` numbers takes each index; uint64 in and out.
+
+    A Feistel network on a rectangle of at least `size` cells: each round shifts the row by a hash
+    of the column and then the column by a hash of the row, which can be undone, so that no two
+    cells meet. Cells past `size` walk on until they are inside (Black and Rogaway 2002).
+    """
+    columns = math.isqrt(size - 1) + 1
+    rows, columns = np.uint64(-(-size // columns)), np.uint64(columns)
+
+    def shift(cell_B: np.ndarray, key_B: np.ndarray) -> np.ndarray:
+        row_B, column_B = np.divmod(cell_B, columns)
+        for turn in range(1, 2 * NUM_ROUNDS, 2):
+            row_B = (row_B + hash_words(key_B, turn, column_B) % rows) % rows
+            column_B = (column_B + hash_words(key_B, turn + 1, row_B) % columns) % columns
+        return row_B * columns + column_B
+
+    cell_B = shift(index_B, key_B)
+    while (outside_B := cell_B >= size).any():
+        cell_B[outside_B] = shift(cell_B[outside_B], key_B[outside_B])
+    return cell_B
+
+
+def hash_words(*words: int | np.ndarray) -> np.ndarray:
+    """Return a uint64 hash of the words, elementwise, after SplitMix64 (Steele et al. 2014)."""
+    state = np.zeros(1, np.uint64)
+    for word in words:
+        state = (state ^ word) + np.uint64(0x9E3779B97F4A7C15)
+        state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        state = state ^ (state >> np.uint64(31))
+    return state
