@@ -23,6 +23,7 @@ nanojaxgpt VERB ...
   eval   RUN                                            validation loss, bits per byte
   sample RUN --prompt=TEXT                              text, streamed as it is made
   prepare --config=EXPERIMENT.py[:VARIANT]              the corpus as tokens, as train would
+  inspect --config=EXPERIMENT.py [--step=N] [--rows=4]  what the model sees at a step
 
 Every field of the config can be set: --config.optim.learning_rate=3e-4. VERB --help says more.
 """
@@ -78,7 +79,7 @@ def train(arguments: list[str]) -> None:
 
     Without --config, RUN's own config; without RUN, runs/EXPERIMENT[-VARIANT].
     """
-    parsed, cfg = open_experiment("train", arguments)
+    parsed, cfg = open_experiment("train", arguments, {})
     name, _, variant = parsed.config.partition(":")
     run = Path(parsed.run or Path("runs") / (Path(name).stem + (f"-{variant}" if variant else "")))
     from nanojaxgpt.train import fit
@@ -91,7 +92,7 @@ def prepare(arguments: list[str]) -> None:
 
     A preparation that was stopped goes on; one that was done is opened and checked.
     """
-    _, cfg = open_experiment("prepare", arguments)
+    _, cfg = open_experiment("prepare", arguments, {})
     from nanojaxgpt.data import store
     from nanojaxgpt.data.sources import DataConfig
 
@@ -113,6 +114,31 @@ def print_table(rows: list[tuple[str, ...]]) -> None:
     for first, *numbers, last in rows:
         cells = [n.rjust(width) for n, width in zip(numbers, widths[1:], strict=True)]
         print("  ".join([first.ljust(widths[0]), *cells, last]))
+
+
+def inspect(arguments: list[str]) -> None:
+    """Print the batch of one step as the model sees it: text, segments, what is scored."""
+    options = {
+        "step": {"default": 1, "type": int, "help": "as in the log; default: 1"},
+        "rows": {"default": 4, "type": int, "help": "how many rows to print in full; default: 4"},
+        "split": {"default": "train", "choices": ("train", "validation"), "help": "default: train"},
+    }
+    parsed, cfg = open_experiment("inspect", arguments, options)
+    if parsed.step < 1 or parsed.rows < 0:
+        raise ConfigError(f"--step={parsed.step} --rows={parsed.rows}: steps count from 1")
+    from nanojaxgpt.data.loader import open_data
+    from nanojaxgpt.data.show import show_step
+    from nanojaxgpt.data.sources import DataConfig
+
+    data = open_data(DataConfig(**cfg.data), config.cache_dir(cfg), warn)
+    batch_size = cfg.train.batch_size
+    if parsed.split == "validation":
+        batch_size = cfg.eval.batch_size or batch_size
+    lines = show_step(
+        data, parsed.split, parsed.step, cfg.model.seq_len, batch_size, cfg.train.seed, parsed.rows
+    )
+    for line in lines:
+        print(line)
 
 
 def evaluate(arguments: list[str]) -> None:
@@ -138,7 +164,8 @@ def evaluate(arguments: list[str]) -> None:
     if not found["tokens"]:
         raise DataError(
             f"{run} holds nothing out to validate on; set data.validation_fraction, "
-            "data.validation_documents or data.validation_source, and train again"
+            "data.validation_documents or data.validation_source (of a task: train_fraction), "
+            "and train again"
         )
     print(json.dumps({"step": step, **found}))
 
@@ -232,15 +259,16 @@ def chosen_step(run: Path, text: str) -> int:
     return min(losses, key=losses.get)
 
 
-def open_experiment(verb: str, arguments: list[str]) -> tuple[Any, ConfigDict]:
-    """Return the parsed arguments of a verb, and the config of its --config or else of its RUN."""
+def open_experiment(
+    verb: str, arguments: list[str], options: dict[str, dict[str, Any]]
+) -> tuple[Any, ConfigDict]:
+    """Return the parsed arguments of a verb that takes --config or a RUN, and the config."""
     settings = {"default": "", "help": "the experiment: FILE.py or FILE.py:VARIANT"}
-    parsed = parse(verb, arguments, {"config": settings})
+    parsed = parse(verb, arguments, {"config": settings} | options)
     if parsed.config:
         return parsed, config.load_config(parsed.config, parsed.overrides)
     if parsed.run:
-        cfg = rundir.load_run(Path(parsed.run))
-        return parsed, config.override_config(cfg, parsed.overrides)
+        return parsed, config.override_config(rundir.load_run(Path(parsed.run)), parsed.overrides)
     raise ConfigError(f"say what to {verb}: --config=experiments/quickstart.py, or a RUN")
 
 
@@ -267,6 +295,7 @@ VERBS: dict[str, Callable[[list[str]], None]] = {
     "eval": evaluate,
     "sample": sample,
     "prepare": prepare,
+    "inspect": inspect,
 }
 
 

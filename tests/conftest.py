@@ -39,6 +39,15 @@ def random_tokens(*shape: int, vocab_size: int = 31, seed: int = 0) -> np.ndarra
     return np.random.default_rng(seed).integers(0, vocab_size, shape, np.int32)
 
 
+def assert_batches_equal(left, right) -> None:
+    """Compare two batches field by field, dtypes too."""
+    for a, b in zip(left, right, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            assert a.dtype == b.dtype
+            np.testing.assert_array_equal(a, b)
+
+
 @pytest.fixture
 def corpus(tmp_path) -> Path:
     """Return a text file of 20,000 random words of six letters."""

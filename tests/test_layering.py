@@ -13,7 +13,7 @@ FLOORS = {
     1: {"config", "rundir", "hosts", "checkpoint", "metrics", "sample", "evaluate", "data",
         "data.sources", "data.sources.documents", "data.sources.files", "data.sources.stdlib",
         "data.sources.tfds", "data.sources.builders", "data.sources.hub",
-        "data.shards", "data.store", "data.packing", "data.loader"},
+        "data.shards", "data.store", "data.packing", "data.loader", "data.show"},
     2: {"train"},
     3: {"__main__"},
 }  # fmt: skip

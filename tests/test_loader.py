@@ -1,170 +1,222 @@
-"""Batches depend on nothing but their place; every window and every target comes once."""
+"""From a config to batches: any split of the hosts, any start, and no validation in training."""
 
+import functools
+import threading
+from fractions import Fraction
 from itertools import pairwise
 
+import jax
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from conftest import assert_batches_equal
 
-from nanojaxgpt.data.loader import hash_words, make_eval_batches, make_train_rows, permute
-from nanojaxgpt.errors import DataError
+from nanojaxgpt import hosts, sharding
+from nanojaxgpt.__main__ import main
+from nanojaxgpt.config import cache_dir
+from nanojaxgpt.data.loader import fetch_ahead, open_data, whole_weights
+from nanojaxgpt.data.rows import make_eval_batches, make_train_rows, take_rows
+from nanojaxgpt.data.sources import DataConfig
+from nanojaxgpt.data.tokenizers import load_tokenizer
+from nanojaxgpt.errors import ConfigError, DataError
+from nanojaxgpt.train import fit
 
-TOKENS = np.arange(10_000, dtype=np.uint16)  # each token tells its own position
-
-
-def assert_batches_equal(left, right):
-    for a, b in zip(left, right, strict=True):
-        np.testing.assert_array_equal(a, b)
-
-
-def permute_all(size, key):
-    index = np.arange(size, dtype=np.uint64)
-    return permute(index, size, np.full(size, key, np.uint64))
+SEQ_LEN, BATCH_SIZE = 16, 8
 
 
-@pytest.mark.parametrize("size", [*range(1, 70), 100, 255, 256, 257, 1000, 4096, 4097, 99_991])
-def test_permutation_meets_every_number_once(size):
-    permuted = permute_all(size, 7)
-    np.testing.assert_array_equal(np.sort(permuted), np.arange(size))
+@pytest.fixture
+def folders(tmp_path):
+    """Return two folders of documents whose every word is their own."""
+    for name, count in (("one", 41), ("two", 30)):
+        (tmp_path / name).mkdir()
+        for number in range(count):
+            words = [f"{name}{number:02}.{place}" for place in range(3 + number % 7)]
+            (tmp_path / name / f"{number:02}.txt").write_text(" ".join(words))
+    return tmp_path
 
 
-@given(size=st.integers(1, 3000), key=st.integers(0, 2**64 - 1))
-@settings(deadline=None, max_examples=100)
-def test_permutation_meets_every_number_once_for_any_key(size, key):
-    assert len(np.unique(permute_all(size, key))) == size
+@pytest.fixture
+def open_kind(folders, small_config):
+    """Return a function that opens each kind of data, with dotted changes."""
+    one, two = folders / "one", folders / "two"
+    kinds = {
+        "wrap": {"data.source": f"text:{one}"},
+        "pack": {"data.source": f"text:{one}", "data.packing": "pack"},
+        "mixture": {"data.mixture": f"('3 text:{one}', '1 text:{two}')", "data.packing": "pack"},
+        "task": {"data.source": "task:modular_addition,p=11"},
+    }
+
+    def build(kind, **changes):
+        cfg = small_config(**({"data.tokenizer": "bytes"} | kinds[kind] | changes))
+        return open_data(DataConfig(**cfg.data), cache_dir(cfg), report=lambda _: None)
+
+    return build
 
 
-def test_permutation_looks_random():
-    size = 10_000
-    one, other = permute_all(size, 1).astype(int), permute_all(size, 2).astype(int)
-    index = np.arange(size)
-    assert abs(np.corrcoef(one, index)[0, 1]) < 0.04
-    assert abs(np.corrcoef(one, other)[0, 1]) < 0.04
-    assert abs(np.corrcoef(one[1:], one[:-1])[0, 1]) < 0.04
-    assert (np.diff(one) == 1).sum() < 10  # neighbours part
-    assert (one == other).sum() < 10
+def train_rows(data, seed=0):
+    return make_train_rows(data.train(SEQ_LEN), BATCH_SIZE, seed)
 
 
-def test_small_permutations_are_all_met():
-    keys = hash_words(0, np.arange(600, dtype=np.uint64))
-    orders, counts = np.unique([permute_all(3, key) for key in keys], axis=0, return_counts=True)
-    assert len(orders) == 6
-    assert counts.min() > 50
+KINDS = ("wrap", "pack", "mixture", "task")
 
 
-def test_permutation_of_a_huge_domain_stays_inside():
-    size = 2**40 + 12345
-    index = np.arange(size - 1000, size, dtype=np.uint64)
-    permuted = permute(index, size, np.full(1000, 3, np.uint64))
-    assert len(np.unique(permuted)) == 1000
-    assert permuted.max() < size
-    assert permuted.min() < size // 10
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_number_of_hosts_reads_the_same_batch_at_any_step(kind, open_kind):
+    read, again = train_rows(open_kind(kind)), train_rows(open_kind(kind))
+    num_rows = open_kind(kind).train(SEQ_LEN)[0].rows.count
+    over_the_end = num_rows // BATCH_SIZE
+    assert num_rows % BATCH_SIZE
+    for step in (over_the_end, 0, 3, 1000):
+        whole = again(step, 0, BATCH_SIZE)
+        for count in (1, 2, 4):
+            cuts = pairwise(range(0, BATCH_SIZE + 1, BATCH_SIZE // count))
+            pieces = [read(step, first, last) for first, last in cuts]
+            assert_batches_equal(take_rows(pieces, np.arange(BATCH_SIZE)), whole)
+    assert not np.array_equal(read(0, 0, 8).tokens_BT, read(1, 0, 8).tokens_BT)
+    other = train_rows(open_kind(kind), seed=1)
+    assert not np.array_equal(read(0, 0, 8).tokens_BT, other(0, 0, 8).tokens_BT)
 
 
-def test_targets_follow_tokens_inside_the_span():
-    read = make_train_rows(TOKENS, (100, 9_000), seq_len=16, batch_size=8, seed=0)
-    for step in (0, 1, 500):
-        batch = read(step, 0, 8)
-        assert batch.tokens_BT.shape == batch.targets_BT.shape == (8, 16)
-        assert batch.tokens_BT.dtype == batch.targets_BT.dtype == np.int32
-        assert batch.weights_BT.dtype == np.float32
-        np.testing.assert_array_equal(np.diff(batch.tokens_BT, axis=1), 1)
-        np.testing.assert_array_equal(batch.targets_BT, batch.tokens_BT + 1)
-        np.testing.assert_array_equal(batch.weights_BT, 1)
-        assert batch.tokens_BT.min() >= 100
-        assert batch.targets_BT.max() < 9_000
-        assert batch.segments_BT is batch.positions_BT is None
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_global_batch_is_the_same_on_eight_devices(kind, open_kind):
+    read, asked = train_rows(open_kind(kind)), []
+
+    def rows(step, first, last):
+        asked.append((first, last))
+        return read(step, first, last)
+
+    meshes = sharding.make_mesh(1, 1, 1, jax.devices()[:1]), sharding.make_mesh(4, 2, 1)
+    for step in (0, 5, 77):
+        batches = [
+            sharding.global_batch(functools.partial(rows, step), BATCH_SIZE, SEQ_LEN, mesh)
+            for mesh in meshes
+        ]
+        assert_batches_equal(*(jax.tree.map(np.asarray, batch) for batch in batches))
+        assert len(batches[1].tokens_BT.addressable_shards) == 8
+    assert sorted(set(asked)) == [(0, 1), (0, 8), *((n, n + 1) for n in range(1, 8))]
 
 
-def test_batch_is_a_function_of_seed_and_step():
-    def first_tokens(seed, step):
-        read = make_train_rows(TOKENS, (0, 9_000), 16, 8, seed)
-        return read(step, 0, 8).tokens_BT
-
-    np.testing.assert_array_equal(first_tokens(0, 3), first_tokens(0, 3))
-    assert (first_tokens(0, 3) != first_tokens(1, 3)).any()
-    assert (first_tokens(0, 3) != first_tokens(0, 4)).any()
+def texts(data, table) -> set[str]:
+    """Return every word that is read or scored in a table of rows."""
+    _, read = make_eval_batches(table, table.count)
+    batch = read(0, 0, table.count)
+    rows = np.concatenate([batch.tokens_BT, batch.targets_BT[:, -1:]], 1)
+    return {data.tokenizer.decode(row[row != data.tokenizer.end_id]) for row in rows}
 
 
-@pytest.mark.parametrize("step", [0, 69, 70, 12345])  # step 70 straddles two epochs of 561 rows
-def test_rows_in_pieces_are_the_whole_batch(step):
-    read = make_train_rows(TOKENS, (0, 9_000), seq_len=16, batch_size=8, seed=3)
-    whole = read(step, 0, 8)
-    for cuts in ((0, 8), (0, 3, 8), (0, 1, 2, 3, 4, 5, 6, 7, 8)):
-        pieces = [read(step, a, b) for a, b in pairwise(cuts)]
-        for field in range(3):
-            joined = np.concatenate([piece[field] for piece in pieces])
-            np.testing.assert_array_equal(joined, whole[field])
+VALIDATION = {
+    "fraction": {"data.validation_fraction": "0.2"},
+    "documents": {"data.validation_documents": "3"},
+}
 
 
-def test_an_epoch_visits_every_window_once_and_the_next_differs():
-    seq_len, length = 16, 1_000
-    num_windows = (length - seq_len) // seq_len
-    read = make_train_rows(TOKENS, (50, 50 + length), seq_len, batch_size=1, seed=5)
-    epochs = []
-    for epoch in range(8):
-        steps = range(epoch * num_windows, (epoch + 1) * num_windows)
-        epochs.append([int(read(step, 0, 1).tokens_BT[0, 0]) for step in steps])
-    for starts in epochs:
-        assert np.diff(np.sort(starts)).tolist() == [seq_len] * (num_windows - 1)
-        assert starts != sorted(starts)
-    offsets = [min(starts) - 50 for starts in epochs]
-    assert len(set(offsets)) > 3
-    assert min(offsets) >= 0
-    assert max(offsets) < seq_len
-    orders = {tuple(np.argsort(starts)) for starts in epochs}
-    assert len(orders) == len(epochs)
+@pytest.mark.parametrize("how", VALIDATION)
+@pytest.mark.parametrize("kind", ["pack", "mixture"])
+def test_validation_shares_no_document_with_training(how, kind, open_kind):
+    data = open_kind(kind, **VALIDATION[how])
+    sources = data.train(200)
+    trained = " ".join(text for source in sources for text in texts(data, source.rows))
+    held_out = " ".join(texts(data, data.validation(200)))
+    names = {name: {w[:5] for w in text.replace("two", " two").replace("one", " one").split()}
+             for name, text in (("train", trained), ("validation", held_out))}  # fmt: skip
+    assert not names["train"] & names["validation"]
+    assert len(names["train"] | names["validation"]) == (71 if kind == "mixture" else 41)
+    if how == "documents":
+        assert len(names["validation"]) == 3 * len(sources)
 
 
-def test_every_offset_fits_the_smallest_span():
-    seq_len, batch_size = 7, 3
-    stop = (batch_size + 1) * seq_len
-    read = make_train_rows(TOKENS, (0, stop), seq_len, batch_size, seed=0)
-    targets = np.array([read(step, 0, batch_size).targets_BT for step in range(200)])
-    assert targets.max() == stop - 1  # the largest offset was met
+def test_a_validation_source_leaves_all_of_the_corpus_to_training(folders, open_kind):
+    changes = {"data.validation_source": f"text:{folders / 'two'}", "data.packing": "pack"}
+    data = open_kind("pack", **changes)
+    trained = " ".join(texts(data, data.train(200)[0].rows))
+    assert "one40." in trained
+    assert "two" not in trained
+    held_out = " ".join(texts(data, data.validation(200)))
+    assert "one" not in held_out
+    assert "two00." in held_out
+    assert "two29." in held_out
 
 
-def test_span_shorter_than_a_batch_is_refused():
-    with pytest.raises(DataError, match=r"27 tokens, but 3 sequences of 7 need 28"):
-        make_train_rows(TOKENS, (10, 37), seq_len=7, batch_size=3, seed=0)
+@pytest.mark.parametrize("packing", ["wrap", "pack"])
+def test_a_mixture_is_validated_on_every_part_once(packing, folders, open_kind):
+    parts = [
+        open_kind(packing, **{"data.source": f"text:{folders / name}"}).validation(SEQ_LEN)
+        for name in ("one", "two")
+    ]
+    table = open_kind("mixture", **{"data.packing": packing}).validation(SEQ_LEN)
+    assert table.count == sum(part.count for part in parts)
+    _, read = make_eval_batches(table, table.count)
+    alone = [make_eval_batches(part, part.count)[1](0, 0, part.count) for part in parts]
+    assert_batches_equal(read(0, 0, table.count), take_rows(alone, np.arange(table.count)))
 
 
-@pytest.mark.parametrize("length", [2, 3, 16, 17, 18, 33, 128, 129, 130, 1000])
-@pytest.mark.parametrize("batch_size", [1, 3, 8])
-def test_every_eval_target_is_scored_once(length, batch_size):
-    num_batches, read = make_eval_batches(TOKENS, (40, 40 + length), 16, batch_size)
-    scored = []
-    for number in range(num_batches):
-        batch = read(number, 0, batch_size)
-        assert batch.tokens_BT.shape == (batch_size, 16)
-        real = batch.weights_BT == 1
-        assert ((batch.weights_BT == 0) | real).all()
-        np.testing.assert_array_equal(batch.targets_BT[real], batch.tokens_BT[real] + 1)
-        scored += batch.targets_BT[real].tolist()
-        assert max(batch.targets_BT.max(), batch.tokens_BT.max()) < 40 + length
-    assert scored == list(range(41, 40 + length))
-    assert real.any()  # no batch of padding alone
+@pytest.mark.parametrize(
+    ("texts_", "whole"),
+    [(["3", "1"], [3, 1]), (["0.75", "0.25"], [3, 1]), (["1/3", "0.5", "1/6"], [2, 3, 1]),
+     (["0.333333", "0.666667"], [333333, 666667]), (["50", "100"], [1, 2])],
+)  # fmt: skip
+def test_weights_become_the_smallest_integers(texts_, whole):
+    assert whole_weights([Fraction(text) for text in texts_]) == whole
 
 
-def test_eval_rows_in_pieces_are_the_whole_batch():
-    num_batches, read = make_eval_batches(TOKENS, (0, 501), 16, 8)
-    last = num_batches - 1
-    whole, pieces = read(last, 0, 8), [read(last, 0, 3), read(last, 3, 8)]
-    for field in range(3):
-        joined = np.concatenate([piece[field] for piece in pieces])
-        np.testing.assert_array_equal(joined, whole[field])
+def test_weights_of_too_many_digits_are_refused():
+    with pytest.raises(ConfigError, match="fewer digits"):
+        whole_weights([Fraction("0.12345678901"), Fraction("1")])
 
 
-@pytest.mark.parametrize("length", [0, 1])
-def test_nothing_to_score_gives_no_batch(length):
-    assert make_eval_batches(TOKENS, (5, 5 + length), 16, 8)[0] == 0
+@pytest.mark.parametrize("kind", ["wrap", "pack", "task"])
+def test_a_corpus_smaller_than_a_batch_is_refused(kind, open_kind):
+    with pytest.raises(DataError, match=r"fills .* sequences, but a batch takes 4,000"):
+        make_train_rows(open_kind(kind).train(SEQ_LEN), 4_000, 0)
 
 
-def test_memmap_gives_the_same_batches(tmp_path):
-    TOKENS.tofile(tmp_path / "tokens.bin")
-    memmap = np.memmap(tmp_path / "tokens.bin", np.uint16, "r")
-    readers = [make_train_rows(tokens, (0, 10_000), 16, 8, 0) for tokens in (memmap, TOKENS)]
-    assert_batches_equal(*(read(4, 0, 8)[:3] for read in readers))
-    readers = [make_eval_batches(tokens, (0, 10_000), 16, 8)[1] for tokens in (memmap, TOKENS)]
-    assert_batches_equal(*(read(4, 0, 8)[:3] for read in readers))
+def test_a_task_stands_alone(folders, open_kind):
+    with pytest.raises(ConfigError, match=r"task:copy can only be data.source"):
+        open_kind("wrap", **{"data.mixture": "('1 task:copy',)"})
+    with pytest.raises(ConfigError, match=r"task:copy can only be data.source"):
+        open_kind("wrap", **{"data.validation_source": "task:copy"})
+
+
+def test_fetching_ahead_keeps_order_and_overlaps():
+    assert list(fetch_ahead(lambda step: step * 10, 5, 9, 2)) == [50, 60, 70, 80]
+    assert list(fetch_ahead(int, 5, 5, 2)) == []
+    third = threading.Event()
+
+    def fetch(step):
+        if step == 2:
+            third.set()
+        return threading.get_ident()
+
+    batches = fetch_ahead(fetch, 0, 10, 2)
+    assert next(batches) != threading.get_ident()
+    assert third.wait(10)  # made while nobody has asked for it
+
+
+def test_fetching_ahead_raises_what_went_wrong_in_its_place():
+    def fetch(step):
+        if step == 2:
+            raise DataError("the store was altered")
+        return step
+
+    batches = fetch_ahead(fetch, 0, 10, 4)
+    assert [next(batches), next(batches)] == [0, 1]
+    with pytest.raises(DataError, match="the store was altered"):
+        next(batches)
+
+
+def test_a_task_trains_and_eval_says_that_nothing_is_held_out(
+    small_config, tmp_path, monkeypatch, capsys
+):
+    one_device = functools.partial(sharding.make_mesh, 1, 1, 1, jax.devices()[:1])
+    monkeypatch.setattr(sharding, "make_mesh", lambda *_, **__: one_device())
+    monkeypatch.setattr(hosts, "keep_freed_memory", lambda: None)
+    spec, run = "task:modular_addition,p=7,train_fraction=1", tmp_path / "run"
+    changes = {"data.source": spec, "model.seq_len": "8", "train.num_steps": "2"}
+    cfg = small_config(**(changes | {"model.num_layers": "1"}))
+    state = fit(cfg, run, report=lambda _: None)
+    assert int(state.step) == 2
+    assert load_tokenizer(run / "tokenizer").vocab_size == 9
+    assert "nan" not in capsys.readouterr().out
+    assert main(["eval", str(run)]) == DataError.exit_code
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert "set data.validation_fraction" in shown.err

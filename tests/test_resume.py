@@ -213,15 +213,15 @@ def share(job, monkeypatch) -> None:
 
 
 def interrupt_at(job, step, monkeypatch, asked) -> None:
-    """Have SIGTERM arrive while the batch of `step` is made."""
+    """Have SIGTERM arrive while `step` is dispatched."""
 
-    def train_batch(index):
-        asked.append(index)
-        if index == step - 1:
+    def train_step(state, batch, hyper):
+        asked.append(int(state.step))
+        if asked[-1] == step - 1:
             os.kill(os.getpid(), TERM)
-        return job.train_batch(index)
+        return job.train_step(state, batch, hyper)
 
-    share(job._replace(train_batch=train_batch), monkeypatch)
+    share(job._replace(train_step=train_step), monkeypatch)
 
 
 def test_stopped_after_every_step(job, tmp_path, monkeypatch):
@@ -259,7 +259,8 @@ def test_a_signal_while_restoring_is_no_broken_checkpoint(job, tmp_path, monkeyp
 def test_no_validation_split_gives_no_validation_loss(job, tmp_path, monkeypatch):
     cfg = override_config(job.cfg, {"data.validation_fraction": "0"})
     model = Transformer(ModelConfig(**cfg.model))
-    share(job._replace(evaluate=make_evaluation(cfg, job.data, job.mesh, model)), monkeypatch)
+    evaluate = make_evaluation(cfg, prepare_data(cfg, print), job.mesh, model)
+    share(job._replace(evaluate=evaluate), monkeypatch)
     fit(job.cfg, tmp_path / "run", report=lambda text: None)
     assert len(losses(tmp_path / "run")) == NUM_STEPS
     assert losses(tmp_path / "run", "validation_loss") == []

@@ -72,12 +72,12 @@ def make_train_rows(sources: tuple[Source, ...], batch_size: int, seed: int) -> 
 
     def read(step: int, first_row: int, last_row: int) -> Batch:
         source_B, place_B = interleave(places(step, batch_size, first_row, last_row), weights)
-        chosen = [np.flatnonzero(source_B == number) for number in range(len(sources))]
-        parts = [
-            read_shuffled(source.rows, place_B[rows], source_seed)
-            for source, rows, source_seed in zip(sources, chosen, seeds, strict=True)
-        ]
-        return take_rows(parts, np.argsort(np.concatenate(chosen)))
+        return gather(
+            source_B,
+            lambda number, chosen: read_shuffled(
+                sources[number].rows, place_B[chosen], seeds[number]
+            ),
+        )
 
     return read
 
@@ -101,16 +101,22 @@ def chain(tables: list[Rows]) -> Rows:
     borders = np.cumsum([0, *(rows.count for rows in tables)]).astype(np.uint64)
 
     def read(index_B: np.ndarray, key_B: np.ndarray) -> Batch:
-        table_B = np.searchsorted(borders, index_B, side="right") - 1
-        chosen = [np.flatnonzero(table_B == number) for number in range(len(tables))]
-        parts = [
-            rows.read(index_B[chosen_B] - borders[number], key_B[chosen_B])
-            for number, (rows, chosen_B) in enumerate(zip(tables, chosen, strict=True))
-            if len(chosen_B)
-        ]
-        return take_rows(parts, np.argsort(np.concatenate(chosen)))
+        return gather(
+            np.searchsorted(borders, index_B, side="right") - 1,
+            lambda number, chosen: tables[number].read(
+                index_B[chosen] - borders[number], key_B[chosen]
+            ),
+        )
 
     return tables[0] if len(tables) == 1 else Rows(int(borders[-1]), read)
+
+
+def gather(table_B: np.ndarray, read: Callable[[int, np.ndarray], Batch]) -> Batch:
+    """Return rows of several tables in order; `read(table, chosen)` gives those of one table."""
+    numbers = np.unique(table_B)
+    chosen = [np.flatnonzero(table_B == number) for number in numbers]
+    parts = [read(int(number), rows) for number, rows in zip(numbers, chosen, strict=True)]
+    return take_rows(parts, np.argsort(np.concatenate(chosen)))
 
 
 def take_rows(parts: list[Batch], order_B: np.ndarray) -> Batch:

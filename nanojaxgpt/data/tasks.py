@@ -237,7 +237,7 @@ def fill_rows(ids: np.ndarray, answer: np.ndarray, per_row: int, seq_len: int) -
 
     tokens_BT, targets_BT = rows(ids[:, :-1], np.int32), rows(ids[:, 1:], np.int32)
     weights_BT = rows(answer[:, 1:], np.float32)
-    if per_row == 1:
+    if num_places == seq_len:
         return Batch(tokens_BT, targets_BT, weights_BT)
     place, example = np.arange(num_places), np.arange(len(ids)) % per_row + 1
     segments_BT = rows(np.repeat(example, num_places), np.int32)
