@@ -21,6 +21,10 @@ class ArrayStore(NamedTuple):
     tokens: np.ndarray
     document_starts: np.ndarray
 
+    @property
+    def num_tokens(self):
+        return len(self.tokens)
+
     def read(self, starts_B, length):
         assert starts_B.min() >= 0
         assert starts_B.max() + length <= len(self.tokens)

@@ -4,6 +4,7 @@ Dimensions: B rows, T tokens of a row, P pieces of documents.
 """
 
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -61,29 +62,51 @@ def packed_rows(store: Store, span: Span, seq_len: int) -> Rows:
 
     Every target inside a document is scored exactly once, and none crosses a border.
     """
-    plan = plan_rows(store.document_starts, span, seq_len)
+    plan, count_T = plan_rows(store.document_starts, span, seq_len), np.arange(seq_len)
 
     def read(index_B: np.ndarray, key_B: np.ndarray) -> Batch:
         first_B, last_B = plan.borders[index_B], plan.borders[index_B + np.uint64(1)]
         count_B = last_B - first_B
         piece_P = count_up(first_B, count_B)
-        places_P, segment_P = plan.places_P[piece_P], count_up(np.ones_like(count_B), count_B)
-        # Where each piece begins in its row, and where its row begins among all places.
-        begin_P = np.cumsum(places_P) - places_P
-        row_P = np.repeat(np.arange(len(index_B)), count_B)
-        begin_P += row_P * seq_len - np.repeat(begin_P[np.cumsum(count_B) - count_B], count_B)
-        place = count_up(begin_P, places_P)
-        position = count_up(np.zeros_like(places_P), places_P)
-        pair = store.read(np.repeat(plan.start_P[piece_P], places_P) + position, 2)
+        places_P = plan.places_P[piece_P]
+        used_P = np.cumsum(places_P, dtype=np.int64) - places_P  # by the pieces before this one
+        row_start_B = np.arange(len(index_B)) * seq_len - used_P[np.cumsum(count_B) - count_B]
+        first_P = used_P + np.repeat(row_start_B, count_B)
+        segment_P = count_up(np.ones_like(count_B), count_B)
         fields = np.zeros((4, len(index_B) * seq_len), np.int32)
-        columns = (pair[:, 0], pair[:, 1], np.repeat(segment_P, places_P), position)
-        for field, column in zip(fields, columns, strict=True):
-            field[place] = column
+        tokens, targets, segments, positions = fields
+        # A loop over slices: to index every token takes 4 times as long.
+        for piece, row in read_pieces(store, plan.start_P[piece_P], places_P):
+            first, size = int(first_P[piece]), len(row) - 1
+            tokens[first : first + size] = row[:-1]
+            targets[first : first + size] = row[1:]
+            segments[first : first + size] = segment_P[piece]
+            positions[first : first + size] = count_T[:size]
         tokens_BT, targets_BT, segments_BT, positions_BT = fields.reshape(4, -1, seq_len)
         weights_BT = (segments_BT > 0).astype(np.float32)
         return Batch(tokens_BT, targets_BT, weights_BT, segments_BT, positions_BT)
 
     return Rows(len(plan.borders) - 1, read)
+
+
+def read_pieces(
+    store: Store, start_P: np.ndarray, places_P: np.ndarray
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield (number, tokens) of each piece, one more token than it has places, in any order.
+
+    The store reads windows of one length: pieces are read by powers of two, in a few calls.
+    """
+    length_P = 2 ** np.ceil(np.log2(places_P + 1)).astype(np.int64)
+    length_P = np.minimum(length_P, store.num_tokens)
+    for length in np.unique(length_P):
+        chosen = np.flatnonzero(length_P == length)
+        first_P = np.minimum(start_P[chosen], store.num_tokens - length)  # there the store ends
+        skipped_P = start_P[chosen] - first_P
+        ends_P = skipped_P + places_P[chosen] + 1
+        windows = store.read(first_P, int(length))
+        numbers = zip(chosen.tolist(), skipped_P.tolist(), ends_P.tolist(), strict=True)
+        for window, (piece, skipped, end) in zip(windows, numbers, strict=True):
+            yield piece, window[skipped:end]
 
 
 def plan_rows(document_starts: np.ndarray, span: Span, seq_len: int) -> Plan:
