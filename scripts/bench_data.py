@@ -1,8 +1,9 @@
 """Measure reading and tokenizing: `taskset -c 0 python scripts/bench_data.py [--tokenizer=...]`.
 
-Reading: shuffled training rows through store and loader, beside the least that any loader does:
-windows of an np.memmap of the same size at random offsets. They take turns in one process, so
-compare the ratios. A packed batch holds segments and positions too.
+Reading: shuffled training rows through store and loader, beside an np.memmap of the same size at
+random offsets, read as one-page scripts do (a slice per row, stacked) and by a single gather, the
+least that any loader does. They take turns in one process, so compare the ratios. A packed batch
+holds segments and positions too.
 Tokenizing (`--tokenizer=gpt2:FOLDER`): this project's encode beside `tokenizers`' own batch encode
 of the same texts, with as many threads as it likes.
 """
@@ -36,18 +37,25 @@ def write_corpus(folder: Path, num_documents: int) -> str:
     return f"text:{folder}"
 
 
-def plain_reader(
-    path: Path, dtype: np.dtype, batch_size: int, seq_len: int
-) -> Callable[[int], None]:
-    """Return read(step): one gather of windows at random offsets, as int32."""
-    rng, tokens = np.random.default_rng(0), np.memmap(path, dtype, "r")
+def plain_readers(
+    path: Path, batch_size: int, seq_len: int
+) -> tuple[Callable[[int], object], Callable[[int], object]]:
+    """Return two functions read(step) that give int32 tokens and targets at random offsets."""
+    rng, tokens = np.random.default_rng(0), np.memmap(path, np.uint16, "r")
     windows = np.lib.stride_tricks.sliding_window_view(tokens, seq_len + 1)
 
-    def read(step: int) -> None:
-        rows_BT = windows[rng.integers(0, len(windows), batch_size)].astype(np.int32)
-        assert rows_BT[:, :-1].shape == rows_BT[:, 1:].shape
+    def stack(step: int) -> object:
+        starts = rng.integers(0, len(windows), batch_size)
+        return [
+            np.stack([tokens[start + shift :][:seq_len].astype(np.int32) for start in starts])
+            for shift in (0, 1)
+        ]
 
-    return read
+    def gather(step: int) -> object:
+        rows_BT = windows[rng.integers(0, len(windows), batch_size)].astype(np.int32)
+        return rows_BT[:, :-1], rows_BT[:, 1:]
+
+    return stack, gather
 
 
 def rate(read: Callable[[int], None], first: int, tokens: int, seconds: float = 0.3) -> float:
@@ -69,15 +77,17 @@ def bench_reading(num_documents: int, rounds: int) -> None:
         plain = folder / "plain.bin"
         size = 1_000 * num_documents
         np.random.default_rng(0).integers(0, 256, size).astype(np.uint16).tofile(plain)
-        print("| batch | loader | memmap, M tokens/s | loader, M tokens/s | ratio |")
-        print("|---|---|---|---|---|")
+        print("| M tokens/s | slices | gather | loader | to slices | to gather |")
+        print("|---|---|---|---|---|---|")
         for packing, (batch_size, seq_len) in itertools.product(("wrap", "pack"), SHAPES):
             cfg = override_config(base_config(), changes | {"data.packing": packing})
             data = open_data(DataConfig(**cfg.data), folder, report=lambda _: None)
             [source] = data.train(seq_len)
             rows = make_train_rows((source,), batch_size, 0)
+            slices, gather = plain_readers(plain, batch_size, seq_len)
             readers = {
-                "memmap": plain_reader(plain, np.dtype(np.uint16), batch_size, seq_len),
+                "slices": slices,
+                "gather": gather,
                 "loader": lambda step, rows=rows, size=batch_size: rows(step, 0, size),
             }
             found: dict[str, list[float]] = {name: [] for name in readers}
@@ -85,21 +95,24 @@ def bench_reading(num_documents: int, rounds: int) -> None:
                 for reader, read in readers.items():
                     speed = rate(read, turn * 10_000, batch_size * seq_len)
                     found[reader] += [speed] if turn else []  # the first turn warms up
-            beside, ours = (statistics.median(found[reader]) / 1e6 for reader in readers)
-            print(
-                f"| {batch_size} x {seq_len} | {packing} | {beside:.1f} | {ours:.1f} "
-                f"| {ours / beside:.2f} |"
-            )
+            medians = [statistics.median(speeds) / 1e6 for speeds in found.values()]
+            ratios = [medians[2] / beside for beside in medians[:2]]
+            cells = [f"{x:.1f}" for x in medians] + [f"{ratio:.2f}" for ratio in ratios]
+            print(f"| {packing}, {batch_size} x {seq_len} | {' | '.join(cells)} |")
 
 
 def bench_tokenizing(spec: str, source: str, rounds: int) -> None:
-    """Print a table of tokenizing. `spec` is gpt2:FOLDER with a tokenizer.json."""
-    from tokenizers import Tokenizer
+    """Print a table of tokenizing. `spec` is gpt2:FOLDER with the vocabulary and the merges."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
 
     texts = [document.text for document in read_documents(source)]
     size = sum(len(text.encode()) for text in texts)
     ours = train_tokenizer(spec, texts, 0)
-    theirs = Tokenizer.from_file(str(Path(spec.partition(":")[2]) / "tokenizer.json"))
+    files = [str(path) for path in Path(spec.partition(":")[2]).iterdir()]
+    [vocabulary] = [name for name in files if name.endswith(("encoder.json", "vocab.json"))]
+    [merges] = [name for name in files if name.endswith(("vocab.bpe", "merges.txt"))]
+    theirs = Tokenizer(models.BPE.from_file(vocabulary, merges))
+    theirs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     encoders = {
         "nanojaxgpt": lambda: [ours.encode(text) for text in texts],
         "tokenizers": lambda: theirs.encode_batch(texts, add_special_tokens=False),
