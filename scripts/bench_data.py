@@ -5,12 +5,13 @@ random offsets, read as one-page scripts do (a slice per row, stacked) and by a 
 least that any loader does. They take turns in one process, so compare the ratios. A packed batch
 holds segments and positions too.
 Tokenizing (`--tokenizer=gpt2:FOLDER`): this project's encode beside `tokenizers`' own batch encode
-of the same texts, with as many threads as it likes.
+of the modules of Python's standard library, with as many threads as it likes.
 """
 
 import argparse
 import itertools
 import statistics
+import sysconfig
 import tempfile
 import time
 from collections.abc import Callable
@@ -21,7 +22,7 @@ import numpy as np
 from nanojaxgpt.config import base_config, override_config
 from nanojaxgpt.data.loader import open_data
 from nanojaxgpt.data.rows import make_train_rows
-from nanojaxgpt.data.sources import DataConfig, read_documents
+from nanojaxgpt.data.sources import DataConfig
 from nanojaxgpt.data.tokenizers import train_tokenizer
 
 SHAPES = ((64, 1024), (1024, 64))  # (rows, context) of a batch: 65,536 tokens each
@@ -101,11 +102,12 @@ def bench_reading(num_documents: int, rounds: int) -> None:
             print(f"| {packing}, {batch_size} x {seq_len} | {' | '.join(cells)} |")
 
 
-def bench_tokenizing(spec: str, source: str, rounds: int) -> None:
+def bench_tokenizing(spec: str, rounds: int) -> None:
     """Print a table of tokenizing. `spec` is gpt2:FOLDER with the vocabulary and the merges."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    texts = [document.text for document in read_documents(source)]
+    library = Path(sysconfig.get_path("stdlib"))
+    texts = [path.read_text(encoding="utf-8") for path in sorted(library.glob("*.py"))]
     size = sum(len(text.encode()) for text in texts)
     ours = train_tokenizer(spec, texts, 0)
     files = [str(path) for path in Path(spec.partition(":")[2]).iterdir()]
@@ -124,7 +126,7 @@ def bench_tokenizing(spec: str, source: str, rounds: int) -> None:
             encode()
             found[name].append(size / 1e6 / (time.perf_counter() - start))
     medians = {name: statistics.median(speeds) for name, speeds in found.items()}
-    print(f"| {source}, {size / 1e6:.1f} MB | MB/s |\n|---|---|")
+    print(f"| {len(texts)} modules, {size / 1e6:.1f} MB | MB/s |\n|---|---|")
     for name, speed in medians.items():
         print(f"| {name} | {speed:.2f} |")
     print(f"| ratio | {medians['nanojaxgpt'] / medians['tokenizers']:.2f} |")
@@ -135,8 +137,7 @@ if __name__ == "__main__":
     parser.add_argument("--documents", type=int, default=20_000)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--tokenizer", default="", help="gpt2:FOLDER; default: reading alone")
-    parser.add_argument("--source", default="stdlib", help="the text to tokenize")
     arguments = parser.parse_args()
     bench_reading(arguments.documents, arguments.rounds)
     if arguments.tokenizer:
-        bench_tokenizing(arguments.tokenizer, arguments.source, arguments.rounds)
+        bench_tokenizing(arguments.tokenizer, arguments.rounds)

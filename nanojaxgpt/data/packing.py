@@ -37,13 +37,15 @@ def cover_rows(store: Store, span: Span, seq_len: int) -> Rows:
     A span of fewer than two tokens gives no row.
     """
     start, stop = span
+    length = min(seq_len + 1, stop - start)
 
     def read(index_B: np.ndarray, key_B: np.ndarray) -> Batch:
         start_B = start + index_B.astype(np.int64) * seq_len
-        at_BT = start_B[:, None] + np.arange(seq_len + 1)
-        rows_BT = store.read(np.minimum(at_BT, stop - 1).ravel(), 1).reshape(at_BT.shape)
-        rows_BT = rows_BT.astype(np.int32)
-        weights_BT = (at_BT[:, 1:] < stop).astype(np.float32)
+        first_B = np.minimum(start_B, stop - length)  # the last window begins too early
+        column_BT = (start_B - first_B)[:, None] + np.arange(seq_len + 1)
+        rows_BT = store.read(first_B, length).astype(np.int32)
+        rows_BT = np.take_along_axis(rows_BT, np.minimum(column_BT, length - 1), axis=1)
+        weights_BT = (column_BT[:, 1:] < length).astype(np.float32)
         return Batch(rows_BT[:, :-1], rows_BT[:, 1:], weights_BT)
 
     return Rows(math.ceil(max(stop - start - 1, 0) / seq_len), read)
