@@ -245,8 +245,8 @@ def test_altered_or_missing_tokenizer_is_refused(tmp_path):
     path.write_text(json.dumps({**description, "characters": "abd"}))
     with pytest.raises(DataError, match="not the one that was saved"):
         load_tokenizer(tmp_path)
-    path.write_text(json.dumps({**description, "kind": "words"}))
-    with pytest.raises(DataError, match="no tokenizer kind 'words'"):
+    path.write_text(json.dumps({**description, "kind": "morse"}))
+    with pytest.raises(DataError, match="no tokenizer kind 'morse'"):
         load_tokenizer(tmp_path)
     path.write_text("{")
     with pytest.raises(DataError, match="not a tokenizer's description"):

@@ -25,9 +25,8 @@ class Batch(NamedTuple):
     positions_BT: np.ndarray | None = None  # int32; they restart with each segment
 
 
-ReadRows = Callable[
-    [int, int, int], Batch
-]  # (step, first_row, last_row) -> those rows of its batch
+# (step, first_row, last_row) -> the rows [first_row, last_row) of that step's batch.
+ReadRows = Callable[[int, int, int], Batch]
 
 
 class Rows(NamedTuple):
