@@ -266,7 +266,7 @@ def test_one_process_trains_in_a_run(folder, run, refused):
         (None, "no file, folder or glob"),
         (b"", "is empty"),
         (b"good line\nbad \xff\xfe line\n", "line 2"),
-        (b"too short to train on\n", "use more text"),
+        (b"too short to train on\n", "use more data"),
     ],
 )
 def test_unusable_text(content, words, folder, tmp_path, refused):
@@ -344,7 +344,7 @@ def test_run_without_a_checkpoint(verb, run, tmp_path, refused):
     assert "has no checkpoint yet" in refused(CHECKPOINT, verb, run)
 
 
-@pytest.mark.parametrize("verb", ["train", "eval", "sample"])
+@pytest.mark.parametrize("verb", ["train", "eval", "sample"])  # the others read none
 def test_run_whose_checkpoints_are_all_corrupted(verb, run, tmp_path, refused):
     run = copy(run, tmp_path / "run")
     harmed = 0

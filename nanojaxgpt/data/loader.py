@@ -41,7 +41,8 @@ def open_data(data: DataConfig, cache_dir: Path, report: Callable[[str], object]
     """
     if not data.mixture and data.source.startswith("task:"):
         return task_data(data.source)
-    for name in (data.validation_source, *(entry.split(" ")[-1] for entry in data.mixture)):
+    mixed = [entry.partition(" ")[2].strip() for entry in data.mixture]
+    for name in (data.validation_source, *mixed):
         if name.startswith("task:"):
             raise ConfigError(f"{name} can only be data.source, alone: it has a split of its own")
     return text_data(prepare(data, cache_dir, report), data)
