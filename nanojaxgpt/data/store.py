@@ -57,11 +57,6 @@ class Store:
         """All documents, of training and validation."""
         return len(self.document_starts)
 
-    @property
-    def tokens(self) -> np.ndarray:
-        """All tokens as one array: a memmap of the only shard, else a copy in memory."""
-        return self.shards[0] if len(self.shards) == 1 else np.concatenate(list(self.shards))
-
     def read(self, starts_B: np.ndarray, length: int) -> np.ndarray:
         """Return [B, length]: the tokens from each start on, in the store's own dtype.
 
