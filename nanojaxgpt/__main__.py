@@ -154,9 +154,9 @@ def evaluate(arguments: list[str]) -> None:
     data = prepare_data(cfg, warn)
     rundir.check_data(Path(parsed.run), data.identity)
     try:
-        mesh = sharding.make_mesh(**cfg.mesh)
+        mesh = sharding.make_mesh(cfg.mesh)
     except ConfigError:  # the run's mesh does not fit this machine: one device does
-        mesh = sharding.make_mesh(1, 1, 1, jax.devices()[:1])
+        mesh = sharding.make_mesh({}, jax.devices()[:1])
     run, model_cfg = Path(parsed.run), ModelConfig(**cfg.model)
     with jax.set_mesh(mesh):
         step, params = load_params(run, model_cfg, mesh, chosen_step(run, parsed.step), warn)
@@ -196,7 +196,7 @@ def sample(arguments: list[str]) -> None:
             f"the prompt has {len(prompt)} tokens; it must have 1 to {model_cfg.seq_len - 1}, "
             "the context less one"
         )
-    mesh = sharding.make_mesh(1, 1, 1, jax.devices()[:1])
+    mesh = sharding.make_mesh({}, jax.devices()[:1])
     _, params = load_params(run, model_cfg, mesh, chosen_step(run, parsed.step), warn)
     filters = Sampling(
         how.temperature, how.top_k, how.top_p, how.min_p, tokenizer.vocab_size, tokenizer.end_id

@@ -2,15 +2,15 @@
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
-from nanojaxgpt.sharding import partition_spec
+from nanojaxgpt.sharding import axis_size, constrain, partition_spec
 
 CAUSAL_BLOCK = 128  # queries a block of `blocked_attention`, at least; 64 and 256 are slower
 MOST_BLOCKS = 16  # each is compiled by itself
@@ -79,6 +79,8 @@ def attend(
     fused kernel only where it applies; one asked for by name raises ValueError where it does not.
     """
     dropout = dropout if rng is not None else 0.0
+    k_BSKH = constrain(k_BSKH, "batch", "keys", "kv_heads", "head_dim")
+    v_BSKH = constrain(v_BSKH, "batch", "keys", "kv_heads", "head_dim")
     kernel = choose_kernel(q_BTNH, alibi, dropout, kernel)
     if kernel == "splash":
         return splash_attention(q_BTNH, k_BSKH, v_BSKH, mask, scale)
@@ -127,6 +129,8 @@ def _blocks(
 ) -> Iterator[tuple[slice, slice, jax.Array]]:
     """Yield each block's queries and keys, and what they see [B, 1, T, S]."""
     size = max(CAUSAL_BLOCK, -(-length // MOST_BLOCKS))
+    if axis_size("sequence") > 1:
+        size = length  # every device has a part of the queries, and works on it all the time
     for start in range(0, length, size):
         rows = slice(start, min(start + size, length))
         keys = slice(max(0, start + 1 - window) if window else 0, rows.stop)
@@ -198,7 +202,7 @@ def choose_kernel(q_BTNH: jax.Array, alibi: bool, dropout: float, asked: str) ->
     fused = not alibi and not dropout
     fits = {
         "cudnn": fused and q_BTNH.dtype == jnp.bfloat16,
-        "splash": fused and q_BTNH.shape[1] % 128 == 0,
+        "splash": fused and q_BTNH.shape[1] % (128 * axis_size("sequence")) == 0,
     }
     if q_BTNH.shape[1] == 1 or asked == "auto":  # a single token only initializes parameters
         fast = {"gpu": "cudnn", "tpu": "splash"}.get(jax.default_backend(), "xla")
@@ -255,35 +259,42 @@ def splash_attention(
     """Return attention by JAX's splash kernel for TPU (interpreted, slowly, elsewhere)."""
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
-    seq_len = q_BTNH.shape[1]
-
-    def shard(
-        q_BNTH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, segments_BT: jax.Array | None
-    ) -> jax.Array:
-        shape = (seq_len, seq_len)
-        local = splash.LocalMask(shape, (mask.window - 1, 0), 0) if mask.window else None
-        seen = splash.CausalMask(shape) if local is None else local
-        kernel = splash.make_splash_mha_single_device(
-            splash.MultiHeadMask([seen] * q_BNTH.shape[1]),
-            interpret=jax.default_backend() != "tpu",
-        )
-        if segments_BT is None:
-            return jax.vmap(kernel)(q_BNTH, k_BKSH, v_BKSH)
-        return jax.vmap(lambda q, k, v, s: kernel(q, k, v, splash.SegmentIds(s, s)))(
-            q_BNTH, k_BKSH, v_BKSH, segments_BT
-        )
-
+    length, heads = q_BTNH.shape[1], q_BTNH.shape[2] // axis_size("tensor")
+    seen = splash.CausalMask((length, length))
+    if mask.window:
+        seen = splash.LocalMask((length, length), (mask.window - 1, 0), 0)
+    kernel = splash.make_splash_mha(
+        splash.MultiHeadMask([seen] * heads),
+        head_shards=1,
+        q_seq_shards=axis_size("sequence"),
+        interpret=jax.default_backend() != "tpu",
+    )
     q_BNTH = jnp.swapaxes(q_BTNH, 1, 2) * scale
     k_BKSH, v_BKSH = jnp.swapaxes(k_BSKH, 1, 2), jnp.swapaxes(v_BSKH, 1, 2)
-    if not jax.sharding.get_abstract_mesh().empty:
-        heads = partition_spec(["batch", "heads"])
-        rows = PartitionSpec() if mask.query_segments_BT is None else partition_spec(["batch"])
+    arrays = [kernel, q_BNTH, k_BKSH, v_BKSH]
+    if mask.query_segments_BT is not None:
+        arrays += [mask.query_segments_BT, mask.key_segments_BS]
+
+    def shard(
+        kernel: Callable, q_BNTH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, *segments: Any
+    ) -> jax.Array:
+        def row(q_NTH: jax.Array, k_KSH: jax.Array, v_KSH: jax.Array, *segments: Any) -> jax.Array:
+            return kernel(q_NTH, k_KSH, v_KSH, splash.SegmentIds(*segments) if segments else None)
+
+        return jax.vmap(row)(q_BNTH, k_BKSH, v_BKSH, *segments)
+
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty:
         # A Pallas kernel is opaque to the partitioner: each device runs it on its own shard.
+        queries = partition_spec(["batch", "heads", "sequence"])
+        keys = partition_spec(["batch", "kv_heads", "keys"])
+        tokens = PartitionSpec(None, *partition_spec(["sequence"]))
+        specs = [kernel.manual_sharding_spec(NamedSharding(mesh, tokens)), queries, keys, keys]
+        specs += [partition_spec(["batch", "sequence"]), partition_spec(["batch", "keys"])]
         shard = jax.shard_map(
-            shard, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False
+            shard, in_specs=tuple(specs[: len(arrays)]), out_specs=queries, check_vma=False
         )
-    out_BNTH = shard(q_BNTH, k_BKSH, v_BKSH, mask.query_segments_BT)
-    return jnp.swapaxes(out_BNTH, 1, 2).astype(q_BTNH.dtype)
+    return jnp.swapaxes(shard(*arrays), 1, 2).astype(q_BTNH.dtype)
 
 
 def attend_windows(

@@ -96,7 +96,15 @@ def base_config() -> ConfigDict:
             clip_norm=1.0,  # global norm of the gradient; 0: off
         )
     )
-    cfg.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))  # devices per axis; -1: the rest
+    cfg.mesh = ConfigDict(  # devices per axis; -1: the rest
+        dict(
+            slice=1,  # slices joined by the data-centre network; the axes below lie in one
+            data=-1,  # copies of the model, each with its own rows
+            fsdp=1,  # rows too, and the weights, gathered at use
+            sequence=1,  # the tokens of a row
+            tensor=1,  # heads and MLP
+        )
+    )
     cfg.train = ConfigDict(
         dict(
             num_steps=1000,
@@ -194,8 +202,10 @@ RANGES: dict[str, tuple[float, float]] = {
     "optim.eps": _ABOVE_ZERO,
     "optim.weight_decay": _ANY,
     "optim.clip_norm": _ANY,
+    "mesh.slice": _AXIS,
     "mesh.data": _AXIS,
     "mesh.fsdp": _AXIS,
+    "mesh.sequence": _AXIS,
     "mesh.tensor": _AXIS,
     "train.num_steps": _SIZE,
     "train.batch_size": _SIZE,

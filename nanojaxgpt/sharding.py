@@ -1,21 +1,26 @@
 """The mesh, the one table from logical axes to mesh axes, and arrays laid out by it."""
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from nanojaxgpt.errors import ConfigError
 
-AXES = ("data", "fsdp", "tensor")
+# From the slowest links to the fastest: slices are joined by the data-centre network.
+AXES = ("slice", "data", "fsdp", "sequence", "tensor")
 
-# Batches are split over data and fsdp, weights over fsdp (gathered at use) and tensor (never).
+# Rows are split over slice, data and fsdp, tokens over sequence; weights over fsdp (gathered at
+# use) and tensor (never gathered), whole in every slice.
 RULES: dict[str, tuple[str, ...]] = {
-    "batch": ("data", "fsdp"),
-    "sequence": (),
+    "batch": ("slice", "data", "fsdp"),
+    "sequence": ("sequence",),
+    "keys": (),  # the sequence of keys and values: each query's device has them all
     "features": (),  # the embed dimension of activations
     "layers": (),
     "embed": ("fsdp",),
@@ -29,20 +34,37 @@ RULES: dict[str, tuple[str, ...]] = {
 }
 
 
-def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[Any] | None = None) -> Mesh:
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
     """Return the mesh of these sizes over `devices` (default: all); -1 means the rest.
 
-    Raises ConfigError where the sizes don't multiply to the number of devices.
+    Axes that are not named have size 1. Devices that know their slice (TPU) are ordered so that
+    only the axis `slice` leaves one. Raises ConfigError where the sizes don't multiply to the
+    number of devices.
     """
     devices = list(jax.devices() if devices is None else devices)
-    sizes = [data, fsdp, tensor]
-    if -1 in sizes:
-        sizes[sizes.index(-1)] = max(1, len(devices) // int(np.prod([s for s in sizes if s > 0])))
-    if np.prod(sizes) != len(devices):
-        asked = " x ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
-        raise ConfigError(f"mesh {asked} needs {np.prod(sizes)} devices, here are {len(devices)}")
-    kinds = (AxisType.Auto,) * len(AXES)
-    return jax.make_mesh(sizes, AXES, axis_types=kinds, devices=devices)
+    shape = list((dict.fromkeys(AXES, 1) | dict(sizes)).values())
+    if -1 in shape:
+        shape[shape.index(-1)] = max(1, len(devices) // math.prod(s for s in shape if s > 0))
+    asked = " x ".join(f"{axis}={n}" for axis, n in zip(AXES, shape, strict=True) if n != 1)
+    if math.prod(shape) != len(devices):
+        raise ConfigError(
+            f"mesh {asked or 'data=1'} needs {math.prod(shape)} devices, here are {len(devices)}"
+        )
+    return Mesh(arrange(shape, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def arrange(shape: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
+    """Return the devices as an array of this shape, neighbours in it near each other."""
+    slices, inner = shape[0], (1, *shape[1:])
+    found = {getattr(device, "slice_index", 0) for device in devices}
+    if len(found) == 1:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    if slices % len(found):
+        raise ConfigError(f"mesh.slice={slices}, but the devices stand in {len(found)} slices")
+    outer = (slices, *[1] * len(shape[1:]))
+    return mesh_utils.create_hybrid_device_mesh(
+        inner, outer, devices, allow_split_physical_axes=True
+    )
 
 
 def partition_spec(names: Sequence[str | None]) -> PartitionSpec:
@@ -52,6 +74,12 @@ def partition_spec(names: Sequence[str | None]) -> PartitionSpec:
     if len(used) != len(set(used)):
         raise ValueError(f"logical axes {tuple(names)} use a mesh axis twice: {axes}")
     return PartitionSpec(*(group[0] if len(group) == 1 else group or None for group in axes))
+
+
+def axis_size(axis: str) -> int:
+    """Return the size of an axis on the mesh of `jax.set_mesh`; without one, 1."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else mesh.shape[axis]
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
@@ -97,41 +125,42 @@ def unbox(tree: Any) -> Any:
     )
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Return the layout of a batch: rows over data and fsdp."""
-    return NamedSharding(mesh, partition_spec(["batch"]))
-
-
-def check_batch_size(field: str, batch_size: int, parts: int, mesh: Mesh) -> None:
-    """Raise ConfigError where `batch_size / parts` rows don't divide over the mesh."""
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+def check_batch(field: str, batch_size: int, parts: int, seq_len: int, mesh: Mesh) -> None:
+    """Raise ConfigError where `batch_size / parts` rows of `seq_len` don't divide over the mesh."""
+    axes = RULES["batch"]
+    shards = math.prod(mesh.shape[axis] for axis in axes)
     if batch_size % (parts * shards):
         split = f"{parts} micro-batches x " if parts > 1 else ""
         fits = -(-batch_size // (parts * shards)) * parts * shards
         raise ConfigError(
             f"{field}={batch_size} does not divide by {split}{shards} devices of the mesh axes "
-            f"data and fsdp; the next that does is {fits}"
+            f"{', '.join(axes)}; the next that does is {fits}"
+        )
+    if seq_len % mesh.shape["sequence"]:
+        count = mesh.shape["sequence"]
+        raise ConfigError(
+            f"model.seq_len={seq_len} does not divide by mesh.sequence={count}; "
+            f"the next that does is {-(-seq_len // count) * count}"
         )
 
 
 def global_batch(rows: Callable[[int, int], Any], batch_size: int, seq_len: int, mesh: Mesh) -> Any:
     """Return the batch as global arrays [B, T]; each device asks only for its own rows.
 
-    `rows(first, last)` gives a tree of numpy arrays with the rows [first, last).
+    `rows(first, last)` gives a tree of numpy arrays [B, T] with the rows [first, last).
     """
-    sharding, fetched = batch_sharding(mesh), {}
+    sharding, fetched = NamedSharding(mesh, partition_spec(["batch", "sequence"])), {}
     devices, shards = [], []
-    for device, index in sharding.addressable_devices_indices_map((batch_size, seq_len)).items():
-        first, last, _ = index[0].indices(batch_size)
+    shape = (batch_size, seq_len)
+    for device, (row, column) in sharding.addressable_devices_indices_map(shape).items():
+        first, last, _ = row.indices(batch_size)
         if (first, last) not in fetched:
             fetched[first, last] = rows(first, last)
         devices.append(device)
-        shards.append(fetched[first, last])
+        shards.append(jax.tree.map(lambda x_BT, c=column: x_BT[:, c], fetched[first, last]))
 
     def leaf(*parts: np.ndarray) -> jax.Array:
         placed = [jax.device_put(part, d) for part, d in zip(parts, devices, strict=True)]
-        return jax.make_array_from_single_device_arrays(
-            (batch_size, *parts[0].shape[1:]), sharding, placed
-        )
+        return jax.make_array_from_single_device_arrays(shape, sharding, placed)
 
     return jax.tree.map(leaf, *shards)

@@ -110,7 +110,7 @@ def accumulate(
     def split(x: jax.Array) -> jax.Array:
         # Rows are dealt out like cards, so that each device's rows stay on that device.
         micro = jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 0, 1)
-        return sharding.constrain(micro, None, "batch", *[None] * (x.ndim - 1))
+        return sharding.constrain(micro, None, "batch", "sequence")
 
     def add(total: tuple, part: tuple) -> tuple[tuple, None]:
         micro, index = part
@@ -151,7 +151,9 @@ def prepare_data(cfg: ConfigDict, report: Callable[[str], None]) -> Data:
 def make_job(cfg: ConfigDict, data: Data, mesh: Mesh, loss_fn: LossFn | None = None) -> Job:
     """Return everything the loop needs. Raises ConfigError or DataError; allocates nothing."""
     shape = cfg.train
-    sharding.check_batch_size("train.batch_size", shape.batch_size, shape.accumulation_steps, mesh)
+    sharding.check_batch(
+        "train.batch_size", shape.batch_size, shape.accumulation_steps, cfg.model.seq_len, mesh
+    )
     model = Transformer(ModelConfig(**cfg.model))
     boxed = jax.eval_shape(make_init(cfg), jax.random.key(0))
     shardings, plain = sharding.tree_shardings(boxed, mesh), sharding.unbox(boxed)
@@ -184,7 +186,7 @@ def make_evaluation(
 ) -> Callable[[Any], dict[str, float]]:
     """Return evaluate(params) -> the numbers over the validation split, or its first batches."""
     size, seq_len = cfg.eval.batch_size or cfg.train.batch_size, cfg.model.seq_len
-    sharding.check_batch_size("eval.batch_size", size, 1, mesh)
+    sharding.check_batch("eval.batch_size", size, 1, seq_len, mesh)
     count, rows = make_eval_batches(data.validation(seq_len), size)
     count = min(count, cfg.eval.num_batches or count)
     fetch, ahead = make_batches(rows, size, seq_len, mesh), cfg.data.prefetch_batches
@@ -230,7 +232,7 @@ def fit(
     with own_run(run), stop_signals() as stop:
         data = prepare_data(cfg, report)
         cfg = resolve(cfg, data)
-        mesh = sharding.make_mesh(**cfg.mesh)
+        mesh = sharding.make_mesh(cfg.mesh)
         job = make_job(cfg, data, mesh, loss_fn)
         for name, old, new in enter_run(run, cfg):
             report(f"changed since the run began: {name} {old!r} -> {new!r}")

@@ -84,7 +84,7 @@ def test_a_global_batch_is_the_same_on_eight_devices(kind, open_kind):
         asked.append((first, last))
         return read(step, first, last)
 
-    meshes = sharding.make_mesh(1, 1, 1, jax.devices()[:1]), sharding.make_mesh(4, 2, 1)
+    meshes = sharding.make_mesh({}, jax.devices()[:1]), sharding.make_mesh(dict(data=4, fsdp=2))
     for step in (0, 5, 77):
         batches = [
             sharding.global_batch(functools.partial(rows, step), BATCH_SIZE, SEQ_LEN, mesh)
@@ -206,8 +206,8 @@ def test_fetching_ahead_raises_what_went_wrong_in_its_place():
 def test_a_task_trains_and_eval_says_that_nothing_is_held_out(
     small_config, tmp_path, monkeypatch, capsys
 ):
-    one_device = functools.partial(sharding.make_mesh, 1, 1, 1, jax.devices()[:1])
-    monkeypatch.setattr(sharding, "make_mesh", lambda *_, **__: one_device())
+    one_device = functools.partial(sharding.make_mesh, {}, jax.devices()[:1])
+    monkeypatch.setattr(sharding, "make_mesh", lambda *_: one_device())
     monkeypatch.setattr(hosts, "keep_freed_memory", lambda: None)
     spec, run = "task:modular_addition,p=7,train_fraction=1", tmp_path / "run"
     changes = {"data.source": spec, "model.seq_len": "8", "train.num_steps": "2"}

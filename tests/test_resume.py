@@ -28,8 +28,8 @@ KILL, TERM, INT = signal.SIGKILL, signal.SIGTERM, signal.SIGINT
 make_mesh = sharding.make_mesh
 
 
-def one_device_mesh(**_):
-    return make_mesh(1, 1, 1, jax.devices()[:1])
+def one_device_mesh(*_):
+    return make_mesh({}, jax.devices()[:1])
 
 
 @pytest.fixture(scope="module")
