@@ -54,6 +54,7 @@ def base_config() -> ConfigDict:
             logit_softcap=0.0,  # c: logits become c * tanh(logits / c)
             tied_head=True,
             dropout=0.0,
+            mup_base_dim=0,  # muP: the embed_dim at which it is the standard one; 0: off
             init="gpt2",  # gpt2, fan_in (truncated normal), torch (its layers' defaults)
             attention="auto",  # auto (by backend), xla, cudnn, splash
             unroll=0,  # layers per scan iteration; 0: all on CPU, one elsewhere
@@ -82,7 +83,7 @@ def base_config() -> ConfigDict:
     )
     cfg.optim = ConfigDict(
         dict(
-            optimizer="adamw",
+            optimizer="adamw",  # adamw, adafactor, lion, sgd, muon (kernels; the rest by Adam)
             learning_rate=1e-3,
             schedule="cosine",  # cosine, linear, constant, inverse_sqrt, wsd
             warmup_steps=100,
@@ -93,7 +94,9 @@ def base_config() -> ConfigDict:
             eps=1e-8,
             weight_decay=0.1,
             decay_pattern=r"_[A-Z]{2,}$",  # paths that decay; default: matrices, tables included
+            rate_multipliers=(),  # of the learning rate by path: ("embed_VD=0.1",); 0 freezes
             clip_norm=1.0,  # global norm of the gradient; 0: off
+            max_skipped_steps=0,  # non-finite updates left out in a row before the run ends
         )
     )
     cfg.mesh = ConfigDict(  # devices per axis; -1: the rest
@@ -164,7 +167,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "model.compute_dtype": ("float32", "bfloat16"),
     "data.packing": ("wrap", "pack"),
     "data.bad_text": ("error", "skip"),
-    "optim.optimizer": ("adamw",),
+    "optim.optimizer": ("adamw", "adafactor", "lion", "sgd", "muon"),
     "optim.schedule": ("cosine", "linear", "constant", "inverse_sqrt", "wsd"),
 }
 
@@ -187,6 +190,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "model.attention_scale": _ANY,
     "model.logit_softcap": _ANY,
     "model.dropout": _BELOW_ONE,
+    "model.mup_base_dim": _COUNT,
     "model.unroll": _COUNT,
     "data.tokenizer_vocab_size": _SIZE,
     "data.validation_fraction": _BELOW_ONE,
@@ -202,6 +206,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "optim.eps": _ABOVE_ZERO,
     "optim.weight_decay": _ANY,
     "optim.clip_norm": _ANY,
+    "optim.max_skipped_steps": _COUNT,
     "mesh.slice": _AXIS,
     "mesh.data": _AXIS,
     "mesh.fsdp": _AXIS,
@@ -231,7 +236,12 @@ RANGES: dict[str, tuple[float, float]] = {
     "sample.seed": _COUNT,
 }
 
-TUPLES: dict[str, type] = {"model.windows": int, "data.mixture": str}  # what they hold
+# What the tuples hold.
+TUPLES: dict[str, type] = {
+    "model.windows": int,
+    "data.mixture": str,
+    "optim.rate_multipliers": str,
+}
 
 # What may change when a run goes on: none of it changes the function that is being trained.
 FREE_ON_RESUME = re.compile(

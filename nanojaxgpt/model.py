@@ -53,6 +53,7 @@ class ModelConfig:
     logit_softcap: float
     tied_head: bool
     dropout: float
+    mup_base_dim: int
     init: str
     attention: str
     unroll: int
@@ -67,8 +68,14 @@ class ModelConfig:
         object.__setattr__(self, "head_dim", head_dim)
         object.__setattr__(self, "num_kv_heads", self.num_kv_heads or self.num_heads)
         object.__setattr__(self, "mlp_dim", self.mlp_dim or 4 * self.embed_dim)
-        scale = self.attention_scale or 1 / math.sqrt(head_dim)
+        power = 1 if self.mup_base_dim else 0.5
+        scale = self.attention_scale or head_dim**-power
         object.__setattr__(self, "attention_scale", scale)
+
+    @property
+    def width(self) -> float:
+        """The width over that at which muP is the standard parametrization; 1 without muP."""
+        return self.embed_dim / self.mup_base_dim if self.mup_base_dim else 1.0
 
 
 class Context(NamedTuple):
@@ -102,9 +109,13 @@ def uniform_init(bound: float) -> Callable:
 
 
 def kernel_init(cfg: ModelConfig, fan_in: int, residual: bool = False) -> Callable:
-    """Return the initializer of a projection; GPT-2 shrinks those that write to the residual."""
+    """Return the initializer of a projection; GPT-2 shrinks those that write to the residual.
+
+    With muP GPT-2's shrinks with the width, as the others do by themselves.
+    """
     if cfg.init == "gpt2":
-        return nn.initializers.normal(0.02 / math.sqrt(2 * cfg.num_layers) if residual else 0.02)
+        std = 0.02 / math.sqrt(cfg.width)
+        return nn.initializers.normal(std / math.sqrt(2 * cfg.num_layers) if residual else std)
     if cfg.init == "fan_in":
         # Cutting a normal at two standard deviations leaves 0.8796 of its spread.
         return nn.initializers.truncated_normal(1 / math.sqrt(fan_in) / 0.87962566103423978)
@@ -315,6 +326,8 @@ class Transformer(Weights):
 
         def head(x_BTD: jax.Array) -> jax.Array:
             logits_BTV = project(x_BTD, head_VD, "TD,VD->TV", jnp.float32)
+            if cfg.width != 1:
+                logits_BTV /= cfg.width
             if cfg.logit_softcap:
                 logits_BTV = cfg.logit_softcap * jnp.tanh(logits_BTV / cfg.logit_softcap)
             return constrain(logits_BTV, "batch", "sequence", "vocab")

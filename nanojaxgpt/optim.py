@@ -1,14 +1,17 @@
 """Learning-rate schedules, the optimizer, and path patterns; every number may be traced."""
 
+import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from nanojaxgpt.errors import ConfigError
+from nanojaxgpt.projection import INPUTS
 
 Hyper = Mapping[str, Any]  # the numbers of cfg.optim, num_steps, z_loss and seed; never a shape
 
@@ -88,20 +91,127 @@ def decay_weights(weight_decay: jax.Array, pattern: str) -> optax.GradientTransf
     return optax.stateless(add_decay)
 
 
+def muon_dimensions(params: Any) -> Any:
+    """Return which axes of each leaf Muon takes as the rows and columns of a matrix.
+
+    The kernels of the layers are matrices, one for each layer; tables, norms, biases and the head
+    are not (Jordan 2024), and get None.
+    """
+
+    def dimensions(path: tuple, leaf: jax.Array) -> MuonDimensionNumbers | None:
+        kernel = re.search(r"layers/(\w+)", jax.tree_util.keystr(path, simple=True, separator="/"))
+        if not kernel or kernel[1] not in INPUTS:
+            return None
+        axes, summed = list(range(1, leaf.ndim)), INPUTS[kernel[1]]
+        inputs, outputs = (axes[:summed], axes[summed:]) if summed else (axes[1:], axes[:1])
+        return MuonDimensionNumbers(tuple(inputs), tuple(outputs))
+
+    return jax.tree_util.tree_map_with_path(dimensions, params)
+
+
+def _muon(hyper: Hyper) -> optax.GradientTransformation:
+    """Return Muon for the kernels and Adam for the rest.
+
+    An update has a root mean square of 0.2, about Adam's, so that both take one learning rate
+    and one decay (Liu 2025, "Muon is scalable for LLM training").
+    """
+    is_leaf = lambda x: x is None or isinstance(x, MuonDimensionNumbers)  # noqa: E731
+
+    def labels(params: Any) -> Any:
+        found = muon_dimensions(params)
+        return jax.tree.map(lambda d: "muon" if d else "adam", found, is_leaf=is_leaf)
+
+    def resize(updates: Any, _: Any) -> Any:
+        def leaf(update: jax.Array, dimensions: MuonDimensionNumbers) -> jax.Array:
+            sides = [math.prod(update.shape[axis] for axis in axes) for axes in dimensions]
+            return update * (0.2 * math.sqrt(max(sides)))
+
+        return jax.tree.map(leaf, updates, muon_dimensions(updates))
+
+    orthogonal = scale_by_muon(beta=hyper["beta1"], weight_dimension_numbers=muon_dimensions)
+    muon = optax.chain(orthogonal, optax.stateless(resize))
+    return optax.partition({"muon": muon, "adam": OPTIMIZERS["adamw"](hyper)}, labels)
+
+
+# Each returns the direction of a step; decay and the learning rate are the same for all.
+OPTIMIZERS: dict[str, Callable[[Hyper], optax.GradientTransformation]] = {
+    "adamw": lambda hyper: optax.scale_by_adam(hyper["beta1"], hyper["beta2"], hyper["eps"]),
+    "adafactor": lambda hyper: optax.chain(
+        optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)
+    ),
+    "lion": lambda hyper: optax.scale_by_lion(hyper["beta1"], hyper["beta2"]),
+    "sgd": lambda hyper: optax.trace(hyper["beta1"]),
+    "muon": _muon,
+}
+
+
 def make_optimizer(
-    name: str, hyper: Hyper, rate: jax.Array | float, decay_pattern: str
+    name: str,
+    hyper: Hyper,
+    rate: jax.Array | float,
+    decay_pattern: str,
+    multipliers: Sequence[tuple[str, float]] = (),
 ) -> optax.GradientTransformation:
     """Return the optimizer at learning rate `rate`; `hyper` and `rate` may be traced.
 
     Its state's structure depends on `name` alone, so it can be rebuilt inside every step.
+    `multipliers` are (pattern, factor): the learning rate of the paths that have the pattern is
+    multiplied by the factor, and with it their decay; 0 freezes them.
     """
-    if name == "adamw":
-        return optax.chain(
-            optax.scale_by_adam(hyper["beta1"], hyper["beta2"], hyper["eps"]),
-            decay_weights(hyper["weight_decay"], decay_pattern),
-            optax.scale(-rate),
+    return optax.chain(
+        OPTIMIZERS[name](hyper),
+        decay_weights(hyper["weight_decay"], decay_pattern),
+        optax.scale(-rate),
+        optax.stateless(lambda updates, _: scale_paths(updates, multipliers)),
+    )
+
+
+def scale_paths(tree: Any, multipliers: Sequence[tuple[str, float]]) -> Any:
+    """Return the tree with the leaves of each pattern's paths multiplied by its factor."""
+    for pattern, factor in multipliers:
+        mask = path_mask(tree, pattern, "optim.rate_multipliers")
+        tree = jax.tree.map(
+            lambda x, chosen, factor=factor: (
+                (x * factor if factor else jnp.zeros_like(x)) if chosen else x
+            ),
+            tree,
+            mask,
         )
-    raise ConfigError(f"no optimizer {name}")
+    return tree
+
+
+def frozen_gradients(grads: Any, multipliers: Sequence[tuple[str, float]]) -> Any:
+    """Return the gradients, zero for what is frozen, so that clipping does not count them."""
+    return scale_paths(grads, [(pattern, 0.0) for pattern, factor in multipliers if not factor])
+
+
+# What muP calls hidden: the kernels whose input and output both grow with the width.
+HIDDEN = r"layers/(q|k|v|o|gate|up|down)_[A-Z]{2,}$"
+
+
+def rate_multipliers(
+    entries: Sequence[str], optimizer: str, width: float
+) -> list[tuple[str, float]]:
+    """Return (pattern, factor) of "PATTERN=FACTOR" entries and of muP.
+
+    `width` is the model's over that at which muP is the standard parametrization (1: off). Updates
+    of the hidden kernels shrink as 1 / width where each number's size is normalized (Adam, Lion:
+    Yang 2022, table 8), and as its root for Muon, whose spectral norm of 0.2 sqrt(width) should not
+    grow. Raises ConfigError for an entry that can't be read.
+    """
+    found = []
+    for entry in entries:
+        pattern, _, factor = entry.rpartition("=")
+        try:
+            found.append((pattern, float(factor)))
+        except ValueError:
+            raise ConfigError(
+                f"optim.rate_multipliers: {entry!r} is not PATTERN=FACTOR, as in embed_VD=0.1"
+            ) from None
+    power = {"adamw": 1, "adafactor": 1, "lion": 1, "muon": 0.5, "sgd": 0}
+    if width != 1:
+        found.append((HIDDEN, width ** -power[optimizer]))
+    return found
 
 
 def clip_factor(norm: jax.Array, clip_norm: jax.Array) -> jax.Array:

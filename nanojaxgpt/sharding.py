@@ -96,10 +96,14 @@ def tree_shardings(boxed: Any, mesh: Mesh) -> Any:
     does not divide.
     """
 
-    def leaf_sharding(path: tuple, leaf: Any) -> NamedSharding:
+    def leaf_sharding(path: tuple, leaf: Any) -> Any:
         boxes = isinstance(leaf, nn.LogicallyPartitioned)
-        spec = partition_spec(leaf.names) if boxes else PartitionSpec()
+        if boxes and not jax.tree.leaves(leaf.value):
+            return leaf.value  # what stands where Muon leaves a weight to Adam
         shape = leaf.value.shape if boxes else leaf.shape
+        # Adafactor's rows and columns keep the names of the weight they stand for.
+        named = boxes and len(leaf.names) == len(shape)
+        spec = partition_spec(leaf.names) if named else PartitionSpec()
         for size, axis in zip(shape, spec, strict=False):
             parts = mesh.shape[axis] if axis else 1
             if size % parts:

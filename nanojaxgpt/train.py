@@ -1,7 +1,6 @@
 """From a config to a trained run: the state, the pure step, and the loop around it."""
 
 import functools
-import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -74,26 +73,39 @@ def make_init(cfg: ConfigDict) -> Callable[[jax.Array], TrainState]:
 
 
 def make_train_step(
-    loss_fn: LossFn, optim_cfg: ConfigDict, accumulation_steps: int = 1
+    loss_fn: LossFn, optim_cfg: ConfigDict, accumulation_steps: int = 1, width: float = 1.0
 ) -> Callable[[TrainState, Batch, Hyper], tuple[TrainState, dict[str, jax.Array]]]:
-    """Return the pure train_step(state, batch, hyper) -> (state, metrics)."""
+    """Return the pure train_step(state, batch, hyper) -> (state, metrics).
+
+    An update that is not finite is left out: the state keeps its numbers, and `skipped` is 1.
+    `width` is muP's, see optim.rate_multipliers.
+    """
     name, schedule = optim_cfg.optimizer, optim_cfg.schedule
     decay_pattern = optim_cfg.decay_pattern
+    multipliers = optim.rate_multipliers(optim_cfg.rate_multipliers, name, width)
 
     def train_step(
         state: TrainState, batch: Batch, hyper: Hyper
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         rng = jax.random.fold_in(jax.random.key(hyper["seed"]), state.step)
         loss, grads = accumulate(loss_fn, state.params, batch, hyper, rng, accumulation_steps)
+        grads = optim.frozen_gradients(grads, multipliers)
         weight = jnp.maximum(jnp.sum(batch.weights_BT), 1e-9)
         norm = optax.global_norm(grads) / weight
         scale = optim.clip_factor(norm, hyper["clip_norm"]) / weight
         grads = jax.tree.map(lambda grad: grad * scale.astype(grad.dtype), grads)
         rate = optim.learning_rate(schedule, state.step, hyper)
-        optimizer = optim.make_optimizer(name, hyper, rate, decay_pattern)
+        optimizer = optim.make_optimizer(name, hyper, rate, decay_pattern, multipliers)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm) & jnp.isfinite(optax.global_norm(params))
+        params, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old),
+            (params, opt_state),
+            (state.params, state.opt_state),
+        )
         numbers = {"loss": loss / weight, "grad_norm": norm, "learning_rate": rate}
+        numbers["skipped"] = 1 - finite.astype(jnp.float32)
         return TrainState(state.step + 1, params, opt_state), numbers
 
     return train_step
@@ -158,10 +170,12 @@ def make_job(cfg: ConfigDict, data: Data, mesh: Mesh, loss_fn: LossFn | None = N
     boxed = jax.eval_shape(make_init(cfg), jax.random.key(0))
     shardings, plain = sharding.tree_shardings(boxed, mesh), sharding.unbox(boxed)
     optim.path_mask(plain.params, cfg.optim.decay_pattern, "optim.decay_pattern")
+    for pattern, _ in optim.rate_multipliers(cfg.optim.rate_multipliers, cfg.optim.optimizer, 1):
+        optim.path_mask(plain.params, pattern, "optim.rate_multipliers")
     abstract = checkpoint.with_shardings(plain, shardings)
     loss_fn = loss_fn or make_loss(model, shape.loss_chunks)
     train_step = jax.jit(
-        make_train_step(loss_fn, cfg.optim, shape.accumulation_steps),
+        make_train_step(loss_fn, cfg.optim, shape.accumulation_steps, model.cfg.width),
         donate_argnums=0,
         out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),
     )
@@ -276,6 +290,7 @@ class Loop:
         self.tokens_per_step = cfg.train.batch_size * seq_len
         peak = metrics.peak_flops(job.mesh.devices.flat[0].device_kind) * job.mesh.size
         self.mfu_per_token = metrics.train_flops(model_cfg, seq_len) / seq_len / peak if peak else 0
+        self.skipped = 0  # updates left out in a row, up to the last step read
         self.unread: tuple[int, dict[str, jax.Array]] | None = None
         self.clock, self.clock_step = 0.0, start
 
@@ -331,13 +346,17 @@ class Loop:
             return
         (step, numbers), self.unread = self.unread, None
         values = {name: float(value) for name, value in jax.device_get(numbers).items()}
-        if not all(map(math.isfinite, values.values())):
+        self.skipped = self.skipped + 1 if values.pop("skipped") else 0
+        if self.skipped > self.job.cfg.optim.max_skipped_steps:
             kept = f"step {self.saved} is saved" if self.saved else "nothing was saved yet"
             raise NonFiniteError(
                 f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}, at "
                 f"learning rate {values['learning_rate']:.2e}; {kept}. Lower optim.learning_rate, "
                 "lengthen optim.warmup_steps, or set optim.clip_norm, in a new --run"
             )
+        if self.skipped:
+            self.progress.say(f"step {step}: its update is not finite and was left out")
+            return
         now = time.monotonic()
         if not self.progress.began:
             self.progress.began = self.clock = now

@@ -7,8 +7,10 @@ import pytest
 from conftest import random_tokens
 
 from nanojaxgpt.data.rows import Batch
-from nanojaxgpt.errors import CheckpointError, ConfigError
+from nanojaxgpt.errors import CheckpointError, ConfigError, NonFiniteError
+from nanojaxgpt.metrics import read_metrics
 from nanojaxgpt.model import ModelConfig, Transformer
+from nanojaxgpt.optim import OPTIMIZERS
 from nanojaxgpt.sharding import unbox
 from nanojaxgpt.train import (
     fit,
@@ -79,6 +81,79 @@ def test_other_numbers_do_not_recompile_and_do_act(cfg):
         moved = jax.tree.map(lambda a, b: jnp.abs(a - b).max(), base, other)
         assert max(map(float, jax.tree.leaves((moved.params, moved.opt_state)))) > 0, name
     assert step._cache_size() == 1
+
+
+def test_an_update_that_is_not_finite_is_left_out(cfg):
+    state, step = step_of(cfg)
+    hyper = make_hyper(cfg)
+    before, _ = step(state, batch(), hyper)
+    poisoned = batch(seed=1)
+    poisoned.weights_BT[0, 0] = np.nan
+    kept, numbers = step(before, poisoned, hyper)
+    assert (float(numbers["skipped"]), int(kept.step)) == (1.0, int(before.step) + 1)
+    jax.tree.map(np.testing.assert_array_equal, kept[1:], before[1:])
+    # A finite loss and gradient whose step is too large for float32.
+    kept, numbers = step(before, batch(seed=1), hyper | {"learning_rate": np.float32(1e38 * 3)})
+    assert np.isfinite(numbers["grad_norm"])
+    assert float(numbers["skipped"]) == 1.0
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(kept.params))
+    _, numbers = step(kept, batch(seed=1), hyper)
+    assert float(numbers["skipped"]) == 0.0
+
+
+@pytest.mark.parametrize("allowed", [2, 1])
+def test_a_run_goes_on_over_as_many_bad_updates_as_it_may(allowed, small_config, tmp_path):
+    """The loss of the third and the fourth step is not a number."""
+    cfg = small_config(**{
+        "train.num_steps": "6", "optim.max_skipped_steps": str(allowed), "mesh.data": "-1",
+        "checkpoint.every_steps": "1", "eval.every_steps": "0",
+    })  # fmt: skip
+    resolved = resolve(cfg, prepare_data(cfg, lambda _: None))
+    real, calls = make_loss(Transformer(ModelConfig(**resolved.model)), 1), [0]
+
+    def bad_twice(params, batch, hyper, rng):
+        def count(_):
+            calls[0] += 1
+            return np.float32(np.nan if calls[0] in (3, 4) else 1)
+
+        factor = jax.pure_callback(count, jax.ShapeDtypeStruct((), np.float32), rng)
+        return real(params, batch, hyper, rng) * jax.lax.stop_gradient(factor)
+
+    if allowed < 2:
+        with pytest.raises(NonFiniteError, match="step 4"):
+            fit(cfg, tmp_path / "run", bad_twice, report=lambda _: None)
+        return
+    state = fit(cfg, tmp_path / "run", bad_twice, report=lambda _: None)
+    assert int(state.step) == 6
+    logged = [record["step"] for record in read_metrics(tmp_path / "run") if "loss" in record]
+    assert logged == [1, 2, 5, 6]
+
+
+def test_mup_at_its_base_width_is_the_standard_one(cfg):
+    def after(**changes):
+        changed = cfg.copy_and_resolve_references().unlock()
+        changed.model.update(attention_scale=0.25, **changes)
+        state, _ = step_of(changed)
+        loss = make_loss(Transformer(model := ModelConfig(**changed.model)), 1)
+        step = jax.jit(make_train_step(loss, changed.optim, 1, model.width))
+        return step(state, batch(), make_hyper(changed))
+
+    standard = after()
+    jax.tree.map(np.testing.assert_array_equal, standard, after(mup_base_dim=16))
+    wider = after(mup_base_dim=8)
+    assert float(wider[1]["loss"]) != float(standard[1]["loss"])
+
+
+@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "adamw"])
+def test_every_optimizer_trains_a_sharded_model(name, small_config, tmp_path):
+    cfg = small_config(**{
+        "optim.optimizer": name, "optim.learning_rate": "0.1" if name == "sgd" else "0.003",
+        "mesh.data": "2", "mesh.fsdp": "4", "train.num_steps": "8", "train.log_every_steps": "1",
+        "optim.warmup_steps": "0", "eval.every_steps": "0",
+    })  # fmt: skip
+    fit(cfg, tmp_path / "run", report=lambda _: None)
+    losses = [record["loss"] for record in read_metrics(tmp_path / "run") if "loss" in record]
+    assert losses[-1] < losses[0] - 0.1
 
 
 def test_dropout_depends_on_seed_and_step_alone(cfg):
