@@ -24,6 +24,7 @@ nanojaxgpt VERB ...
   sample RUN --prompt=TEXT                              text, streamed as it is made
   prepare --config=EXPERIMENT.py[:VARIANT]              the corpus as tokens, as train would
   inspect --config=EXPERIMENT.py [--step=N] [--rows=4]  what the model sees at a step
+  coordcheck --config=EXPERIMENT.py                     activations against width, muP or not
 
 Every field of the config can be set: --config.optim.learning_rate=3e-4. VERB --help says more.
 """
@@ -259,6 +260,28 @@ def chosen_step(run: Path, text: str) -> int:
     return min(losses, key=losses.get)
 
 
+def coordcheck(arguments: list[str]) -> None:
+    """Train an experiment at several widths; print how its activations grow, by muP and without.
+
+    RUN, runs/coordcheck if it is not given, gets the numbers and a plot.
+    """
+    options = {
+        "widths": {"default": "64,128,256,512", "help": "default: 64,128,256,512"},
+        "steps": {"default": 4, "type": int, "help": "of training; default: 4"},
+    }
+    parsed, cfg = open_experiment("coordcheck", arguments, options)
+    try:
+        widths = [int(width) for width in parsed.widths.split(",")]
+    except ValueError:
+        raise ConfigError(f"--widths={parsed.widths} are no whole numbers, as in 64,128") from None
+    from nanojaxgpt.coordcheck import check_coordinates, save, table
+
+    result = check_coordinates(cfg, widths, parsed.steps, warn)
+    for line in table(result):
+        print(line)
+    print(save(result, Path(parsed.run or "runs/coordcheck")))
+
+
 def open_experiment(
     verb: str, arguments: list[str], options: dict[str, dict[str, Any]]
 ) -> tuple[Any, ConfigDict]:
@@ -296,6 +319,7 @@ VERBS: dict[str, Callable[[list[str]], None]] = {
     "sample": sample,
     "prepare": prepare,
     "inspect": inspect,
+    "coordcheck": coordcheck,
 }
 
 

@@ -208,6 +208,12 @@ def make_evaluation(
     return lambda params: evaluate(eval_step, params, fetch_ahead(fetch, 0, count, ahead))
 
 
+def init_state(job: Job) -> TrainState:
+    """Return the state at step 0, by train.seed, made straight into its shards."""
+    init = jax.jit(lambda rng: sharding.unbox(make_init(job.cfg)(rng)), out_shardings=job.shardings)
+    return init(jax.random.key(job.cfg.train.seed))
+
+
 def start_state(job: Job, run: Path, report: Callable[[str], None]) -> TrainState:
     """Return the state to go on from.
 
@@ -222,8 +228,7 @@ def start_state(job: Job, run: Path, report: Callable[[str], None]) -> TrainStat
         checkpoint.set_aside(folder, step)
         report(f"going on from step {step}")
         return TrainState(jax.device_put(np.int32(step), job.shardings.step), **items)
-    init = jax.jit(lambda rng: sharding.unbox(make_init(job.cfg)(rng)), out_shardings=job.shardings)
-    state = init(jax.random.key(job.cfg.train.seed))
+    state = init_state(job)
     if job.cfg.init.from_run:
         other, model_cfg = Path(job.cfg.init.from_run), ModelConfig(**job.cfg.model)
         step, params = checkpoint.load_params(other, model_cfg, job.mesh, job.cfg.init.step, report)

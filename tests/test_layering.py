@@ -14,7 +14,7 @@ FLOORS = {
         "data.sources", "data.sources.documents", "data.sources.files", "data.sources.stdlib",
         "data.sources.tfds", "data.sources.builders", "data.sources.hub",
         "data.shards", "data.store", "data.packing", "data.loader", "data.show"},
-    2: {"train"},
+    2: {"train", "coordcheck"},
     3: {"__main__"},
 }  # fmt: skip
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}

@@ -1,0 +1,156 @@
+"""In: a config and widths. Out: how the activations of each layer grow with the width in training.
+
+Under muP they should not (Yang 2022, appendix D.1): the coordinate check of a parametrization.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from nanojaxgpt import sharding
+from nanojaxgpt.config import check_config
+from nanojaxgpt.data.rows import Batch
+from nanojaxgpt.errors import ConfigError
+from nanojaxgpt.model import ModelConfig, Transformer
+from nanojaxgpt.train import init_state, make_hyper, make_job, prepare_data, resolve
+
+PARAMETRIZATIONS = ("mup", "standard")
+
+
+def widened(cfg: ConfigDict, width: int, base: int) -> ConfigDict:
+    """Return the config at this width, heads of the same size; `base` 0: not by muP."""
+    cfg = cfg.copy_and_resolve_references().unlock()
+    model = cfg.model
+    head_dim = model.head_dim or model.embed_dim // model.num_heads
+    if width % head_dim:
+        raise ConfigError(f"width {width} does not divide into heads of {head_dim}")
+    groups = model.num_heads // (model.num_kv_heads or model.num_heads)
+    heads = width // head_dim
+    if heads % groups:
+        raise ConfigError(
+            f"the {heads} heads of width {width} don't divide into groups of {groups}"
+        )
+    model.mlp_dim = model.mlp_dim * width // model.embed_dim
+    model.embed_dim, model.num_heads, model.head_dim = width, heads, head_dim
+    model.num_kv_heads, model.mup_base_dim = heads // groups, base
+    check_config(cfg)
+    return cfg.lock()
+
+
+def make_sizes(model_cfg: ModelConfig) -> Callable[[Any, Batch], dict[str, jax.Array]]:
+    """Return sizes(params, batch) -> mean |x| of the residual stream after each layer, and logits.
+
+    The stream after layer k is what a model of the first k layers gives.
+    """
+
+    def sizes(params: Any, batch: Batch) -> dict[str, jax.Array]:
+        found = {}
+        inputs = batch.tokens_BT, batch.positions_BT, batch.segments_BT
+        for depth in range(1, model_cfg.num_layers + 1):
+            layers = jax.tree.map(lambda x, depth=depth: x[:depth], params["layers"])
+            cut = dataclasses.replace(model_cfg, num_layers=depth, final_norm=False)
+            variables = {"params": {**params, "layers": layers}}
+            (x_BTD, _), _ = Transformer(cut).apply(variables, *inputs, logits=False)
+            found[f"layer {depth}"] = jnp.mean(jnp.abs(x_BTD))
+        logits_BTV, _ = Transformer(model_cfg).apply({"params": params}, *inputs)
+        return found | {"logits": jnp.mean(jnp.abs(logits_BTV))}
+
+    return jax.jit(sizes)
+
+
+def measure(
+    cfg: ConfigDict, num_steps: int, report: Callable[[str], None]
+) -> list[dict[str, float]]:
+    """Return the sizes before and after each of `num_steps` steps, on the first batch."""
+    data = prepare_data(cfg, report)
+    cfg = resolve(cfg, data)
+    mesh = sharding.make_mesh({}, jax.devices()[:1])
+    job, found = make_job(cfg, data, mesh), []
+    sizes = make_sizes(ModelConfig(**cfg.model))
+    hyper = make_hyper(cfg)
+    with jax.set_mesh(mesh):
+        first, state = job.train_batch(0), init_state(job)
+        for step in range(num_steps + 1):
+            found.append({k: float(v) for k, v in sizes(state.params, first).items()})
+            if step < num_steps:
+                state, _ = job.train_step(state, job.train_batch(step), hyper)
+    return found
+
+
+def slope(widths: Sequence[int], sizes: Sequence[float]) -> float:
+    """Return the slope of log size against log width: 0 is flat, 0.5 grows as the root."""
+    return float(np.polyfit(np.log2(widths), np.log2(sizes), 1)[0])
+
+
+def check_coordinates(
+    cfg: ConfigDict, widths: Sequence[int], num_steps: int, report: Callable[[str], None] = print
+) -> dict[str, Any]:
+    """Return {"widths", "sizes", "slopes"}; sizes[parametrization][layer][step][width].
+
+    Slopes are the same without the last. The base width of muP is the config's, or the least.
+    Raises ConfigError for a width that can't be.
+    """
+    if len(widths) < 2:
+        raise ConfigError(f"a slope needs two widths at least, not {list(widths)}")
+    base = cfg.model.mup_base_dim or min(widths)
+    result: dict[str, Any] = {"widths": list(widths), "base": base, "sizes": {}, "slopes": {}}
+    for name in PARAMETRIZATIONS:
+        runs = []
+        for width in widths:
+            report(f"{name}, width {width}")
+            wide = widened(cfg, width, base if name == "mup" else 0)
+            runs.append(measure(wide, num_steps, lambda _: None))
+        sizes = {
+            layer: [[run[step][layer] for run in runs] for step in range(num_steps + 1)]
+            for layer in runs[0][0]
+        }
+        result["sizes"][name] = sizes
+        result["slopes"][name] = {
+            layer: [slope(widths, values) for values in steps] for layer, steps in sizes.items()
+        }
+    return result
+
+
+def table(result: dict[str, Any]) -> Iterator[str]:
+    """Yield the slopes as lines of text: a row for each layer, a column for each step."""
+    for name, layers in result["slopes"].items():
+        steps = len(next(iter(layers.values())))
+        header = "".join(f"{f'step {step}':>9}" for step in range(steps))
+        yield f"{name:<10}{header}"
+        for layer, slopes in layers.items():
+            yield f"{layer:<10}" + "".join(f"{value:>9.2f}" for value in slopes)
+
+
+def save(result: dict[str, Any], folder: Path) -> Path:
+    """Write coordcheck.json and coordcheck.png (a line for each step) into `folder`."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "coordcheck.json").write_text(json.dumps(result, indent=2) + "\n")
+    layers = list(result["sizes"]["mup"])
+    shape = dict(nrows=len(PARAMETRIZATIONS), ncols=len(layers), squeeze=False, sharey="col")
+    figure, axes = plt.subplots(**shape, sharex=True, figsize=(3 * len(layers), 5))
+    for row, name in zip(axes, PARAMETRIZATIONS, strict=True):
+        for axis, layer in zip(row, layers, strict=True):
+            for step, values in enumerate(result["sizes"][name][layer]):
+                axis.loglog(result["widths"], values, marker=".", label=f"step {step}")
+            axis.set_xticks(result["widths"], map(str, result["widths"]))
+            axis.minorticks_off()
+            axis.set_title(f"{name}: {layer}", fontsize=9)
+    axes[0, 0].legend(fontsize=7)
+    figure.supxlabel("width")
+    figure.supylabel("mean |x|")
+    figure.tight_layout()
+    figure.savefig(folder / "coordcheck.png", dpi=120)
+    plt.close(figure)
+    return folder / "coordcheck.png"
