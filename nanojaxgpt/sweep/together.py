@@ -116,8 +116,7 @@ class Follower:
     def __init__(self, job: Job, run: Path) -> None:
         self.job, self.run, self.message = job, run, ""
         self.ended = False
-        for step in checkpoint.saved_steps(run / "checkpoints"):
-            checkpoint.set_aside(run / "checkpoints", step - 1)
+        checkpoint.set_aside(run / "checkpoints", 0)
         with open(run / "log.txt", "a") as log, redirect_stdout(log):
             begin_run(job, run, print)
         self.writer = metrics.MetricsWriter(run, 0)
