@@ -6,6 +6,7 @@ jax is imported by the verbs, after the config is read: a mistake in it is answe
 import argparse
 import functools
 import json
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Iterable
@@ -248,6 +249,10 @@ def sweep(arguments: list[str]) -> None:
     folder = Path(parsed.dir) if parsed.dir else plan.default_folder(parsed.config)
     if parsed.run == "plan":
         lines = plan.describe(trials, warn)
+        command = [f"--config={parsed.config}", f"--dir={folder}"]
+        command += [f"--config.{field}={text}" for field, text in parsed.overrides.items()]
+        lines += ["", "on as many machines that share the folder as you like:"]
+        lines += [f"  nanojaxgpt sweep run {shlex.join(command)}"]
     elif parsed.run == "report":
         from nanojaxgpt.sweep.report import write_report
 
