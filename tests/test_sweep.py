@@ -296,11 +296,15 @@ def test_vmap_on_several_devices_is_refused(trials, tmp_path):
 def test_auto_takes_the_faster_mode_and_says_so(trials, monkeypatch):
     lines = []
     monkeypatch.setattr(run, "measure_modes", lambda job, width: {"map": width, "vmap": 1.5})
+    monkeypatch.setattr(run, "obstacle", lambda jobs: "")
     assert run.choose_mode(None, "", 2, lines.append) == "map"  # the default on a CPU
     assert run.choose_mode(None, "auto", 1, lines.append) == "map"
     assert lines == []
     assert run.choose_mode(None, "auto", 2, lines.append) == "vmap"
     assert lines == ["mode vmap: a step of 2 trials takes map 2000.0 ms, vmap 1500.0 ms"]
+    monkeypatch.setattr(run, "obstacle", lambda jobs: "many devices")
+    assert run.choose_mode(None, "auto", 2, lines.append) == "map"
+    assert lines[1:] == ["mode map: many devices"]
 
 
 @pytest.mark.slow

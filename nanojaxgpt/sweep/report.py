@@ -18,6 +18,7 @@ from nanojaxgpt.sweep.plan import SEED, Trial, count, show_point, swept_fields
 # Two samples differ at 5 % (two-sided) with a power of 80 %: normal quantiles 0.975 and 0.8.
 QUANTILES = 1.959964 + 0.841621
 MOST_HEAT_MAPS = 6  # every pair of four fields
+MOST_TICKS = 8  # values of a field that have a tick of their own
 
 
 class Result(NamedTuple):
@@ -254,6 +255,9 @@ def plot_field(path: Path, results: list[Result], field: str, metric: str) -> No
         axes.plot(places, [found for _, found in points], "o", alpha=0.7)
         if numbers_of(values):
             axes.set_xscale(scale_of(values))
+        if numbers_of(values) and len(set(values)) <= MOST_TICKS:
+            axes.set_xticks(sorted(set(values)), [f"{value:g}" for value in sorted(set(values))])
+            axes.minorticks_off()
     axes.set(xlabel=field, ylabel=metric)
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
@@ -277,9 +281,10 @@ def plot_pair(path: Path, groups: list[Group], pair: tuple[str, str], metric: st
         image = axes.imshow(heat, origin="lower", aspect="auto", cmap="viridis")
         axes.set_xticks(range(len(columns)), [str(value) for value in columns])
         axes.set_yticks(range(len(rows)), [str(value) for value in rows])
+        middle = (min(cells.values()) + max(cells.values())) / 2
         for (column, row), value in cells.items():
-            at = columns.index(column), rows.index(row)
-            axes.text(*at, f"{value:.3f}", ha="center", va="center", color="white", fontsize=8)
+            at, color = (columns.index(column), rows.index(row)), "wk"[value > middle]
+            axes.text(*at, f"{value:.3f}", ha="center", va="center", color=color, fontsize=8)
         figure.colorbar(image, label=metric)
     elif cells:
         sides = [[key[i] for key in cells] for i in (0, 1)]

@@ -14,7 +14,7 @@ from nanojaxgpt.hosts import StopRequest, stop_signals
 from nanojaxgpt.rundir import own_run
 from nanojaxgpt.sweep.claims import Claims, read_outcome, run_path, write_outcome
 from nanojaxgpt.sweep.plan import Trial, count, group_trials, show_point
-from nanojaxgpt.sweep.together import measure_modes, train_together
+from nanojaxgpt.sweep.together import measure_modes, obstacle, train_together
 from nanojaxgpt.train import Job, open_job, resolve, share_job, train_job
 
 WAIT_SECONDS = 1.0
@@ -106,6 +106,9 @@ def run_group(sweep: Sweep, group: list[Trial], mode: str, width: int) -> int:
 def choose_mode(job: Job, mode: str, width: int, report: Callable[[str], None]) -> str:
     """Return map or vmap for `width` trials: map on a CPU unless asked, else the faster one."""
     if width == 1 or (mode == "" and jax.default_backend() == "cpu"):
+        return "map"
+    if why := obstacle([job]):
+        report(f"mode map: {why}")
         return "map"
     seconds = measure_modes(job, width)
     best = min(seconds, key=seconds.get)

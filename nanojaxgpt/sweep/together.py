@@ -74,23 +74,27 @@ def make_batches(jobs: list[Job]) -> Callable[[int], Any]:
     return batches
 
 
+def obstacle(jobs: list[Job]) -> str:
+    """Return why these jobs can't be stacked; "" where they can."""
+    if jobs[0].mesh.size > 1:
+        return "vmap takes one device per process, by mesh.data=1 or --workers"
+    if any(job.cfg.init.from_run for job in jobs):
+        return "vmap begins from scratch, not from init.from_run"
+    return ""
+
+
 def start_states(jobs: list[Job]) -> TrainState:
     """Return the states at step 0, each as its run alone would begin. Raises ConfigError."""
-    if jobs[0].mesh.size > 1:
-        raise ConfigError("vmap takes one device per process; choose --mode=map, or mesh.data=1")
-    if any(job.cfg.init.from_run for job in jobs):
-        raise ConfigError("vmap begins from scratch; with init.from_run choose --mode=map")
+    if why := obstacle(jobs):
+        raise ConfigError(f"{why}; or choose --mode=map")
     return stack([job.init(jax.random.key(job.cfg.train.seed)) for job in jobs])
 
 
 def measure_modes(job: Job, width: int) -> dict[str, float]:
     """Return the seconds of one step of `width` trials by map and by vmap, compiling left out."""
-    jobs = [job] * width
-    if job.mesh.size > 1 or job.cfg.init.from_run:
-        return {"map": 0.0}
     with jax.set_mesh(job.mesh):
         batch, hyper = job.train_batch(0), make_hyper(job.cfg)
-        state, states = job.init(jax.random.key(0)), start_states(jobs)
+        state, states = job.init(jax.random.key(0)), start_states([job] * width)
         batches, hypers, going = (
             stack([batch] * width),
             stack([hyper] * width),
@@ -161,9 +165,9 @@ class Follower:
 
 def train_together(jobs: list[Job], runs: list[Path]) -> list[str]:
     """Train the jobs in their run directories; return why each ended early, "" where it did not."""
-    with ExitStack() as stack_of_runs, jax.set_mesh(jobs[0].mesh):
+    with ExitStack() as owned, jax.set_mesh(jobs[0].mesh):
         for run in runs:
-            stack_of_runs.enter_context(own_run(run))
+            owned.enter_context(own_run(run))
         states, step = start_states(jobs), make_step(jobs[0])
         followers = [Follower(job, run) for job, run in zip(jobs, runs, strict=True)]
         hypers, going = stack([make_hyper(job.cfg) for job in jobs]), jnp.ones(len(jobs), bool)
