@@ -1,11 +1,13 @@
 """A small GPT on Python's own standard library: what `bash scripts/quickstart.sh` trains.
 
 nanojaxgpt train --config=experiments/quickstart.py
+nanojaxgpt sweep run --config=experiments/quickstart.py
 """
 
 from ml_collections import ConfigDict
 
 from nanojaxgpt.config import base_config
+from nanojaxgpt.sweep.space import Space, choice, log_uniform, product
 
 
 def get_config() -> ConfigDict:
@@ -33,3 +35,9 @@ def get_config() -> ConfigDict:
     cfg.sample.prompt = "def "
     cfg.sample.temperature = 0.6
     return cfg
+
+
+def sweep() -> Space:
+    """Return four learning rates around the config's own, each with four seeds."""
+    rates = log_uniform("optim.learning_rate", 1e-3, 8e-3, 4)
+    return product(rates, choice("train.seed", 0, 1, 2, 3))

@@ -19,7 +19,7 @@ from nanojaxgpt.config import check_config
 from nanojaxgpt.data.rows import Batch
 from nanojaxgpt.errors import ConfigError
 from nanojaxgpt.model import ModelConfig, Transformer
-from nanojaxgpt.train import init_state, make_hyper, make_job, prepare_data, resolve
+from nanojaxgpt.train import make_hyper, make_job, prepare_data, resolve
 
 PARAMETRIZATIONS = ("mup", "standard")
 
@@ -76,7 +76,7 @@ def measure(
     sizes = make_sizes(ModelConfig(**cfg.model))
     hyper = make_hyper(cfg)
     with jax.set_mesh(mesh):
-        first, state = job.train_batch(0), init_state(job)
+        first, state = job.train_batch(0), job.init(jax.random.key(cfg.train.seed))
         for step in range(num_steps + 1):
             found.append({k: float(v) for k, v in sizes(state.params, first).items()})
             if step < num_steps:

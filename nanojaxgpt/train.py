@@ -1,6 +1,7 @@
 """From a config to a trained run: the state, the pure step, and the loop around it."""
 
 import functools
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +23,7 @@ from nanojaxgpt.errors import ConfigError, NonFiniteError
 from nanojaxgpt.evaluate import evaluate, make_eval_step
 from nanojaxgpt.hosts import StopRequest, stop_signals
 from nanojaxgpt.loss import loss_sum
-from nanojaxgpt.model import ModelConfig, Transformer, count_params, init_params
+from nanojaxgpt.model import ModelConfig, Transformer, init_params
 from nanojaxgpt.optim import Hyper
 from nanojaxgpt.rundir import enter_run, own_run, write_identity
 
@@ -141,6 +142,7 @@ class Job(NamedTuple):
     data: Data
     shardings: TrainState
     abstract: TrainState
+    init: Callable[[jax.Array], TrainState]
     train_step: Callable
     train_batch: Callable[[int], Batch]
     evaluate: Callable[[Any], dict[str, float]]
@@ -174,16 +176,30 @@ def make_job(cfg: ConfigDict, data: Data, mesh: Mesh, loss_fn: LossFn | None = N
         optim.path_mask(plain.params, pattern, "optim.rate_multipliers")
     abstract = checkpoint.with_shardings(plain, shardings)
     loss_fn = loss_fn or make_loss(model, shape.loss_chunks)
+    init = jax.jit(lambda rng: sharding.unbox(make_init(cfg)(rng)), out_shardings=shardings)
     train_step = jax.jit(
         make_train_step(loss_fn, cfg.optim, shape.accumulation_steps, model.cfg.width),
         donate_argnums=0,
         out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),
     )
-    seq_len = cfg.model.seq_len
-    rows = make_train_rows(data.train(seq_len), shape.batch_size, shape.seed)
-    train_batch = make_batches(rows, shape.batch_size, seq_len, mesh)
+    train_batch = make_train_batch(cfg, data, mesh)
     job_eval = make_evaluation(cfg, data, mesh, model)
-    return Job(cfg, mesh, data, shardings, abstract, train_step, train_batch, job_eval)
+    return Job(cfg, mesh, data, shardings, abstract, init, train_step, train_batch, job_eval)
+
+
+def share_job(job: Job, cfg: ConfigDict) -> Job:
+    """Return the job of another config with the programs of `job`, so that nothing recompiles.
+
+    The configs must agree in all that is compiled: see `sweep.plan.program_key`.
+    """
+    return job._replace(cfg=cfg, train_batch=make_train_batch(cfg, job.data, job.mesh))
+
+
+def make_train_batch(cfg: ConfigDict, data: Data, mesh: Mesh) -> Callable[[int], Batch]:
+    """Return batch(step) -> the global batch of a 0-based training step."""
+    size, seq_len = cfg.train.batch_size, cfg.model.seq_len
+    rows = make_train_rows(data.train(seq_len), size, cfg.train.seed)
+    return make_batches(rows, size, seq_len, mesh)
 
 
 def make_batches(
@@ -208,12 +224,6 @@ def make_evaluation(
     return lambda params: evaluate(eval_step, params, fetch_ahead(fetch, 0, count, ahead))
 
 
-def init_state(job: Job) -> TrainState:
-    """Return the state at step 0, by train.seed, made straight into its shards."""
-    init = jax.jit(lambda rng: sharding.unbox(make_init(job.cfg)(rng)), out_shardings=job.shardings)
-    return init(jax.random.key(job.cfg.train.seed))
-
-
 def start_state(job: Job, run: Path, report: Callable[[str], None]) -> TrainState:
     """Return the state to go on from.
 
@@ -228,7 +238,7 @@ def start_state(job: Job, run: Path, report: Callable[[str], None]) -> TrainStat
         checkpoint.set_aside(folder, step)
         report(f"going on from step {step}")
         return TrainState(jax.device_put(np.int32(step), job.shardings.step), **items)
-    state = init_state(job)
+    state = job.init(jax.random.key(job.cfg.train.seed))
     if job.cfg.init.from_run:
         other, model_cfg = Path(job.cfg.init.from_run), ModelConfig(**job.cfg.model)
         step, params = checkpoint.load_params(other, model_cfg, job.mesh, job.cfg.init.step, report)
@@ -249,27 +259,38 @@ def fit(
     """
     run = Path(run)
     with own_run(run), stop_signals() as stop:
-        data = prepare_data(cfg, report)
-        cfg = resolve(cfg, data)
-        mesh = sharding.make_mesh(cfg.mesh)
-        job = make_job(cfg, data, mesh, loss_fn)
-        for name, old, new in enter_run(run, cfg):
-            report(f"changed since the run began: {name} {old!r} -> {new!r}")
-        (run / "tokenizer").mkdir(exist_ok=True)
-        data.tokenizer.save(run / "tokenizer")
-        devices = [device.device_kind for device in mesh.devices.flat]
-        for change in write_identity(run, cfg, data.identity, devices):
-            report(f"changed since the run began: {change}")
-        report(
-            f"{run}: {count_params(ModelConfig(**cfg.model)):,} parameters, "
-            f"{data.size}, {len(devices)} x {devices[0]}"
-        )
-        with jax.set_mesh(mesh):
-            state = start_state(job, run, report)
-            state = Loop(job, run, int(state.step), stop).train(state)
-        records = metrics.read_metrics(run)
-        metrics.plot_losses(records, run / "loss.png", run.name)
+        state = train_job(open_job(cfg, loss_fn, report), run, stop, report)
+        metrics.plot_losses(metrics.read_metrics(run), run / "loss.png", run.name)
         return state
+
+
+def open_job(
+    cfg: ConfigDict, loss_fn: LossFn | None = None, report: Callable[[str], None] = print
+) -> Job:
+    """Return the job of a config, its data and its mesh opened. Raises ConfigError, DataError."""
+    data = prepare_data(cfg, report)
+    return make_job(resolve(cfg, data), data, sharding.make_mesh(cfg.mesh), loss_fn)
+
+
+def begin_run(job: Job, run: Path, report: Callable[[str], None]) -> None:
+    """Write what identifies the run into its directory, or check it against what is there."""
+    for name, old, new in enter_run(run, job.cfg):
+        report(f"changed since the run began: {name} {old!r} -> {new!r}")
+    (run / "tokenizer").mkdir(exist_ok=True)
+    job.data.tokenizer.save(run / "tokenizer")
+    devices = [device.device_kind for device in job.mesh.devices.flat]
+    for change in write_identity(run, job.cfg, job.data.identity, devices):
+        report(f"changed since the run began: {change}")
+    num_params = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(job.abstract.params))
+    report(f"{run}: {num_params:,} parameters, {job.data.size}, {len(devices)} x {devices[0]}")
+
+
+def train_job(job: Job, run: Path, stop: StopRequest, report: Callable[[str], None]) -> TrainState:
+    """Train a job in the run directory that this process owns; raises what `fit` raises."""
+    begin_run(job, run, report)
+    with jax.set_mesh(job.mesh):
+        state = start_state(job, run, report)
+        return Loop(job, run, int(state.step), stop).train(state)
 
 
 class Loop:

@@ -8,6 +8,7 @@ from conftest import ROOT, SHARED, data_config
 from nanojaxgpt.config import check_config, load_config, load_module
 from nanojaxgpt.errors import ConfigError
 from nanojaxgpt.model import ModelConfig, count_params
+from nanojaxgpt.sweep.plan import load_trials
 
 FILES = sorted((ROOT / "experiments").rglob("*.py"))
 CASES = [
@@ -32,6 +33,13 @@ def test_its_docstring_holds_its_command(path: Path):
     assert f"--config=experiments/{path.relative_to(ROOT / 'experiments')}" in (
         load_module(str(path)).__doc__
     )
+
+
+@pytest.mark.parametrize(("path", "variant"), CASES, ids=lambda v: getattr(v, "stem", v))
+def test_every_point_of_its_sweep_fits_the_config(path: Path, variant: str):
+    if not hasattr(load_module(str(path)), "sweep"):
+        pytest.skip("it declares no sweep")
+    assert len(load_trials(f"{path}:{variant}" if variant else str(path), {})) > 1
 
 
 def test_a_variant_that_is_not_there_is_an_error():

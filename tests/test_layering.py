@@ -9,12 +9,13 @@ from conftest import ROOT
 PACKAGE = "nanojaxgpt"
 FLOORS = {
     0: {"", "errors", "model", "attention", "loss", "optim", "sharding", "data.tokenizers",
-        "data.subwords", "projection", "data.rows", "data.tasks"},
+        "data.subwords", "projection", "data.rows", "data.tasks", "sweep", "sweep.space"},
     1: {"config", "rundir", "hosts", "checkpoint", "metrics", "sample", "evaluate", "data",
         "data.sources", "data.sources.documents", "data.sources.files", "data.sources.stdlib",
         "data.sources.tfds", "data.sources.builders", "data.sources.hub",
         "data.shards", "data.store", "data.packing", "data.loader", "data.show"},
-    2: {"train", "coordcheck"},
+    2: {"train", "coordcheck", "sweep.plan", "sweep.claims", "sweep.launch", "sweep.together",
+        "sweep.report"},
     3: {"__main__"},
 }  # fmt: skip
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
@@ -93,7 +94,9 @@ def test_no_rooms_import_each_other():
     assert cycle(USES) == []
 
 
-EARLY = {"", "__main__", "config", "errors", "rundir", "hosts"}
+EARLY = {"", "__main__", "config", "errors", "rundir", "hosts"} | {
+    f"sweep.{name}" for name in ("space", "plan", "claims", "launch")
+}
 
 
 @pytest.mark.parametrize("name", [n for n in ROOMS if n in EARLY or n.startswith("data")])

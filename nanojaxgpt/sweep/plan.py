@@ -1,0 +1,168 @@
+"""From an experiment file to the trials of its sweep, checked against every field of the config.
+
+No jax before `describe`: a wrong field is answered before a backend starts.
+"""
+
+import inspect
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from nanojaxgpt import config
+from nanojaxgpt.errors import ConfigError
+from nanojaxgpt.sweep.space import Point, Space
+
+SEED = "train.seed"
+
+# What the compiled programs take as arguments (train.make_hyper), and what they never see.
+TRACED = re.compile(r"train\.(num_steps|z_loss|seed)")
+UNSEEN = re.compile(r"(checkpoint|sample|init)\..*|eval\.every_steps|train\.log_every_steps")
+
+
+class Trial(NamedTuple):
+    """One run of a sweep: `name` is the hash of `cfg`, `point` what the sweep sets in it."""
+
+    name: str
+    point: Point
+    cfg: ConfigDict
+
+
+def load_trials(experiment: str, overrides: dict[str, str]) -> list[Trial]:
+    """Return the trials of an experiment's sweep in order, each point once.
+
+    `overrides` (from the command line) change every trial. Raises ConfigError, naming the
+    point that does not fit the config.
+    """
+    base = config.load_config(experiment, overrides)
+    points = load_space(experiment).points()
+    if not points:
+        raise ConfigError(f"the sweep of {experiment} is an empty space")
+    if twice := overrides.keys() & {field for point in points for field in point}:
+        raise ConfigError(f"{', '.join(sorted(twice))} is swept, and set on the command line too")
+    trials: dict[str, Trial] = {}
+    for number, point in enumerate(points, 1):
+        try:
+            cfg = set_point(base, point)
+        except ConfigError as error:
+            raise ConfigError(f"point {number} ({show_point(point)}): {error}") from None
+        values = dict(config.fields(cfg))
+        name = config.config_hash(cfg)
+        trials.setdefault(name, Trial(name, {field: values[field] for field in point}, cfg))
+    return list(trials.values())
+
+
+def load_space(experiment: str) -> Space:
+    """Return what `sweep()` or `sweep(variant)` of an experiment file gives. Raises ConfigError."""
+    path, _, variant = experiment.partition(":")
+    module = config.load_module(path)
+    if not hasattr(module, "sweep"):
+        raise ConfigError(f"{path} has no function sweep() -> Space; docs/sweeps.md shows one")
+    takes_variant = variant and inspect.signature(module.sweep).parameters
+    try:
+        space = module.sweep(variant) if takes_variant else module.sweep()
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    except Exception as error:
+        raise ConfigError(f"{path}: sweep(): {config.explain(error)}") from error
+    if not isinstance(space, Space):
+        raise ConfigError(f"{path}: sweep returns a {type(space).__name__}, not a Space")
+    return space
+
+
+def set_point(base: ConfigDict, point: Point) -> ConfigDict:
+    """Return a copy of `base` with the values of a point, checked. Raises ConfigError."""
+    cfg = base.copy_and_resolve_references()
+    known = dict(config.fields(cfg))
+    with cfg.ignore_type():  # check_config names what has a wrong type
+        for name, value in point.items():
+            if name not in known:
+                raise ConfigError(config.unknown_name("config field", name, list(known)))
+            section, field = name.split(".")
+            cfg[section][field] = plain_value(value, known[name])
+    config.check_config(cfg)
+    return cfg.lock()
+
+
+def plain_value(value: Any, default: Any) -> Any:
+    """Return a value of a point as the config holds it: no numpy scalars, no lists, 1.0 for 1."""
+    value = value.item() if hasattr(value, "item") else value
+    if isinstance(value, list):
+        return tuple(value)
+    if type(value) is int and isinstance(default, float):
+        return float(value)
+    return value
+
+
+def show_point(point: Point) -> str:
+    """Return a point as people read it: `learning_rate=0.001 seed=0`."""
+    return " ".join(f"{field.split('.')[-1]}={value}" for field, value in point.items()) or "as is"
+
+
+def program_key(cfg: ConfigDict) -> str:
+    """Return the hash of all that is compiled: trials with the same key share their programs."""
+    cfg = cfg.copy_and_resolve_references().unlock()
+    for name, value in list(config.fields(cfg)):
+        section, field = name.split(".")
+        traced = TRACED.fullmatch(name) or (section == "optim" and not isinstance(value, str))
+        if traced or UNSEEN.fullmatch(name):
+            del cfg[section][field]
+    return config.config_hash(cfg)
+
+
+def group_trials(trials: Iterable[Trial]) -> list[list[Trial]]:
+    """Return the trials by the programs they share, in order of appearance."""
+    groups: dict[str, list[Trial]] = {}
+    for trial in trials:
+        groups.setdefault(program_key(trial.cfg), []).append(trial)
+    return list(groups.values())
+
+
+def swept_fields(trials: Iterable[Trial]) -> list[str]:
+    """Return the fields that differ between the trials, in the order of the points."""
+    values: dict[str, set] = {}
+    for trial in trials:
+        for field, value in trial.point.items():
+            values.setdefault(field, set()).add(value)
+    return [field for field, found in values.items() if len(found) > 1]
+
+
+def default_folder(experiment: str) -> Path:
+    """Return the folder of an experiment's sweep: sweeps/EXPERIMENT[-VARIANT]."""
+    path, _, variant = experiment.partition(":")
+    return Path("sweeps") / (Path(path).stem + (f"-{variant}" if variant else ""))
+
+
+def describe(trials: list[Trial], report: Callable[[str], None]) -> list[str]:
+    """Return the plan in lines: what is compiled, parameters and FLOPs, and every point.
+
+    The data is opened for its vocabulary, and made where it is not there yet.
+    """
+    from nanojaxgpt.metrics import train_flops
+    from nanojaxgpt.model import ModelConfig, count_params
+    from nanojaxgpt.train import prepare_data, resolve
+
+    groups, lines, total, data = group_trials(trials), [], 0, {}
+    for number, group in enumerate(groups, 1):
+        first = group[0].cfg
+        key = repr(first.data.to_dict())
+        if key not in data:
+            data[key] = prepare_data(first, report)
+        model_cfg = ModelConfig(**resolve(first, data[key]).model)
+        tokens = sum(trial.cfg.train.num_steps * first.train.batch_size for trial in group)
+        flops = train_flops(model_cfg, model_cfg.seq_len) * tokens
+        total += flops
+        lines.append(
+            f"program {number}: {count(len(group), 'trial')}, "
+            f"{count_params(model_cfg):,} parameters, {flops:.3g} FLOPs"
+        )
+        lines += [f"  {trial.name}  {show_point(trial.point)}" for trial in group]
+    programs = count(len(groups), "program")
+    return [f"{count(len(trials), 'trial')} in {programs}, {total:.3g} FLOPs", *lines]
+
+
+def count(number: int, noun: str) -> str:
+    """Return `1 trial`, `2 trials`."""
+    return f"{number} {noun}" + ("" if number == 1 else "s")

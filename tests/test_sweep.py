@@ -1,0 +1,398 @@
+"""Sweeps: the algebra, the plan's checks, one compile with the bits of runs alone, the report."""
+
+import csv
+import json
+import random
+import re
+
+import jax
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from nanojaxgpt import checkpoint, config, rundir, sharding
+from nanojaxgpt.__main__ import main
+from nanojaxgpt.errors import ConfigError, NonFiniteError
+from nanojaxgpt.metrics import read_metrics
+from nanojaxgpt.sweep import run
+from nanojaxgpt.sweep.claims import read_outcome, run_path
+from nanojaxgpt.sweep.plan import Trial, group_trials, load_trials, program_key
+from nanojaxgpt.sweep.report import Group, Result, group_seeds, seeds_needed, write_report
+from nanojaxgpt.sweep.run import run_trials
+from nanojaxgpt.sweep.space import (
+    chain,
+    choice,
+    draws,
+    fixed,
+    log_uniform,
+    product,
+    uniform,
+    zip_,
+)
+from nanojaxgpt.train import fit, make_hyper, make_job, prepare_data
+
+RATE, SEED = "optim.learning_rate", "train.seed"
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+    patch_mesh(monkeypatch)
+
+
+def patch_mesh(monkeypatch):
+    """Let every mesh be of one device."""
+    make_mesh = sharding.make_mesh
+    alone = lambda *_: make_mesh({}, jax.devices()[:1])
+    monkeypatch.setattr(sharding, "make_mesh", alone)
+
+
+@pytest.fixture(scope="module")
+def write_experiment(tmp_path_factory):
+    """Return a function that writes an experiment with this `sweep()` and gives its path."""
+    folder = tmp_path_factory.mktemp("sweep")
+    words = np.random.default_rng(0).choice(["ash ", "beech ", "cedar\n", "elm ", "fir, "], 5000)
+    (folder / "corpus.txt").write_text("".join(words))
+
+    def write(space: str):
+        path = folder / "tiny.py"
+        path.write_text(
+            f"""from nanojaxgpt.config import base_config
+from nanojaxgpt.sweep.space import *
+
+def get_config():
+    cfg = base_config()
+    model, train = cfg.model, cfg.train
+    model.num_layers, model.embed_dim, model.num_heads, model.seq_len = 1, 16, 2, 16
+    cfg.data.source, cfg.data.tokenizer = "text:{folder}/corpus.txt", "chars"
+    cfg.data.cache_dir = "{folder}/cache"
+    train.num_steps, train.batch_size, train.log_every_steps = 6, 8, 1
+    cfg.eval.every_steps, cfg.eval.num_batches = 3, 2
+    cfg.optim.warmup_steps = 2
+    return cfg
+
+def sweep():
+    return {space}
+"""
+        )
+        return str(path)
+
+    return write
+
+
+def test_the_algebra_lists_points_in_order():
+    assert choice("a.b", 1, 2).points() == [{"a.b": 1}, {"a.b": 2}]
+    assert fixed("a.b", 1).points() == [{"a.b": 1}]
+    both = product(choice("a.b", 1, 2), choice("c.d", "x", "y", "z"))
+    assert len(both.points()) == 6
+    assert both.points()[:4] == [
+        {"a.b": 1, "c.d": "x"}, {"a.b": 1, "c.d": "y"}, {"a.b": 1, "c.d": "z"},
+        {"a.b": 2, "c.d": "x"},
+    ]  # fmt: skip
+    paired = zip_(choice("a.b", 1, 2), choice("c.d", 3, 4))
+    assert paired.points() == [{"a.b": 1, "c.d": 3}, {"a.b": 2, "c.d": 4}]
+    assert chain(paired, fixed("e.f", 0)).points() == [*paired.points(), {"e.f": 0}]
+    assert product().points() == chain().points() == zip_().points() == choice("a.b").points() == []
+    values = [point["a.b"] for point in uniform("a.b", 0.0, 1.0, 5).points()]
+    assert values == [0, 0.25, 0.5, 0.75, 1]
+    values = [point["a.b"] for point in log_uniform("a.b", 1e-4, 1e-1, 4).points()]
+    assert values == [1e-4, 1e-3, 1e-2, 1e-1]
+    assert [p["a.b"] for p in uniform("a.b", 1, 4, 4, whole=True).points()] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("space", "words"),
+    [
+        (lambda: product(choice("a.b", 1), choice("a.b", 2)).points(), "sets a.b twice"),
+        (lambda: zip_(choice("a.b", 1), choice("c.d", 1, 2)).points(), r"sizes: \[1, 2\]"),
+        (lambda: uniform("a.b", 0.0, 1.0).points(), "a range without end"),
+        (lambda: uniform("a.b", 1.0, 1.0), "no range from"),
+        (lambda: log_uniform("a.b", 0.0, 1.0), "no logarithmic range"),
+        (lambda: draws(choice("a.b"), 3), "empty space"),
+        (lambda: draws(choice("a.b", 1), 0), "draws of 0 points"),
+    ],
+)  # fmt: skip
+def test_spaces_that_are_none(space, words):
+    with pytest.raises(ConfigError, match=words):
+        space()
+
+
+def test_draws_are_the_seeds_and_stay_inside():
+    space = chain(
+        product(log_uniform("a.b", 1e-4, 1e-1), uniform("c.d", 3, 9, whole=True)),
+        zip_(choice("a.b", 1, 2), choice("c.d", 1, 2)),
+    )
+    points = draws(space, 50, seed=1).points()
+    assert points == draws(space, 50, seed=1).points() != draws(space, 50, seed=2).points()
+    drawn = [point for point in points if point["a.b"] < 1]
+    assert 0 < len(drawn) < 50
+    assert all(1e-4 <= p["a.b"] <= 1e-1 and p["c.d"] in range(3, 10) for p in drawn)
+    assert np.median([p["a.b"] for p in drawn]) < 0.02  # of evenly spaced ones it would be 0.05
+
+
+def test_equal_points_are_one_trial_with_the_hash_of_its_config(write_experiment):
+    path = write_experiment(f"chain(choice('{RATE}', 1, 1.0, 2e-3), fixed('{SEED}', 0))")
+    trials = load_trials(path, {})
+    assert [trial.point for trial in trials] == [{RATE: 1.0}, {RATE: 2e-3}, {SEED: 0}]
+    assert [trial.name for trial in trials] == [config.config_hash(t.cfg) for t in trials]
+    assert trials[0].cfg.optim.learning_rate == 1.0
+
+
+@pytest.mark.parametrize(
+    ("space", "words"),
+    [
+        ("choice('optim.lerning_rate', 1)", "point 1 .*did you mean optim.learning_rate"),
+        (f"choice('{RATE}', 1e-3, -1)", "point 2 .*learning_rate=-1.0 must be at least 0"),
+        ("choice('model.num_heads', 2, 3)", r"point 2 \(num_heads=3\): model.embed_dim=16 does"),
+        ("choice('train.num_steps', 2.5)", "is a float, not a int"),
+        ("choice('model.embed_dim')", "is an empty space"),
+        ("[1, 2]", "returns a list, not a Space"),
+        ("1 / 0", r"sweep\(\): ZeroDivisionError"),
+        ("product(fixed('a.b', 1), fixed('a.b', 1))", "sets a.b twice"),
+    ],
+)
+@pytest.mark.parametrize("action", ["plan", "run"])
+def test_bad_sweeps_exit_2_and_name_the_point(write_experiment, space, words, action, capsys):
+    assert main(["sweep", action, f"--config={write_experiment(space)}"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("error: ") == 1
+    assert re.search(words, error), error
+
+
+def test_other_mistakes_at_the_door_exit_2(write_experiment, capsys, tmp_path):
+    path = write_experiment(f"choice('{RATE}', 1e-3, 2e-3)")
+    for arguments, words in (
+        (["plna", f"--config={path}"], "did you mean plan?"),
+        (["plan"], "needs --config"),
+        (["plan", f"--config={ROOT}/experiments/gpt2.py"], "has no function sweep()"),
+        (["plan", f"--config={path}", f"--config.{RATE}=1"], "set on the command line too"),
+        (["report", f"--config={path}", f"--dir={tmp_path}"], "no trial in"),
+    ):
+        assert main(["sweep", *arguments]) == 2
+        assert words in capsys.readouterr().err
+
+
+def test_what_shares_its_programs_is_what_make_hyper_traces(small_config):
+    base = small_config()
+    other = {int: lambda x: x + 1, float: lambda x: x / 2 + 0.25, str: lambda x: x + "x"}
+    seen = {True: 0, False: 0}
+    for name, value in config.fields(base):
+        if type(value) not in other:
+            continue
+        section, field = name.split(".")
+        cfg = base.copy_and_resolve_references()
+        cfg[section][field] = other[type(value)](value)
+        traced = not isinstance(value, str) and make_hyper(cfg) != make_hyper(base)
+        unseen = name.split(".")[0] in ("sample", "checkpoint", "init") or name in (
+            "eval.every_steps", "train.log_every_steps",
+        )  # fmt: skip
+        assert (program_key(cfg) == program_key(base)) == (traced or unseen), name
+        seen[traced] += 1
+    assert seen[True] > 8 < seen[False]
+
+
+def test_the_plan_counts_trials_programs_parameters_and_flops(write_experiment, capsys):
+    path = write_experiment(
+        f"product(choice('model.num_layers', 1, 2), choice('{RATE}', 1e-3, 2e-3))"
+    )
+    trials = load_trials(path, {})
+    assert [len(group) for group in group_trials(trials)] == [2, 2]
+    assert main(["sweep", "plan", f"--config={path}"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("4 trials in 2 programs, ")
+    assert "program 1: 2 trials, 3," in out or "program 1: 2 trials, 4," in out
+    assert all(trial.name in out for trial in trials)
+
+
+def leaves(path) -> dict[str, np.ndarray]:
+    """Return the arrays of a run's newest checkpoint by their paths."""
+    cfg = rundir.load_run(path)
+    job = make_job(cfg, prepare_data(cfg, print), sharding.make_mesh(cfg.mesh))
+    wanted = {"params": job.abstract.params, "opt_state": job.abstract.opt_state}
+    step, items = checkpoint.restore(path / "checkpoints", wanted)
+    assert step == cfg.train.num_steps
+    found = jax.tree_util.tree_leaves_with_path(items)
+    return {checkpoint.path_name(path): np.asarray(leaf) for path, leaf in found}
+
+
+def numbers(path) -> list[dict[str, float]]:
+    """Return a run's records without how fast it was."""
+    drop = ("tokens_per_second", "mfu")
+    return [{k: v for k, v in r.items() if k not in drop} for r in read_metrics(path)]
+
+
+SPACE = (
+    f"zip_(choice('{RATE}', 1e-3, 1e-2, 1e25), choice('optim.beta2', 0.9, 0.95, 0.9), "
+    f"choice('{SEED}', 0, 1, 0), choice('train.num_steps', 6, 5, 6), "
+    "choice('train.z_loss', 0.0, 1e-3, 0.0), choice('optim.warmup_steps', 1, 3, 0))"
+)
+
+
+@pytest.fixture(scope="module")
+def trials(write_experiment):
+    """Return three trials that share one program; the last becomes non-finite."""
+    found = load_trials(write_experiment(SPACE), {})
+    assert len(group_trials(found)) == 1
+    return found
+
+
+def quiet(_: str) -> None:
+    """Say nothing."""
+
+
+@pytest.fixture(scope="module")
+def mapped(trials, tmp_path_factory):
+    """Return the folder of these trials run by map, and what was said."""
+    folder, lines = tmp_path_factory.mktemp("mapped"), []
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        patch_mesh(monkeypatch)
+        run_trials(folder, trials, "", 16, lines.append)
+    return folder, [line for line in lines if "/3 " in line]
+
+
+def test_map_has_the_bits_of_the_runs_alone(trials, mapped, tmp_path, one_device):
+    folder, lines = mapped
+    assert [line.split()[0] for line in lines] == ["1/3", "2/3", "3/3"]
+    first, second = (run_path(folder, trial.name) for trial in trials[:2])
+    fit(trials[1].cfg, tmp_path / "alone", report=quiet)
+    assert numbers(second) == numbers(tmp_path / "alone") != numbers(first)
+    ours, theirs = leaves(second), leaves(tmp_path / "alone")
+    assert ours.keys() == theirs.keys()
+    for name, leaf in ours.items():
+        np.testing.assert_array_equal(leaf, theirs[name])
+    assert read_outcome(folder, trials[1].name)["state"] == "finished"
+    parts = {path.name for path in second.iterdir()}
+    assert {"config.json", "identity.json", "metrics.jsonl", "checkpoints", "tokenizer"} <= parts
+
+
+def test_what_is_done_is_not_done_again(trials, mapped):
+    lines = []
+    run_trials(mapped[0], trials, "", 16, lines.append)
+    assert lines == []
+
+
+def test_vmap_agrees_to_rounding_and_freezes_what_is_not_finite(
+    trials, mapped, tmp_path, one_device
+):
+    run_trials(tmp_path, trials, "vmap", 16, quiet)
+    for trial in trials[:2]:
+        one, other = (run_path(folder, trial.name) for folder in (mapped[0], tmp_path))
+        assert [sorted(r) for r in numbers(one)] == [sorted(r) for r in numbers(other)]
+        for left, right in zip(numbers(one), numbers(other), strict=True):
+            np.testing.assert_allclose([*left.values()], [*right.values()], rtol=1e-4)
+        ours, theirs = leaves(one), leaves(other)
+        for name, leaf in ours.items():
+            np.testing.assert_allclose(leaf, theirs[name], rtol=1e-3, atol=1e-4)
+    outcomes = [read_outcome(folder, trials[2].name) for folder in (mapped[0], tmp_path)]
+    assert [outcome["state"] for outcome in outcomes] == ["non-finite"] * 2
+    step = [outcome["message"].split(":")[0] for outcome in outcomes]
+    assert step[0] == step[1]
+
+
+def test_vmap_on_several_devices_is_refused(trials, tmp_path):
+    with pytest.raises(ConfigError, match="choose --mode=map"):
+        run_trials(tmp_path, trials, "vmap", 16, quiet)
+
+
+def test_auto_takes_the_faster_mode_and_says_so(trials, monkeypatch):
+    lines = []
+    monkeypatch.setattr(run, "measure_modes", lambda job, width: {"map": width, "vmap": 1.5})
+    monkeypatch.setattr(run, "obstacle", lambda jobs: "")
+    assert run.choose_mode(None, "", 2, lines.append) == "map"  # the default on a CPU
+    assert run.choose_mode(None, "auto", 1, lines.append) == "map"
+    assert lines == []
+    assert run.choose_mode(None, "auto", 2, lines.append) == "vmap"
+    assert lines == ["mode vmap: a step of 2 trials takes map 2000.0 ms, vmap 1500.0 ms"]
+    monkeypatch.setattr(run, "obstacle", lambda jobs: "many devices")
+    assert run.choose_mode(None, "auto", 2, lines.append) == "map"
+    assert lines[1:] == ["mode map: many devices"]
+
+
+@pytest.mark.slow
+def test_auto_measures_both_modes(trials, tmp_path, one_device):
+    lines = []
+    run_trials(tmp_path, trials[:2], "auto", 16, lines.append)
+    assert sum("a step of 2 trials takes map" in line for line in lines) == 1
+
+
+def test_a_sweep_without_one_finite_trial_exits_4(trials, tmp_path):
+    for trial in trials:
+        write_trial(tmp_path, trial, float("nan"), "non-finite")
+    with pytest.raises(NonFiniteError, match="every trial"):
+        run_trials(tmp_path, trials, "", 16, quiet)
+
+
+def write_trial(folder, trial, loss, state="finished") -> None:
+    """Write what a trial leaves, without training it."""
+    path = run_path(folder, trial.name)
+    path.mkdir(parents=True)
+    records = [{"step": 1, "loss": 9.0}, {"step": 6, "validation_loss": loss}]
+    (path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    (path / "trial.json").write_text(json.dumps({"state": state, "seconds": 1.5, "message": ""}))
+
+
+def test_a_report_has_a_table_the_best_and_plots(write_experiment, tmp_path, capsys):
+    path = write_experiment(
+        f"product(choice('{RATE}', 1e-3, 1e-2), choice('model.mlp', 'gelu', 'relu'), "
+        f"choice('{SEED}', 0, 1))"
+    )
+    trials = load_trials(path, {})
+    found = [3.0, 3.2, 2.0, 2.2, 2.1, 2.5, 5.0, float("nan")]
+    for trial, loss in zip(trials, found, strict=True):
+        write_trial(tmp_path / "s", trial, loss, "finished" if loss == loss else "non-finite")
+    assert main(["sweep", "report", f"--config={path}", f"--dir={tmp_path}/s"]) == 0
+    out = capsys.readouterr().out
+    target = tmp_path / "s" / "report"
+    assert (target / "report.txt").read_text() == out
+    lines = out.splitlines()
+    assert lines[0].startswith("8 of 8 trials ended, 7 of them finite; 12 s")
+    assert lines[3].split() == [
+        "2.1000",
+        "0.1414",
+        "2",
+        "finished",
+        *["learning_rate=0.001", "mlp=relu"],
+    ]
+    assert "differ by 0.2000; for that to show at 5 %" in out
+    rows = list(csv.DictReader(open(target / "trials.csv")))  # noqa: SIM115
+    assert [float(row["validation_loss"]) for row in rows[:7]] == found[:7]
+    assert rows[7]["state"] == "non-finite"
+    assert rows[4][RATE] == "0.01"
+    best = config.load_config(str(target / "best.py"))
+    assert config.differences(best, trials[2].cfg) == []
+    pictures = {p.name for p in target.glob("*.png")}
+    assert pictures == {
+        "curves.png",
+        f"{RATE}.png",
+        "model.mlp.png",
+        f"{SEED}.png",
+        f"{RATE}-model.mlp.png",
+    }
+    assert (
+        main(["sweep", "report", f"--config={path}", f"--dir={tmp_path}/s", "--metric=lose"]) == 2
+    )
+    assert "no metric lose; did you mean loss?" in capsys.readouterr().err
+    assert main(["sweep", "status", f"--config={path}", f"--dir={tmp_path}/s"]) == 0
+    assert capsys.readouterr().out.startswith("8 trials: 7 finished, 1 non-finite")
+    text = write_report(tmp_path / "s", trials, "validation_loss", maximize=True)
+    assert "mlp=gelu" in text[3]
+
+
+def test_seeds_needed_keeps_its_promise():
+    def group(mean, spread, count):
+        rng = random.Random(repr((mean, count)))
+        values = [rng.gauss(mean, spread) for _ in range(count)]
+        trials = [Trial("", {SEED: seed}, None) for seed in range(count)]
+        results = [Result(t, "finished", 1.0, v, []) for t, v in zip(trials, values, strict=True)]
+        return group_seeds(results, maximize=False)[0]
+
+    needed = seeds_needed(
+        Group(group(0, 1, 9).results, 0.0, 1.0), Group(group(1, 1, 9).results, 1.0, 1.0)
+    )
+    assert needed == 16  # 2 x 2.8016 ** 2 = 15.7
+    rng, shown = np.random.default_rng(0), 0
+    for _ in range(2000):
+        a, b = rng.normal(0, 1, needed), rng.normal(1, 1, needed)
+        pooled = np.sqrt((a.var(ddof=1) + b.var(ddof=1)) / needed)
+        shown += abs(a.mean() - b.mean()) / pooled > 1.96
+    assert 0.76 < shown / 2000 < 0.85
+    assert seeds_needed(group(0, 1, 1), group(1, 1, 1)) == 0
