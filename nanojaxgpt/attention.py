@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from nanojaxgpt.sharding import partition_spec
+from nanojaxgpt.sharding import partition_spec, platform
 
 CAUSAL_BLOCK = 128  # queries a block of `blocked_attention`, at least; 64 and 256 are slower
 MOST_BLOCKS = 16  # each is compiled by itself
@@ -201,7 +201,7 @@ def choose_kernel(q_BTNH: jax.Array, alibi: bool, dropout: float, asked: str) ->
         "splash": fused and q_BTNH.shape[1] % 128 == 0,
     }
     if q_BTNH.shape[1] == 1 or asked == "auto":  # a single token only initializes parameters
-        fast = {"gpu": "cudnn", "tpu": "splash"}.get(jax.default_backend(), "xla")
+        fast = {"gpu": "cudnn", "tpu": "splash"}.get(platform(), "xla")
         asked = fast if fits.get(fast, True) else "xla"
     if not fits.get(asked, True):
         raise ValueError(
@@ -265,7 +265,7 @@ def splash_attention(
         seen = splash.CausalMask(shape) if local is None else local
         kernel = splash.make_splash_mha_single_device(
             splash.MultiHeadMask([seen] * q_BNTH.shape[1]),
-            interpret=jax.default_backend() != "tpu",
+            interpret=platform() != "tpu",
         )
         if segments_BT is None:
             return jax.vmap(kernel)(q_BNTH, k_BKSH, v_BKSH)

@@ -6,6 +6,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from nanojaxgpt.errors import ConfigError
@@ -42,7 +43,35 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[Any] | None =
         asked = " x ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
         raise ConfigError(f"mesh {asked} needs {np.prod(sizes)} devices, here are {len(devices)}")
     kinds = (AxisType.Auto,) * len(AXES)
-    return jax.make_mesh(sizes, AXES, axis_types=kinds, devices=devices)
+    return Mesh(arrange(sizes, devices), AXES, axis_types=kinds)
+
+
+def arrange(sizes: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
+    """Return the devices as an array of these sizes, whose neighbours are neighbours in the torus.
+
+    Several slices lie along the first axis that divides by their number: only that one crosses
+    the slower network between them. Raises ConfigError where none does.
+    """
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    # Without the split an 8 x 8 mesh has no place on a 4 x 4 x 4 torus.
+    split = dict(allow_split_physical_axes=True)
+    if slices == 1:
+        return mesh_utils.create_device_mesh(sizes, devices, **split)
+    first = next((i for i, size in enumerate(sizes) if size % slices == 0), None)
+    if first is None:
+        raise ConfigError(f"no mesh axis of {list(sizes)} divides by the {slices} slices")
+    across = [slices if i == first else 1 for i in range(len(sizes))]
+    inside = [size // parts for size, parts in zip(sizes, across, strict=True)]
+    return mesh_utils.create_hybrid_device_mesh(inside, across, devices, **split)
+
+
+def platform() -> str:
+    """Return where the traced program will run: cpu, gpu or tpu.
+
+    That is what the devices of `jax.set_mesh` are, which need not be here; else what is here.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.platform if device else jax.default_backend()
 
 
 def partition_spec(names: Sequence[str | None]) -> PartitionSpec:

@@ -148,26 +148,39 @@ def prepare_data(cfg: ConfigDict, report: Callable[[str], None]) -> Data:
     return open_data(DataConfig(**cfg.data), cache_dir(cfg), report)
 
 
-def make_job(cfg: ConfigDict, data: Data, mesh: Mesh, loss_fn: LossFn | None = None) -> Job:
-    """Return everything the loop needs. Raises ConfigError or DataError; allocates nothing."""
+class Step(NamedTuple):
+    """The jitted train_step of a config on a mesh, and the state that it takes, without arrays."""
+
+    shardings: TrainState
+    abstract: TrainState
+    train_step: Callable
+
+
+def make_step(cfg: ConfigDict, mesh: Mesh, loss_fn: LossFn | None = None) -> Step:
+    """Return the step on a mesh, whose devices need not be here. Raises ConfigError."""
     shape = cfg.train
     sharding.check_batch_size("train.batch_size", shape.batch_size, shape.accumulation_steps, mesh)
-    model = Transformer(ModelConfig(**cfg.model))
-    boxed = jax.eval_shape(make_init(cfg), jax.random.key(0))
+    # The key is made in the trace, too: a device that is not here can make none.
+    boxed = jax.eval_shape(lambda: make_init(cfg)(jax.random.key(0)))
     shardings, plain = sharding.tree_shardings(boxed, mesh), sharding.unbox(boxed)
     optim.path_mask(plain.params, cfg.optim.decay_pattern, "optim.decay_pattern")
     abstract = checkpoint.with_shardings(plain, shardings)
-    loss_fn = loss_fn or make_loss(model, shape.loss_chunks)
+    loss_fn = loss_fn or make_loss(Transformer(ModelConfig(**cfg.model)), shape.loss_chunks)
     train_step = jax.jit(
         make_train_step(loss_fn, cfg.optim, shape.accumulation_steps),
         donate_argnums=0,
         out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),
     )
-    seq_len = cfg.model.seq_len
+    return Step(shardings, abstract, train_step)
+
+
+def make_job(cfg: ConfigDict, data: Data, mesh: Mesh, loss_fn: LossFn | None = None) -> Job:
+    """Return everything the loop needs. Raises ConfigError or DataError; allocates nothing."""
+    step, shape, seq_len = make_step(cfg, mesh, loss_fn), cfg.train, cfg.model.seq_len
     rows = make_train_rows(data.train(seq_len), shape.batch_size, shape.seed)
     train_batch = make_batches(rows, shape.batch_size, seq_len, mesh)
-    job_eval = make_evaluation(cfg, data, mesh, model)
-    return Job(cfg, mesh, data, shardings, abstract, train_step, train_batch, job_eval)
+    job_eval = make_evaluation(cfg, data, mesh, Transformer(ModelConfig(**cfg.model)))
+    return Job(cfg, mesh, data, *step, train_batch, job_eval)
 
 
 def make_batches(
