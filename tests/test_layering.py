@@ -9,12 +9,14 @@ from conftest import ROOT
 PACKAGE = "nanojaxgpt"
 FLOORS = {
     0: {"", "errors", "model", "attention", "loss", "optim", "sharding", "data.tokenizers",
-        "data.subwords", "projection", "data.rows", "data.tasks"},
+        "data.subwords", "projection", "data.rows", "data.tasks", "rehearse.chips",
+        "rehearse.collectives"},
     1: {"config", "rundir", "hosts", "checkpoint", "metrics", "sample", "evaluate", "data",
         "data.sources", "data.sources.documents", "data.sources.files", "data.sources.stdlib",
         "data.sources.tfds", "data.sources.builders", "data.sources.hub",
         "data.shards", "data.store", "data.packing", "data.loader", "data.show"},
-    2: {"train"},
+    2: {"train", "rehearse", "rehearse.flops", "rehearse.targets", "rehearse.estimate",
+        "rehearse.step", "rehearse.search", "rehearse.report"},
     3: {"__main__"},
 }  # fmt: skip
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
