@@ -113,20 +113,48 @@ def read_collectives(text: str) -> Program:
 def trip_count(loop: Instruction, computations: dict[str, list[Instruction]]) -> int:
     """Return how often a while loop runs; 0 where the text does not say.
 
-    XLA writes known_trip_count on some backends; else the scan's counter, from 0, is compared
-    with a constant.
+    XLA writes known_trip_count on some backends; else a counter, which scans and collective
+    matmuls begin at 0, is compared with a constant and goes up by another.
     """
     if known := re.search(r'known_trip_count":\{"n":"(\d+)"', loop.rest):
         return int(known[1])
-    condition = computations.get(re.search(r"condition=%?([\w.-]+)", loop.rest)[1], [])
-    bounds = [
-        int(found[1])
-        for i in condition
-        if i.opcode == "constant" and i.result.startswith("s32[]")
+    names = (re.search(rf"{part}=%?([\w.-]+)", loop.rest)[1] for part in ("condition", "body"))
+    condition, body = (computations.get(name, []) for name in names)
+    bounds = constants(condition)
+    if len(bounds) != 1 or not any("direction=LT" in i.rest for i in condition):
+        return 0
+    counters = [re.search(r"index=(\d+)", i.rest) for i in condition]
+    counter = next((int(found[1]) for found in counters if found), 0)
+    return -(-next(iter(bounds.values())) // stride(body, counter))
+
+
+def constants(computation: list[Instruction]) -> dict[str, int]:
+    """Return the whole scalar constants of a computation by name."""
+    return {
+        i.name: int(found[1])
+        for i in computation
+        if i.opcode == "constant"
+        and re.match(r"[su](?:32|64)\[\]", i.result)
         and (found := re.match(r"(\d+)\)", i.rest))
-    ]  # fmt: skip
-    less = any("direction=LT" in i.rest or "compare" in i.rest for i in condition)
-    return bounds[0] if less and len(bounds) == 1 else 0
+    }
+
+
+def stride(body: list[Instruction], counter: int) -> int:
+    """Return by how much a loop's body raises element `counter` of its state; 1 if not plain."""
+    lines, numbers = {i.name: i for i in body}, constants(body)
+    if not body or body[-1].opcode != "tuple":
+        return 1
+    state = operands(body[-1])
+    raised = lines.get(state[counter]) if counter < len(state) else None
+    while raised and raised.opcode == "copy":
+        raised = lines.get(operands(raised)[0])
+    steps = [numbers[name] for name in operands(raised) if name in numbers] if raised else []
+    return steps[0] if steps and raised.opcode == "add" and steps[0] else 1
+
+
+def operands(line: Instruction) -> list[str]:
+    """Return the names that an instruction is given."""
+    return re.findall(r"%([\w.-]+)", line.rest.partition(")")[0])
 
 
 def read_collective(line: Instruction, inside: str, times: int, partitions: int) -> Collective:
@@ -173,7 +201,7 @@ def iota_groups(text: str) -> np.ndarray:
 def read_groups(text: str, partitions: int) -> Groups:
     """Return the device groups in an instruction's attributes, in each of XLA's four forms."""
     if pairs := re.search(r"source_target_pairs=\{(\{[\d,{}]*\})\}", text):
-        return _lists(pairs[1])
+        return chains(_lists(pairs[1]))
     if mesh := re.search(
         r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([^)]*(?:\([^)]*\))?)\))? \{([^}]*)\}",
         text,
@@ -183,6 +211,22 @@ def read_groups(text: str, partitions: int) -> Groups:
         return tuple(map(tuple, iota_groups(iota[1]).tolist()))
     lists = re.search(r"replica_groups=\{(\{[\d,{}]*\})\}", text)
     return _lists(lists[1]) if lists else (tuple(range(partitions)),)
+
+
+def chains(pairs: Groups) -> Groups:
+    """Return the rings or chains that (source, target) pairs make, each as one group."""
+    after = dict(pairs)
+    starts = [source for source in after if source not in set(after.values())]
+    found, seen = [], set()
+    for start in starts + list(after):
+        chain: list[int] = []
+        at = start
+        while at not in seen:
+            chain.append(at)
+            seen.add(at)
+            at = after.get(at, at)
+        found += [tuple(chain)] if chain else []
+    return tuple(found)
 
 
 def _lists(text: str) -> Groups:
