@@ -28,6 +28,7 @@ nanojaxgpt VERB ...
   inspect --config=EXPERIMENT.py [--step=N] [--rows=4]  what the model sees at a step
   coordcheck --config=EXPERIMENT.py                     activations against width, muP or not
   sweep  plan|run|status|resume|report --config=EXPERIMENT.py [--dir=DIR]   many runs from one file
+  rehearse --config=EXPERIMENT.py --topology=v5e:4x4    memory and time on chips not here
 
 Every field of the config can be set: --config.optim.learning_rate=3e-4. VERB --help says more.
 """
@@ -151,6 +152,47 @@ def inspect(arguments: list[str]) -> None:
     )
     for line in lines:
         print(line)
+
+
+def rehearse(arguments: list[str]) -> None:
+    """Compile the train step for hardware that is not here; print its memory, traffic and bounds.
+
+    The chips: v4, v5e, v5p, v6e with a torus (v5e:16x16), a100, h100, h200, cpu with a number.
+    Raises ConfigError (exit 2) where the step does not fit.
+    """
+    options = {
+        "topology": {"default": "", "help": "the hardware: v5e:16x16, v5p:4x4x4, h100:8, cpu:8"},
+        "slices": {"default": 1, "type": int, "help": "TPU slices of that shape; default: 1"},
+        "mesh": {
+            "default": "config",
+            "choices": ("config", "auto"),
+            "help": "auto: try meshes and remat policies; default: what the config says",
+        },
+        "json": {"default": "", "help": "write everything to this file, too"},
+    }
+    parsed, cfg = open_experiment("rehearse", arguments, options)
+    from nanojaxgpt.rehearse.chips import parse_topology
+
+    topology = parse_topology(parsed.topology, parsed.slices)
+    from nanojaxgpt.rehearse import report, search, step, targets
+    from nanojaxgpt.train import prepare_data, resolve
+
+    target = targets.open_target(topology)
+    if not cfg.model.vocab_size:
+        cfg = resolve(cfg, prepare_data(cfg, warn))
+    name = parsed.config or parsed.run
+    if parsed.mesh == "auto":
+        found = search.search(cfg, target, warn)
+        lines = report.search_lines(name, target, found)
+    else:
+        found = [step.rehearse_step(cfg, target)]
+        lines = report.lines(name, target, found[0])
+    print("\n".join(lines))
+    if parsed.json:
+        described = [report.to_dict(name, target, one) for one in found]
+        rundir.write_text(Path(parsed.json), json.dumps(described, indent=2) + "\n")
+    if not any(one.memory.fits for one in found):
+        raise ConfigError(f"the step does not fit {topology.name}")
 
 
 def evaluate(arguments: list[str]) -> None:
@@ -393,6 +435,7 @@ VERBS: dict[str, Callable[[list[str]], None]] = {
     "inspect": inspect,
     "coordcheck": coordcheck,
     "sweep": sweep,
+    "rehearse": rehearse,
 }
 
 

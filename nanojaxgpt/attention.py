@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from nanojaxgpt.sharding import axis_size, constrain, partition_spec
+from nanojaxgpt.sharding import axis_size, constrain, partition_spec, platform
 
 CAUSAL_BLOCK = 128  # queries a block of `blocked_attention`, at least; 64 and 256 are slower
 MOST_BLOCKS = 16  # each is compiled by itself
@@ -205,7 +205,7 @@ def choose_kernel(q_BTNH: jax.Array, alibi: bool, dropout: float, asked: str) ->
         "splash": fused and q_BTNH.shape[1] % (128 * axis_size("sequence")) == 0,
     }
     if q_BTNH.shape[1] == 1 or asked == "auto":  # a single token only initializes parameters
-        fast = {"gpu": "cudnn", "tpu": "splash"}.get(jax.default_backend(), "xla")
+        fast = {"gpu": "cudnn", "tpu": "splash"}.get(platform(), "xla")
         asked = fast if fits.get(fast, True) else "xla"
     if not fits.get(asked, True):
         raise ValueError(
@@ -267,7 +267,7 @@ def splash_attention(
         splash.MultiHeadMask([seen] * heads),
         head_shards=1,
         q_seq_shards=axis_size("sequence"),
-        interpret=jax.default_backend() != "tpu",
+        interpret=platform() != "tpu",
     )
     q_BNTH = jnp.swapaxes(q_BTNH, 1, 2) * scale
     k_BKSH, v_BKSH = jnp.swapaxes(k_BSKH, 1, 2), jnp.swapaxes(v_BSKH, 1, 2)

@@ -35,10 +35,15 @@ def forward_flops(cfg: ModelConfig, seq_len: int) -> int:
     """
     q_dim, kv_dim = cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
     projections = cfg.embed_dim * (2 * q_dim + 2 * kv_dim)
-    attention = 2 * seq_len * q_dim
     matrices = {"none": 0}.get(cfg.mlp, 3 if cfg.mlp in GATED else 2)
-    layer = projections + attention + matrices * cfg.embed_dim * cfg.mlp_dim
-    return 2 * seq_len * (cfg.num_layers * layer + cfg.embed_dim * cfg.vocab_size)
+    layer = projections + matrices * cfg.embed_dim * cfg.mlp_dim
+    weights = cfg.num_layers * layer + cfg.embed_dim * cfg.vocab_size
+    return 2 * seq_len * weights + attention_flops(cfg, seq_len)
+
+
+def attention_flops(cfg: ModelConfig, seq_len: int) -> int:
+    """Return the part of `forward_flops` that multiplies queries, keys and values."""
+    return 2 * seq_len * cfg.num_layers * 2 * seq_len * cfg.num_heads * cfg.head_dim
 
 
 def train_flops(cfg: ModelConfig, seq_len: int) -> int:

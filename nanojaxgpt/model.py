@@ -18,7 +18,7 @@ import numpy as np
 from nanojaxgpt import attention
 from nanojaxgpt.attention import Cache, Mask
 from nanojaxgpt.projection import Blocks, decoding_params, project
-from nanojaxgpt.sharding import constrain
+from nanojaxgpt.sharding import constrain, platform
 
 
 @dataclasses.dataclass(frozen=True)
@@ -348,7 +348,7 @@ class Transformer(Weights):
         """Return the residual stream after all layers."""
         cfg = self.cfg
         # Slicing stacked weights costs 0.84x on CPU; deep models would compile for minutes.
-        shallow_on_cpu = jax.default_backend() == "cpu" and cfg.num_layers <= 12
+        shallow_on_cpu = platform() == "cpu" and cfg.num_layers <= 12
         unroll = cfg.unroll or (cfg.num_layers if shallow_on_cpu else 1)
         if self.is_initializing():
             unroll = 1  # nothing is gained, and random numbers take long to compile

@@ -54,17 +54,28 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
 
 
 def arrange(shape: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
-    """Return the devices as an array of this shape, neighbours in it near each other."""
-    slices, inner = shape[0], (1, *shape[1:])
-    found = {getattr(device, "slice_index", 0) for device in devices}
-    if len(found) == 1:
-        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-    if slices % len(found):
-        raise ConfigError(f"mesh.slice={slices}, but the devices stand in {len(found)} slices")
+    """Return the devices as an array of this shape, neighbours in it near each other.
+
+    Raises ConfigError where the first size, of `slice`, is not the number of slices.
+    """
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    # Without the split an 8 x 8 mesh has no place on a 4 x 4 x 4 torus.
+    split = dict(allow_split_physical_axes=True)
+    if slices == 1:
+        return mesh_utils.create_device_mesh(shape, devices, **split)
+    if shape[0] != slices:
+        raise ConfigError(f"the devices stand in {slices} slices: set mesh.slice={slices}")
     outer = (slices, *[1] * len(shape[1:]))
-    return mesh_utils.create_hybrid_device_mesh(
-        inner, outer, devices, allow_split_physical_axes=True
-    )
+    return mesh_utils.create_hybrid_device_mesh((1, *shape[1:]), outer, devices, **split)
+
+
+def platform() -> str:
+    """Return where the traced program will run: cpu, gpu or tpu.
+
+    That is what the devices of `jax.set_mesh` are, which need not be here; else what is here.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.platform if device else jax.default_backend()
 
 
 def partition_spec(names: Sequence[str | None]) -> PartitionSpec:
@@ -148,12 +159,17 @@ def check_batch(field: str, batch_size: int, parts: int, seq_len: int, mesh: Mes
         )
 
 
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Return the layout of a batch: rows over slice, data and fsdp, tokens over sequence."""
+    return NamedSharding(mesh, partition_spec(["batch", "sequence"]))
+
+
 def global_batch(rows: Callable[[int, int], Any], batch_size: int, seq_len: int, mesh: Mesh) -> Any:
     """Return the batch as global arrays [B, T]; each device asks only for its own rows.
 
     `rows(first, last)` gives a tree of numpy arrays [B, T] with the rows [first, last).
     """
-    sharding, fetched = NamedSharding(mesh, partition_spec(["batch", "sequence"])), {}
+    sharding, fetched = batch_sharding(mesh), {}
     devices, shards = [], []
     shape = (batch_size, seq_len)
     for device, (row, column) in sharding.addressable_devices_indices_map(shape).items():

@@ -162,14 +162,24 @@ def prepare_data(cfg: ConfigDict, report: Callable[[str], None]) -> Data:
     return open_data(DataConfig(**cfg.data), cache_dir(cfg), report)
 
 
-def make_job(cfg: ConfigDict, data: Data, mesh: Mesh, loss_fn: LossFn | None = None) -> Job:
-    """Return everything the loop needs. Raises ConfigError or DataError; allocates nothing."""
+class Step(NamedTuple):
+    """The jitted train_step of a config on a mesh, and the state that it takes, without arrays."""
+
+    shardings: TrainState
+    abstract: TrainState
+    init: Callable[[jax.Array], TrainState]
+    train_step: Callable
+
+
+def make_step(cfg: ConfigDict, mesh: Mesh, loss_fn: LossFn | None = None) -> Step:
+    """Return the step on a mesh, whose devices need not be here. Raises ConfigError."""
     shape = cfg.train
     sharding.check_batch(
         "train.batch_size", shape.batch_size, shape.accumulation_steps, cfg.model.seq_len, mesh
     )
     model = Transformer(ModelConfig(**cfg.model))
-    boxed = jax.eval_shape(make_init(cfg), jax.random.key(0))
+    # The key is made in the trace, too: a device that is not here can make none.
+    boxed = jax.eval_shape(lambda: make_init(cfg)(jax.random.key(0)))
     shardings, plain = sharding.tree_shardings(boxed, mesh), sharding.unbox(boxed)
     optim.path_mask(plain.params, cfg.optim.decay_pattern, "optim.decay_pattern")
     for pattern, _ in optim.rate_multipliers(cfg.optim.rate_multipliers, cfg.optim.optimizer, 1):
@@ -182,9 +192,14 @@ def make_job(cfg: ConfigDict, data: Data, mesh: Mesh, loss_fn: LossFn | None = N
         donate_argnums=0,
         out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),
     )
+    return Step(shardings, abstract, init, train_step)
+
+
+def make_job(cfg: ConfigDict, data: Data, mesh: Mesh, loss_fn: LossFn | None = None) -> Job:
+    """Return everything the loop needs. Raises ConfigError or DataError; allocates nothing."""
     train_batch = make_train_batch(cfg, data, mesh)
-    job_eval = make_evaluation(cfg, data, mesh, model)
-    return Job(cfg, mesh, data, shardings, abstract, init, train_step, train_batch, job_eval)
+    job_eval = make_evaluation(cfg, data, mesh, Transformer(ModelConfig(**cfg.model)))
+    return Job(cfg, mesh, data, *make_step(cfg, mesh, loss_fn), train_batch, job_eval)
 
 
 def share_job(job: Job, cfg: ConfigDict) -> Job:

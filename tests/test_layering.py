@@ -9,13 +9,15 @@ from conftest import ROOT
 PACKAGE = "nanojaxgpt"
 FLOORS = {
     0: {"", "errors", "model", "attention", "loss", "optim", "sharding", "data.tokenizers",
-        "data.subwords", "projection", "data.rows", "data.tasks", "sweep", "sweep.space"},
+        "data.subwords", "projection", "data.rows", "data.tasks", "sweep", "sweep.space",
+        "rehearse.chips", "rehearse.collectives"},
     1: {"config", "rundir", "hosts", "checkpoint", "metrics", "sample", "evaluate", "data",
         "data.sources", "data.sources.documents", "data.sources.files", "data.sources.stdlib",
         "data.sources.tfds", "data.sources.builders", "data.sources.hub",
         "data.shards", "data.store", "data.packing", "data.loader", "data.show"},
     2: {"train", "coordcheck", "sweep.plan", "sweep.claims", "sweep.launch", "sweep.together",
-        "sweep.report"},
+        "sweep.run", "sweep.report", "rehearse", "rehearse.flops", "rehearse.targets",
+        "rehearse.estimate", "rehearse.step", "rehearse.search", "rehearse.report"},
     3: {"__main__"},
 }  # fmt: skip
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}

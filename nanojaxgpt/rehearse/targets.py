@@ -1,0 +1,100 @@
+"""In: a topology. Out: devices to compile for, libtpu's without the hardware or fake CPU ones."""
+
+import importlib.util
+import itertools
+import os
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from nanojaxgpt.errors import ConfigError
+from nanojaxgpt.rehearse.chips import GPUS_PER_NODE, Topology
+
+INSTALL = "pip install -e .[tpu]"
+NO_LIBTPU = f"libtpu is not installed ({INSTALL} compiles for the chip itself)"
+FAKE = (
+    "XLA for CPU partitioned the step: parameters and optimizer state are exact, temporaries and "
+    "collectives are what the CPU's compiler makes of it, attention is the plain kernel"
+)
+
+
+class Target(NamedTuple):
+    """Devices to compile for; `places` holds each one's slice and its coordinates there.
+
+    `note` is empty where the chip's own compiler works, else it says what is estimated.
+    """
+
+    topology: Topology
+    devices: tuple[Any, ...]
+    note: str
+
+    @property
+    def fake(self) -> bool:
+        """Return whether another platform's compiler stands in."""
+        return bool(self.note) and self.topology.chip.platform != "cpu"
+
+    def places(self, devices: Sequence[Any]) -> np.ndarray:
+        """Return each device's slice (GPUs: node) and its coordinates there [count, 1 + n]."""
+        topology = self.topology
+        if not self.note:
+            dims = topology.chip.torus
+            return np.array([[getattr(d, "slice_index", 0), *d.coords[:dims]] for d in devices])
+        if topology.chip.torus:
+            spots = itertools.product(*map(range, (topology.slices, *topology.shape)))
+        else:
+            spots = (divmod(i, GPUS_PER_NODE) for i in range(topology.count))
+        where = dict(zip(self.devices, spots, strict=True))
+        return np.array([where[device] for device in devices])
+
+
+def open_target(topology: Topology) -> Target:
+    """Return the devices of a topology. Raises ConfigError where its shape can't be.
+
+    Nothing but the CPU is started in this process: an accelerator that is here stays free.
+    """
+    jax.config.update("jax_platforms", "cpu")
+    platform = topology.chip.platform
+    if platform == "tpu" and importlib.util.find_spec("libtpu"):
+        return Target(topology, tpu_devices(topology), "")
+    devices = fake_devices(topology.count)
+    if platform == "tpu":
+        return Target(topology, devices, f"{NO_LIBTPU}; {FAKE}")
+    if platform == "gpu":
+        return Target(topology, devices, f"GPU programs are not compiled; {FAKE}")
+    return Target(topology, devices, "the chip's figures are round ones, of no machine")
+
+
+def tpu_devices(topology: Topology) -> tuple[Any, ...]:
+    """Return libtpu's descriptions of the chips. Raises ConfigError on a shape it refuses."""
+    from jax.experimental import topologies
+
+    quiet = {"TPU_STDERR_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3"}
+    # Without these libtpu asks the network what machine this is, and fails where a training
+    # process on the same machine holds its lock; nothing here touches a chip.
+    alone = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    host = {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-16"}
+    for name, value in (quiet | alone | host).items():
+        os.environ.setdefault(name, value)
+    options: dict[str, Any] = {"num_slices": topology.slices} if topology.slices > 1 else {}
+    if topology.name.startswith("v4"):
+        options["chip_config_name"] = "megacore"
+    try:
+        found = topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **options)
+    except jax.errors.JaxRuntimeError as error:
+        raise ConfigError(f"--topology={topology.name}: {str(error).splitlines()[0]}") from None
+    return tuple(found.devices)
+
+
+def fake_devices(count: int) -> tuple[Any, ...]:
+    """Return so many CPU devices. Raises ConfigError where the backend started with fewer."""
+    try:
+        known = jax.config.jax_num_cpu_devices
+        jax.config.update("jax_num_cpu_devices", max(count, known))
+    except RuntimeError:
+        pass  # the backend runs already
+    devices = jax.devices("cpu")
+    if len(devices) < count:
+        raise ConfigError(f"{count} fake devices needed, but {len(devices)} are started already")
+    return tuple(devices[:count])
