@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from nanojaxgpt import hosts
+from nanojaxgpt import attention, hosts, sharding
 from nanojaxgpt.__main__ import main
 from nanojaxgpt.config import base_config, override_config
 from nanojaxgpt.errors import ConfigError
@@ -286,6 +286,22 @@ def test_without_libtpu_the_title_says_so(monkeypatch):
         targets.open_target(parse_topology("h100:16"))
 
 
+def test_the_kernel_follows_the_devices_of_the_mesh():
+    q_BTNH = jax.ShapeDtypeStruct((1, 128, 2, 128), jax.numpy.bfloat16)
+
+    def chosen(platform):
+        device = jax.sharding.AbstractDevice("some chip", 1, platform)
+        with jax.sharding.use_abstract_mesh(
+            jax.sharding.AbstractMesh((2,), ("data",), abstract_device=device)
+        ):
+            return sharding.platform(), attention.choose_kernel(q_BTNH, False, 0.0, "auto")
+
+    assert chosen("tpu") == ("tpu", "splash")
+    assert chosen("gpu") == ("gpu", "cudnn")
+    assert chosen("cpu") == ("cpu", "xla")
+    assert sharding.platform() == jax.default_backend()
+
+
 @pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs libtpu: .[tpu]")
 def test_libtpu_compiles_the_step():
     target = targets.open_target(parse_topology("v5e:2x2"))
@@ -293,6 +309,12 @@ def test_libtpu_compiles_the_step():
     assert not target.fake
     assert one.memory.fits
     assert {row.axes for row in one.traffic} == {"fsdp"}
+    two = targets.open_target(parse_topology("v5p:2x2x2", 2))
+    mesh = sharding.make_mesh(2, 8, 1, two.devices)
+    places = two.places(list(mesh.devices.flat))
+    assert places[:, 0].tolist() == [0] * 8 + [1] * 8  # the first axis crosses the slices
+    with pytest.raises(ConfigError, match="divides by the 2 slices"):
+        sharding.arrange([1, 1, 15], two.devices)
 
 
 def test_running_out_of_memory_is_read(eight):

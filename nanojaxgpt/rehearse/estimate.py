@@ -153,11 +153,9 @@ def roofline(
     read and written once, and each micro-batch reads its weights twice.
     """
     compute = (model_flops + extra_flops) / count / chip.flops
-    ways = math.prod(cfg.mesh.get(axis, 1) for axis in ("tensor",))
-    shards = count // max(ways, 1)
     item = 2 if cfg.model.compute_dtype == "bfloat16" else 4
     stored = 2 if cfg.model.param_dtype == "bfloat16" else 4
-    gathered = memory.parameters * min(shards, cfg.mesh.fsdp) * item / stored
+    gathered = memory.parameters * cfg.mesh.fsdp * item / stored
     moved = 2 * memory.total + 2 * cfg.train.accumulation_steps * gathered
     seconds = max(compute, moved / chip.memory_speed, seconds_sent)
     mfu = model_flops / count / chip.flops / seconds
