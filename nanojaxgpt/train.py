@@ -3,7 +3,8 @@
 import functools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +22,10 @@ from nanojaxgpt.data.rows import Batch, ReadRows, make_eval_batches, make_train_
 from nanojaxgpt.data.sources import DataConfig
 from nanojaxgpt.errors import ConfigError, NonFiniteError
 from nanojaxgpt.evaluate import evaluate, make_eval_step
-from nanojaxgpt.hosts import StopRequest, stop_signals
+from nanojaxgpt.hosts.joining import preflight
+from nanojaxgpt.hosts.process import StopRequest, stop_signals
+from nanojaxgpt.hosts.team import ALONE, Team
+from nanojaxgpt.hosts.watchdog import Watchdog
 from nanojaxgpt.loss import loss_sum
 from nanojaxgpt.model import ModelConfig, Transformer, count_params, init_params
 from nanojaxgpt.optim import Hyper
@@ -131,7 +135,7 @@ class Job(NamedTuple):
     abstract: TrainState
     train_step: Callable
     train_batch: Callable[[int], Batch]
-    evaluate: Callable[[Any], dict[str, float]]
+    evaluate: Callable[..., dict[str, float]]
 
 
 def resolve(cfg: ConfigDict, data: Data) -> ConfigDict:
@@ -181,18 +185,29 @@ def make_batches(
 
 def make_evaluation(
     cfg: ConfigDict, data: Data, mesh: Mesh, model: Transformer
-) -> Callable[[Any], dict[str, float]]:
-    """Return evaluate(params) -> the numbers over the validation split, or its first batches."""
+) -> Callable[..., dict[str, float]]:
+    """Return evaluate(params) -> the numbers over the validation split, or its first batches.
+
+    A second argument is a function through which the batches go, a watchdog's say.
+    """
     size, seq_len = cfg.eval.batch_size or cfg.train.batch_size, cfg.model.seq_len
     sharding.check_batch_size("eval.batch_size", size, 1, mesh)
     count, rows = make_eval_batches(data.validation(seq_len), size)
     count = min(count, cfg.eval.num_batches or count)
     fetch, ahead = make_batches(rows, size, seq_len, mesh), cfg.data.prefetch_batches
     eval_step = make_eval_step(model, data.tokenizer.token_bytes(), cfg.train.loss_chunks)
-    return lambda params: evaluate(eval_step, params, fetch_ahead(fetch, 0, count, ahead))
+
+    def run_evaluation(
+        params: Any, each: Callable[[Iterable[Batch]], Iterable[Batch]] = iter
+    ) -> dict[str, float]:
+        return evaluate(eval_step, params, each(fetch_ahead(fetch, 0, count, ahead)))
+
+    return run_evaluation
 
 
-def start_state(job: Job, run: Path, report: Callable[[str], None]) -> TrainState:
+def start_state(
+    job: Job, run: Path, report: Callable[[str], None], team: Team = ALONE
+) -> TrainState:
     """Return the state to go on from.
 
     1. This run's newest good checkpoint. 2. The parameters of another run (init.from_run).
@@ -200,17 +215,19 @@ def start_state(job: Job, run: Path, report: Callable[[str], None]) -> TrainStat
     """
     folder, wanted = Path(run) / "checkpoints", job.abstract._asdict()
     del wanted["step"]
-    found = checkpoint.restore(folder, wanted, report=report)
+    found = checkpoint.restore(folder, wanted, report=report, team=team)
     if found:
         step, items = found
-        checkpoint.set_aside(folder, step)
+        team.decide(lambda: checkpoint.set_aside(folder, step))
         report(f"going on from step {step}")
         return TrainState(jax.device_put(np.int32(step), job.shardings.step), **items)
     init = jax.jit(lambda rng: sharding.unbox(make_init(job.cfg)(rng)), out_shardings=job.shardings)
     state = init(jax.random.key(job.cfg.train.seed))
     if job.cfg.init.from_run:
         other, model_cfg = Path(job.cfg.init.from_run), ModelConfig(**job.cfg.model)
-        step, params = checkpoint.load_params(other, model_cfg, job.mesh, job.cfg.init.step, report)
+        step, params = checkpoint.load_params(
+            other, model_cfg, job.mesh, job.cfg.init.step, report, team
+        )
         report(f"starting from the parameters of {other}, step {step}")
         state = state._replace(params=params)
     return state
@@ -221,34 +238,50 @@ def fit(
     run: Path,
     loss_fn: LossFn | None = None,
     report: Callable[[str], None] = print,
+    team: Team = ALONE,
 ) -> TrainState:
     """Train `cfg` in the run directory `run`, from where it stands to its last step.
 
-    Raises a UserError for what the user can mend, Stopped after a signal (the state is saved).
+    Of several processes, a `team`, the first alone decides, writes and reports. Raises a
+    UserError for what the user can mend, Stopped after a signal (the state is saved).
     """
     run = Path(run)
-    with own_run(run), stop_signals() as stop:
-        data = prepare_data(cfg, report)
+    if not team.first:
+        report = ignore
+    with stop_signals() as stop, own_run(run) if team.first else nullcontext():
+        preflight(team, cfg, run)
+        data = team.first_then_all(lambda: prepare_data(cfg, report), "to prepare the data")
         cfg = resolve(cfg, data)
         mesh = sharding.make_mesh(**cfg.mesh)
         job = make_job(cfg, data, mesh, loss_fn)
-        for name, old, new in enter_run(run, cfg):
-            report(f"changed since the run began: {name} {old!r} -> {new!r}")
-        (run / "tokenizer").mkdir(exist_ok=True)
-        data.tokenizer.save(run / "tokenizer")
-        devices = [device.device_kind for device in mesh.devices.flat]
-        for change in write_identity(run, cfg, data.identity, devices):
-            report(f"changed since the run began: {change}")
-        report(
-            f"{run}: {count_params(ModelConfig(**cfg.model)):,} parameters, "
-            f"{data.size}, {len(devices)} x {devices[0]}"
-        )
+        team.decide(lambda: begin_run(run, cfg, data, mesh, report))
         with jax.set_mesh(mesh):
-            state = start_state(job, run, report)
-            state = Loop(job, run, int(state.step), stop).train(state)
-        records = metrics.read_metrics(run)
-        metrics.plot_losses(records, run / "loss.png", run.name)
+            state = start_state(job, run, report, team)
+            state = Loop(job, run, int(state.step), stop, team).train(state)
+        if team.first:
+            metrics.plot_losses(metrics.read_metrics(run), run / "loss.png", run.name)
         return state
+
+
+def ignore(text: str) -> None:
+    """Report nothing."""
+
+
+def begin_run(
+    run: Path, cfg: ConfigDict, data: Data, mesh: Mesh, report: Callable[[str], None]
+) -> None:
+    """Write what the run is: config, tokenizer, identity; report it, and what has changed."""
+    for name, old, new in enter_run(run, cfg):
+        report(f"changed since the run began: {name} {old!r} -> {new!r}")
+    (run / "tokenizer").mkdir(exist_ok=True)
+    data.tokenizer.save(run / "tokenizer")
+    devices = [device.device_kind for device in mesh.devices.flat]
+    for change in write_identity(run, cfg, data.identity, devices):
+        report(f"changed since the run began: {change}")
+    report(
+        f"{run}: {count_params(ModelConfig(**cfg.model)):,} parameters, "
+        f"{data.size}, {len(devices)} x {devices[0]}"
+    )
 
 
 class Loop:
@@ -258,12 +291,17 @@ class Loop:
     device never waits for it.
     """
 
-    def __init__(self, job: Job, run: Path, start: int, stop: StopRequest) -> None:
+    def __init__(
+        self, job: Job, run: Path, start: int, stop: StopRequest, team: Team = ALONE
+    ) -> None:
         cfg = job.cfg
         self.job, self.run, self.start, self.stop = job, run, start, stop
-        self.writer = metrics.MetricsWriter(run, start)
-        self.progress = metrics.Progress(cfg.train.num_steps, start)
-        self.losses = metrics.validation_losses(run)
+        self.team = team
+        self.writer = self.progress = metrics.NoMetrics()
+        if team.first:
+            self.writer = metrics.MetricsWriter(run, start)
+            self.progress = metrics.Progress(cfg.train.num_steps, start)
+        self.losses = dict(team.decide(lambda: list(metrics.validation_losses(run).items())))
         kept = cfg.checkpoint
         keep = checkpoint.Keep(
             kept.keep_last, kept.keep_every_steps, kept.keep_best, lambda: self.losses
@@ -283,13 +321,14 @@ class Loop:
         last = cfg.train.num_steps
         hyper = jax.device_put(make_hyper(cfg), NamedSharding(self.job.mesh, PartitionSpec()))
         self.stop.deferred = True
+        self.watchdog = Watchdog(cfg.train.hang_timeout_seconds)
         try:
             missed = self.start and due(self.start, cfg.eval.every_steps)
             if missed and self.start not in self.losses:
                 self.validate(self.start, state)  # the run was stopped between saving and this
             ahead = cfg.data.prefetch_batches
             batches = fetch_ahead(self.job.train_batch, self.start, last, ahead)
-            for step, batch in enumerate(batches, self.start + 1):
+            for step, batch in enumerate(self.watchdog.each(batches), self.start + 1):
                 state, numbers = self.job.train_step(state, batch, hyper)
                 self.read()
                 self.unread = step, numbers
@@ -297,10 +336,12 @@ class Loop:
             if last not in self.losses:
                 self.validate(last, state)
         except Exception:
-            self.checkpoints.close()  # what is being saved would be lost as the process ends
+            # What is being saved would be lost as the process ends.
+            self.team.bounded(self.checkpoints.close)
             raise
         finally:
             self.stop.deferred = False
+            self.watchdog.close()
             self.writer.close()
         self.checkpoints.close()
         return state
@@ -309,7 +350,8 @@ class Loop:
         """Save and evaluate where it is time; end where a signal asks for it."""
         cfg = self.job.cfg
         last = step == cfg.train.num_steps
-        stopping = bool(self.stop.signal) and not last
+        signal = self.team.next_stop(step, self.stop.signal)
+        stopping = bool(signal) and not last
         if last or stopping or due(step, cfg.checkpoint.every_steps):
             self.read()  # so that nothing non-finite is ever saved
             self.checkpoints.save(step, state.params, state.opt_state)
@@ -317,6 +359,8 @@ class Loop:
             self.reset_clock(step)
         if stopping:
             self.checkpoints.close()
+            self.team.gather(None, "to save")
+            self.stop.signal = signal
             raise self.stop.stopped(f"saved step {step} in {self.run}; the same command goes on")
         if not last and due(step, cfg.eval.every_steps):
             self.read()
@@ -357,7 +401,7 @@ class Loop:
 
     def validate(self, step: int, state: TrainState) -> None:
         """Evaluate, write the numbers and show them; nothing where there is no validation split."""
-        found = self.job.evaluate(state.params)
+        found = self.job.evaluate(state.params, self.watchdog.each)
         if not found["tokens"]:
             return
         self.losses[step] = found["loss"]

@@ -11,9 +11,9 @@ import threading
 
 import pytest
 
-from nanojaxgpt import hosts
 from nanojaxgpt.errors import INTERRUPTED, PREEMPTED, Stopped
-from nanojaxgpt.hosts import keep_freed_memory, stop_signals
+from nanojaxgpt.hosts import process
+from nanojaxgpt.hosts.process import keep_freed_memory, stop_signals
 
 SIGNALS = [(signal.SIGTERM, PREEMPTED), (signal.SIGINT, INTERRUPTED)]
 
@@ -22,13 +22,13 @@ SIGNALS = [(signal.SIGTERM, PREEMPTED), (signal.SIGINT, INTERRUPTED)]
 def test_glibc_takes_every_setting_and_the_process_works_on():
     code = """
 import ctypes
-from nanojaxgpt import hosts
+from nanojaxgpt.hosts import process
 real, results = ctypes.CDLL(None).mallopt, []
 class Library:
     def __init__(self, name):
         self.mallopt = lambda *setting: results.append((setting[0], real(*setting)))
-hosts.ctypes.CDLL = Library
-hosts.keep_freed_memory()
+process.ctypes.CDLL = Library
+process.keep_freed_memory()
 import numpy as np
 sums = [int(np.ones(size, np.int64).sum()) for size in (1, 1000, 3_000_000)]
 print(sorted(results), sums)
@@ -44,10 +44,10 @@ def fail(name):
 @pytest.mark.parametrize("library", [fail, lambda name: object()])
 def test_without_glibc_nothing_happens(library, monkeypatch):
     monkeypatch.setattr(ctypes, "CDLL", library)
-    monkeypatch.setattr(hosts.ctypes, "CDLL", library)
+    monkeypatch.setattr(process.ctypes, "CDLL", library)
     keep_freed_memory()
     with pytest.raises((OSError, AttributeError)):
-        hosts.ctypes.CDLL(None).mallopt(0, 0)
+        process.ctypes.CDLL(None).mallopt(0, 0)
 
 
 @pytest.mark.parametrize(("number", "code"), SIGNALS)
@@ -115,7 +115,7 @@ def test_outside_the_main_thread_the_request_never_comes():
 def test_sigterm_ends_the_process_while_there_is_nothing_to_save(inside):
     code = f"""
 import os, signal
-from nanojaxgpt.hosts import leave_at_sigterm
+from nanojaxgpt.hosts.process import leave_at_sigterm
 with leave_at_sigterm():
     {"os.kill(os.getpid(), signal.SIGTERM)" if inside else "pass"}
 os.kill(os.getpid(), signal.SIGTERM)
