@@ -20,7 +20,7 @@ from nanojaxgpt.config import cache_dir
 from nanojaxgpt.data.loader import Data, fetch_ahead, open_data
 from nanojaxgpt.data.rows import Batch, ReadRows, make_eval_batches, make_train_rows
 from nanojaxgpt.data.sources import DataConfig
-from nanojaxgpt.errors import ConfigError, NonFiniteError
+from nanojaxgpt.errors import ConfigError, DataError, NonFiniteError
 from nanojaxgpt.evaluate import evaluate, make_eval_step
 from nanojaxgpt.hosts.joining import preflight
 from nanojaxgpt.hosts.process import StopRequest, stop_signals
@@ -152,6 +152,17 @@ def prepare_data(cfg: ConfigDict, report: Callable[[str], None]) -> Data:
     return open_data(DataConfig(**cfg.data), cache_dir(cfg), report)
 
 
+def prepare_together(cfg: ConfigDict, report: Callable[[str], None], team: Team) -> Data:
+    """Return the data, prepared by process 0 before the others open it, or make their own copy.
+
+    Raises DataError on all hosts where one has other data.
+    """
+    data = team.first_then_all(lambda: prepare_data(cfg, report), "to prepare the data")
+    if others := team.differing(data.identity):
+        raise DataError(f"the corpus or its tokenizer is another one on {others} than on host 0")
+    return data
+
+
 def make_job(cfg: ConfigDict, data: Data, mesh: Mesh, loss_fn: LossFn | None = None) -> Job:
     """Return everything the loop needs. Raises ConfigError or DataError; allocates nothing."""
     shape = cfg.train
@@ -250,7 +261,7 @@ def fit(
         report = ignore
     with stop_signals() as stop, own_run(run) if team.first else nullcontext():
         preflight(team, cfg, run)
-        data = team.first_then_all(lambda: prepare_data(cfg, report), "to prepare the data")
+        data = prepare_together(cfg, report, team)
         cfg = resolve(cfg, data)
         mesh = sharding.make_mesh(**cfg.mesh)
         job = make_job(cfg, data, mesh, loss_fn)
@@ -358,6 +369,7 @@ class Loop:
             self.saved = step
             self.reset_clock(step)
         if stopping:
+            self.watchdog.close()  # writing may take its time
             self.checkpoints.close()
             self.team.gather(None, "to save")
             self.stop.signal = signal

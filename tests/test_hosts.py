@@ -115,6 +115,15 @@ def test_what_fails_on_one_host_fails_on_all(three):
     assert in_threads(3, lambda i: three[i].all_or_none(lambda: i)) == [0, 1, 2]
 
 
+def test_who_differs_from_process_0_is_named(three):
+    assert in_threads(3, lambda i: three[i].differing({"a": 1})) == [""] * 3
+    assert (
+        in_threads(3, lambda i: three[i].differing({"a": i}))
+        == [f"host 1 ({socket.gethostname()}), host 2 ({socket.gethostname()})"] * 3
+    )
+    assert ALONE.differing(1) == ""
+
+
 @pytest.mark.parametrize("seed", range(8))
 def test_all_stop_after_the_same_step(seed, three):
     chance = random.Random(seed)
@@ -341,15 +350,19 @@ def test_what_all_raise_each_says_by_itself(start_three):
     assert ends(start_three("user")) == [(3, "error: no corpus")] * 3
 
 
-def test_a_silent_process_is_named(start_three, monkeypatch):
+@pytest.mark.parametrize("number", [2, pytest.param(0, marks=pytest.mark.slow)])
+def test_a_silent_process_is_named(number, start_three):
     processes = start_three("none")
-    processes[2].send_signal(signal.SIGSTOP)
-    found = ends(processes[:2])
-    assert [code for code, _ in found] == [70, 70]
-    assert all(line.startswith("host 2 (") for _, line in found)
-    assert all(line.endswith(f"{lifeline.SILENCE_SECONDS:.0f} s") for _, line in found)
-    processes[2].send_signal(signal.SIGCONT)
-    assert ends(processes[2:])[0][0] == 70
+    stopped = processes.pop(number)
+    stopped.send_signal(signal.SIGSTOP)
+    for code, line in ends(processes):
+        assert code == 70
+        assert line.startswith(f"host {number} (")
+        assert line.endswith(f"{lifeline.SILENCE_SECONDS:.0f} s")
+    stopped.send_signal(signal.SIGCONT)
+    ((code, line),) = ends([stopped])
+    assert code == 70
+    assert line.startswith(f"host {number} (")  # it blames itself, not those who left
 
 
 def test_watchdog_bites_only_where_nothing_moves():

@@ -215,6 +215,7 @@ def real(machines, monkeypatch):
     small = {
         "model.num_layers": 1, "model.embed_dim": 16, "model.num_heads": 2, "model.seq_len": 16,
         "data.source": f"text:{machines}/corpus.txt", "data.cache_dir": f"{machines}/cache",
+        "data.tokenizer": "chars",
         "train.num_steps": 20, "train.batch_size": 4, "train.log_every_steps": 1,
         "eval.num_batches": 2,
     }  # fmt: skip

@@ -37,6 +37,7 @@ class Lifeline:
         self.handlers: dict[str, Callable[[int, dict[str, Any]], None]] = {"end": self._on_end}
         self.ended: tuple[int, str] | None = None  # exit code and text of the first host to leave
         self.closing = False
+        self.stood_still = 0.0  # seconds in which this process itself was stopped, if too many
         self.sending = threading.Lock()
         self.heard = dict.fromkeys(links, time.monotonic())
         self.buffers = dict.fromkeys(links, b"")
@@ -81,7 +82,12 @@ class Lifeline:
                 if time.monotonic() >= next_beat:
                     self.send("beat")
                     next_beat = time.monotonic() + BEAT_SECONDS
-                for key, _ in selector.select(BEAT_SECONDS / 2):
+                began = time.monotonic()
+                ready = selector.select(BEAT_SECONDS / 2)
+                pause = time.monotonic() - began
+                if pause > SILENCE_SECONDS / 2:  # the others counted from the beat before it
+                    self.stood_still = pause
+                for key, _ in ready:
                     if not self._receive(key.data):
                         selector.unregister(key.fileobj)
                         self._drop(key.data, "is gone: killed, or its machine is down")
@@ -107,6 +113,8 @@ class Lifeline:
 
     def _drop(self, index: int, what: str) -> None:
         self.links.pop(index).close()
+        if self.stood_still:
+            index, what = self.index, f"stood still for {self.stood_still:.0f} s: others went away"
         if not self.closing and self.ended is None:
             self._on_end(index, {"index": index, "code": INTERNAL, "text": what})
 

@@ -65,6 +65,11 @@ class Team:
                 raise error or ValueError(f"on {self.name(index)}: {text}")
         return result
 
+    def differing(self, value: Any) -> str:
+        """Return the names of the hosts whose value is not that of process 0; "": all are."""
+        values = self.gather(value)
+        return ", ".join(self.name(i) for i, other in enumerate(values) if other != values[0])
+
     def bounded(self, work: Callable[[], None]) -> None:
         """Do work() that may need the others, who may be gone: then it gets five seconds."""
         work()
