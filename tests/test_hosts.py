@@ -179,7 +179,7 @@ def test_strangers_at_the_port_are_sent_away():
     def work(index):
         if index < 2:
             return connect(index, 2, address, 9)
-        for text in (b"GET / HTTP/1.1\r\n\r\n", b"{}\n", b"[]\n", b""):
+        for text in (b"GET / HTTP/1.1\r\n\r\n", b"{}\n", b"[]\n", b'{"index": 1}\n', b""):
             for _ in range(50):
                 with contextlib.suppress(ConnectionRefusedError):
                     with socket.create_connection(("127.0.0.1", port)) as link:

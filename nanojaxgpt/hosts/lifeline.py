@@ -174,7 +174,7 @@ def _welcome(
                 link, _ = server.accept()
                 link.settimeout(SILENCE_SECONDS)
                 hello = json.loads(_read_line(link))
-                number = int(hello["index"])
+                number, told, name = int(hello["index"]), int(hello["count"]), str(hello["name"])
             except TimeoutError:
                 if time.monotonic() >= deadline:
                     missing = ", ".join(str(i) for i in range(count) if i not in names)
@@ -182,12 +182,12 @@ def _welcome(
                 continue
             except (OSError, ValueError, KeyError, TypeError):
                 continue  # a stranger at the port
-            if hello["count"] != count:
-                problem = f"{hello['name']} was started as one of {hello['count']}, not {count}"
+            if told != count:
+                problem = f"{name} was started as one of {told}, not {count}"
             elif number in names:
-                problem = f"two processes are number {number}: {names[number]}, {hello['name']}"
-            names.setdefault(number, hello["name"])
-            links[number if number not in links else -1] = link
+                problem = f"two processes are number {number}: {names[number]}, {name}"
+            names.setdefault(number, name)
+            links[number if number not in links else -1] = link  # a double is only answered
     reply = {"problem": problem, "names": [names[i] for i in sorted(names)]}
     for link in links.values():
         link.sendall(json.dumps(reply).encode() + b"\n")
