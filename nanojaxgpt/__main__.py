@@ -15,8 +15,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from nanojaxgpt import __version__, config, hosts, rundir
+from nanojaxgpt import __version__, config, rundir
 from nanojaxgpt.errors import INTERNAL, INTERRUPTED, OK, ConfigError, DataError, Stopped, UserError
+from nanojaxgpt.hosts import process
 
 USAGE = """\
 nanojaxgpt VERB ...
@@ -92,12 +93,27 @@ def train(arguments: list[str]) -> None:
 
     Without --config, RUN's own config; without RUN, runs/EXPERIMENT[-VARIANT].
     """
-    parsed, cfg = open_experiment("train", arguments, {})
+    options = {
+        "multihost": {"action": "store_true", "help": "train with other processes; docs/hosts.md"},
+        "coordinator": {"default": "", "help": "HOST:PORT of process 0; default: found"},
+        "num_processes": {"default": -1, "type": int, "help": "of all hosts; default: found"},
+        "process_id": {"default": -1, "type": int, "help": "from 0; default: found"},
+        "join_seconds": {"default": 300.0, "type": float, "help": "until all must have come"},
+    }
+    parsed, cfg = open_experiment("train", arguments, options)
     name, _, variant = parsed.config.partition(":")
     run = Path(parsed.run or Path("runs") / (Path(name).stem + (f"-{variant}" if variant else "")))
+    given = (parsed.coordinator, parsed.num_processes, parsed.process_id)
+    if not parsed.multihost and given != ("", -1, -1):
+        raise ConfigError("--coordinator, --num_processes and --process_id go with --multihost")
+    from nanojaxgpt.hosts.joining import joined
     from nanojaxgpt.train import fit
 
-    fit(cfg, run)
+    if not parsed.multihost:
+        fit(cfg, run)
+        return
+    with joined(*given, parsed.join_seconds, explain) as team:
+        fit(cfg, run, team=team)
 
 
 def prepare(arguments: list[str]) -> None:
@@ -451,24 +467,32 @@ def main(arguments: list[str] | None = None) -> int:
             return OK
         if arguments[0] not in VERBS:
             raise ConfigError(config.unknown_name("verb", arguments[0], list(VERBS)))
-        hosts.keep_freed_memory()
-        with hosts.leave_at_sigterm():  # importing jax alone takes seconds
+        process.keep_freed_memory()
+        with process.leave_at_sigterm():  # importing jax alone takes seconds
             VERBS[arguments[0]](arguments[1:])
         return OK
-    except UserError as error:
-        warn(f"error: {error}")
-        return error.exit_code
-    except Stopped as stopped:
-        warn(str(stopped))
-        return stopped.exit_code
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    except BrokenPipeError:  # the reader, `head` say, has seen enough
-        sys.stdout = None
-        return OK
-    except Exception:
-        traceback.print_exc()
-        return INTERNAL
+    except BaseException as error:
+        return explain(error)
+
+
+def explain(error: BaseException) -> int:
+    """Print what ended a verb, as far as it needs words; return the exit code."""
+    match error:
+        case UserError():
+            warn(f"error: {error}")
+            return error.exit_code
+        case Stopped():
+            warn(str(error))
+            return error.exit_code
+        case KeyboardInterrupt():
+            return INTERRUPTED
+        case BrokenPipeError():  # the reader, `head` say, has seen enough
+            sys.stdout = None
+            return OK
+        case Exception():
+            traceback.print_exception(error)
+            return INTERNAL
+    raise error
 
 
 if __name__ == "__main__":

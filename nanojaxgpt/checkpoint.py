@@ -13,6 +13,7 @@ from orbax.checkpoint import checkpoint_managers
 
 from nanojaxgpt import sharding
 from nanojaxgpt.errors import CheckpointError
+from nanojaxgpt.hosts.team import ALONE, Team
 from nanojaxgpt.model import ModelConfig, init_params
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports its every move
@@ -35,9 +36,10 @@ def fingerprint(tree: Any) -> dict[str, jax.Array]:
             stride *= leaf.shape[axis]
         # An odd factor for each position, spread over all 32 bits (Knuth's multiplier).
         weight = (position * jnp.uint32(2654435761)) | jnp.uint32(1)
-        return jnp.stack(
+        sums = jnp.stack(
             [jnp.sum(bits, dtype=jnp.uint32), jnp.sum(bits * weight, dtype=jnp.uint32)]
         )
+        return sharding.constrain(sums, None)  # on every device: each process reads them
 
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {path_name(path): leaf_sums(leaf) for path, leaf in leaves}
@@ -125,21 +127,26 @@ def saved_steps(folder: Path) -> list[int]:
 
 
 def restore(
-    folder: Path, abstract: dict[str, Any], step: int = 0, report: Callable[[str], None] = print
+    folder: Path,
+    abstract: dict[str, Any],
+    step: int = 0,
+    report: Callable[[str], None] = print,
+    team: Team = ALONE,
 ) -> tuple[int, dict[str, Any]] | None:
     """Return (step, items) of the newest good checkpoint, or None where there are none at all.
 
     `abstract` maps the wanted items ("params", "opt_state") to trees of ShapeDtypeStruct with
     shardings, into which the arrays are read. Checkpoints that don't load, or whose fingerprints
-    are not those that were saved, are passed over loudly. With `step`, only that one will do.
+    are not those that were saved, are passed over loudly, on all hosts of the team if on one.
+    With `step`, only that one will do.
     Raises CheckpointError where none is good.
     """
-    steps = saved_steps(folder)
+    steps = team.decide(lambda: saved_steps(folder))
     if step and step not in steps:
         raise CheckpointError(f"no checkpoint of step {step} in {folder}; there are {steps}")
     for candidate in [step] if step else reversed(steps):
         try:
-            return candidate, restore_step(folder, candidate, abstract)
+            return candidate, restore_step(folder, candidate, abstract, team)
         except Exception as error:
             text = str(error).strip().split("\n")[0][:300]
             report(f"WARNING: the checkpoint {folder}/{candidate} is unusable: {text}")
@@ -150,23 +157,37 @@ def restore(
     return None
 
 
-def restore_step(folder: Path, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
+def restore_step(
+    folder: Path, step: int, abstract: dict[str, Any], team: Team = ALONE
+) -> dict[str, Any]:
     """Return the items of one checkpoint, checked leaf by leaf. Raises ValueError."""
     path = Path(folder).absolute() / str(step)
-    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-        saved = reader.restore(path / "meta")["leaves"]
     wanted = leaf_kinds(abstract)
-    for name, kind in wanted.items():
-        if saved.get(name, [])[:2] != kind:
-            raise ValueError(f"{name} is {saved.get(name, ['missing'])[:2]} there, {kind} here")
-    items = {}
-    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
-        for name, tree in abstract.items():
-            items[name] = reader.restore(path / name, args=ocp.args.StandardRestore(tree))
+    saved = team.all_or_none(lambda: read_leaves(path, wanted))
+    items = team.all_or_none(lambda: read_items(path, abstract))
     found = describe(items)
     changed = [name for name in wanted if found[name] != saved[name]]
     if changed:
         raise ValueError(f"not the numbers that were saved: {', '.join(changed[:5])}")
+    return items
+
+
+def read_leaves(path: Path, wanted: dict[str, list]) -> dict[str, list]:
+    """Return what `describe` gave when the checkpoint was saved. Raises ValueError."""
+    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+        saved = reader.restore(path / "meta")["leaves"]
+    for name, kind in wanted.items():
+        if saved.get(name, [])[:2] != kind:
+            raise ValueError(f"{name} is {saved.get(name, ['missing'])[:2]} there, {kind} here")
+    return saved
+
+
+def read_items(path: Path, abstract: dict[str, Any]) -> dict[str, Any]:
+    """Return the arrays of a checkpoint, read into the shardings of `abstract`."""
+    items = {}
+    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
+        for name, tree in abstract.items():
+            items[name] = reader.restore(path / name, args=ocp.args.StandardRestore(tree))
     return items
 
 
@@ -176,6 +197,7 @@ def load_params(
     mesh: Mesh,
     step: int = 0,
     report: Callable[[str], None] = print,
+    team: Team = ALONE,
 ) -> tuple[int, Any]:
     """Return (step, parameters) of a run's newest good checkpoint, or of `step`, on `mesh`.
 
@@ -184,7 +206,7 @@ def load_params(
     boxed = jax.eval_shape(lambda: init_params(cfg, jax.random.key(0)))
     abstract = with_shardings(sharding.unbox(boxed), sharding.tree_shardings(boxed, mesh))
     folder = Path(run) / "checkpoints"
-    found = restore(folder, {"params": abstract}, step, report)
+    found = restore(folder, {"params": abstract}, step, report, team)
     if found is None:
         raise CheckpointError(f"{run} has no checkpoint yet")
     return found[0], found[1]["params"]

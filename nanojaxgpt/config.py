@@ -117,6 +117,7 @@ def base_config() -> ConfigDict:
             z_loss=0.0,  # weight of log(Z)^2
             loss_chunks=1,  # parts of the sequence whose logits exist at once
             log_every_steps=10,
+            hang_timeout_seconds=300.0,  # and 10 median steps without an end: exit 70; 0: off
         )
     )
     cfg.eval = ConfigDict(
@@ -219,6 +220,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "train.z_loss": _ANY,
     "train.loss_chunks": _SIZE,
     "train.log_every_steps": _SIZE,
+    "train.hang_timeout_seconds": _ANY,
     "eval.every_steps": _COUNT,
     "eval.batch_size": _COUNT,
     "eval.num_batches": _COUNT,
@@ -245,7 +247,7 @@ TUPLES: dict[str, type] = {
 
 # What may change when a run goes on: none of it changes the function that is being trained.
 FREE_ON_RESUME = re.compile(
-    r"(mesh|eval|checkpoint|sample)\..*|train\.log_every_steps"
+    r"(mesh|eval|checkpoint|sample)\..*|train\.(log_every_steps|hang_timeout_seconds)"
     r"|data\.(cache_dir|tfds_dir|manual_dir|num_workers|prefetch_batches)|model\.(attention|unroll|remat)"
 )
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from nanojaxgpt.loss import loss_sum
 from nanojaxgpt.model import Transformer
+from nanojaxgpt.sharding import constrain
 
 
 def make_eval_step(
@@ -29,7 +30,7 @@ def make_eval_step(
         weights_BT = batch.weights_BT
         loss = loss_sum(head, x_BTD, batch.targets_BT, weights_BT, chunks=loss_chunks)
         text = jnp.sum(bytes_V[batch.targets_BT] * weights_BT)
-        return jnp.stack([loss, jnp.sum(weights_BT), text])
+        return constrain(jnp.stack([loss, jnp.sum(weights_BT), text]), None)
 
     return eval_step
 

@@ -100,6 +100,24 @@ class MetricsWriter:
         self.board.close()
 
 
+class NoMetrics:
+    """Stands for the writer and the progress line where another process writes them."""
+
+    began = 0.0
+
+    def write(self, step: int, **values: float) -> None:
+        """Write nothing."""
+
+    def step(self, step: int, values: dict[str, float]) -> None:
+        """Show nothing."""
+
+    def say(self, text: str) -> None:
+        """Print nothing."""
+
+    def close(self) -> None:
+        """Close nothing."""
+
+
 class Progress:
     """One line that rewrites itself on a terminal; elsewhere a plain line for each record."""
 

@@ -88,9 +88,8 @@ def partition_spec(names: Sequence[str | None]) -> PartitionSpec:
 
 
 def axis_size(axis: str) -> int:
-    """Return the size of an axis on the mesh of `jax.set_mesh`; without one, 1."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else mesh.shape[axis]
+    """Return the size of an axis on the mesh of `jax.set_mesh`; without such an axis, 1."""
+    return jax.sharding.get_abstract_mesh().shape.get(axis, 1)
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:

@@ -3,7 +3,8 @@
 import functools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,9 +20,12 @@ from nanojaxgpt.config import cache_dir
 from nanojaxgpt.data.loader import Data, fetch_ahead, open_data
 from nanojaxgpt.data.rows import Batch, ReadRows, make_eval_batches, make_train_rows
 from nanojaxgpt.data.sources import DataConfig
-from nanojaxgpt.errors import ConfigError, NonFiniteError
+from nanojaxgpt.errors import ConfigError, DataError, NonFiniteError
 from nanojaxgpt.evaluate import evaluate, make_eval_step
-from nanojaxgpt.hosts import StopRequest, stop_signals
+from nanojaxgpt.hosts.joining import preflight
+from nanojaxgpt.hosts.process import StopRequest, stop_signals
+from nanojaxgpt.hosts.team import ALONE, Team
+from nanojaxgpt.hosts.watchdog import Watchdog
 from nanojaxgpt.loss import loss_sum
 from nanojaxgpt.model import ModelConfig, Transformer, init_params
 from nanojaxgpt.optim import Hyper
@@ -145,7 +149,7 @@ class Job(NamedTuple):
     init: Callable[[jax.Array], TrainState]
     train_step: Callable
     train_batch: Callable[[int], Batch]
-    evaluate: Callable[[Any], dict[str, float]]
+    evaluate: Callable[..., dict[str, float]]
 
 
 def resolve(cfg: ConfigDict, data: Data) -> ConfigDict:
@@ -160,6 +164,17 @@ def resolve(cfg: ConfigDict, data: Data) -> ConfigDict:
 def prepare_data(cfg: ConfigDict, report: Callable[[str], None]) -> Data:
     """Return the data of the config, tokenized now where it is not there yet."""
     return open_data(DataConfig(**cfg.data), cache_dir(cfg), report)
+
+
+def prepare_together(cfg: ConfigDict, report: Callable[[str], None], team: Team) -> Data:
+    """Return the data, prepared by process 0 before the others open it, or make their own copy.
+
+    Raises DataError on all hosts where one has other data.
+    """
+    data = team.first_then_all(lambda: prepare_data(cfg, report), "to prepare the data")
+    if others := team.differing(data.identity):
+        raise DataError(f"the corpus or its tokenizer is another one on {others} than on host 0")
+    return data
 
 
 class Step(NamedTuple):
@@ -228,18 +243,29 @@ def make_batches(
 
 def make_evaluation(
     cfg: ConfigDict, data: Data, mesh: Mesh, model: Transformer
-) -> Callable[[Any], dict[str, float]]:
-    """Return evaluate(params) -> the numbers over the validation split, or its first batches."""
+) -> Callable[..., dict[str, float]]:
+    """Return evaluate(params) -> the numbers over the validation split, or its first batches.
+
+    A second argument is a function through which the batches go, a watchdog's say.
+    """
     size, seq_len = cfg.eval.batch_size or cfg.train.batch_size, cfg.model.seq_len
     sharding.check_batch("eval.batch_size", size, 1, seq_len, mesh)
     count, rows = make_eval_batches(data.validation(seq_len), size)
     count = min(count, cfg.eval.num_batches or count)
     fetch, ahead = make_batches(rows, size, seq_len, mesh), cfg.data.prefetch_batches
     eval_step = make_eval_step(model, data.tokenizer.token_bytes(), cfg.train.loss_chunks)
-    return lambda params: evaluate(eval_step, params, fetch_ahead(fetch, 0, count, ahead))
+
+    def run_evaluation(
+        params: Any, each: Callable[[Iterable[Batch]], Iterable[Batch]] = iter
+    ) -> dict[str, float]:
+        return evaluate(eval_step, params, each(fetch_ahead(fetch, 0, count, ahead)))
+
+    return run_evaluation
 
 
-def start_state(job: Job, run: Path, report: Callable[[str], None]) -> TrainState:
+def start_state(
+    job: Job, run: Path, report: Callable[[str], None], team: Team = ALONE
+) -> TrainState:
     """Return the state to go on from.
 
     1. This run's newest good checkpoint. 2. The parameters of another run (init.from_run).
@@ -247,16 +273,18 @@ def start_state(job: Job, run: Path, report: Callable[[str], None]) -> TrainStat
     """
     folder, wanted = Path(run) / "checkpoints", job.abstract._asdict()
     del wanted["step"]
-    found = checkpoint.restore(folder, wanted, report=report)
+    found = checkpoint.restore(folder, wanted, report=report, team=team)
     if found:
         step, items = found
-        checkpoint.set_aside(folder, step)
+        team.decide(lambda: checkpoint.set_aside(folder, step))
         report(f"going on from step {step}")
         return TrainState(jax.device_put(np.int32(step), job.shardings.step), **items)
     state = job.init(jax.random.key(job.cfg.train.seed))
     if job.cfg.init.from_run:
         other, model_cfg = Path(job.cfg.init.from_run), ModelConfig(**job.cfg.model)
-        step, params = checkpoint.load_params(other, model_cfg, job.mesh, job.cfg.init.step, report)
+        step, params = checkpoint.load_params(
+            other, model_cfg, job.mesh, job.cfg.init.step, report, team
+        )
         report(f"starting from the parameters of {other}, step {step}")
         state = state._replace(params=params)
     return state
@@ -267,23 +295,36 @@ def fit(
     run: Path,
     loss_fn: LossFn | None = None,
     report: Callable[[str], None] = print,
+    team: Team = ALONE,
 ) -> TrainState:
     """Train `cfg` in the run directory `run`, from where it stands to its last step.
 
-    Raises a UserError for what the user can mend, Stopped after a signal (the state is saved).
+    Of several processes, a `team`, the first alone decides, writes and reports. Raises a
+    UserError for what the user can mend, Stopped after a signal (the state is saved).
     """
     run = Path(run)
-    with own_run(run), stop_signals() as stop:
-        state = train_job(open_job(cfg, loss_fn, report), run, stop, report)
-        metrics.plot_losses(metrics.read_metrics(run), run / "loss.png", run.name)
+    if not team.first:
+        report = ignore
+    with stop_signals() as stop, own_run(run) if team.first else nullcontext():
+        preflight(team, cfg, run)
+        state = train_job(open_job(cfg, loss_fn, report, team), run, stop, report, team)
+        if team.first:
+            metrics.plot_losses(metrics.read_metrics(run), run / "loss.png", run.name)
         return state
 
 
+def ignore(text: str) -> None:
+    """Report nothing."""
+
+
 def open_job(
-    cfg: ConfigDict, loss_fn: LossFn | None = None, report: Callable[[str], None] = print
+    cfg: ConfigDict,
+    loss_fn: LossFn | None = None,
+    report: Callable[[str], None] = print,
+    team: Team = ALONE,
 ) -> Job:
     """Return the job of a config, its data and its mesh opened. Raises ConfigError, DataError."""
-    data = prepare_data(cfg, report)
+    data = prepare_together(cfg, report, team)
     return make_job(resolve(cfg, data), data, sharding.make_mesh(cfg.mesh), loss_fn)
 
 
@@ -300,12 +341,14 @@ def begin_run(job: Job, run: Path, report: Callable[[str], None]) -> None:
     report(f"{run}: {num_params:,} parameters, {job.data.size}, {len(devices)} x {devices[0]}")
 
 
-def train_job(job: Job, run: Path, stop: StopRequest, report: Callable[[str], None]) -> TrainState:
+def train_job(
+    job: Job, run: Path, stop: StopRequest, report: Callable[[str], None], team: Team = ALONE
+) -> TrainState:
     """Train a job in the run directory that this process owns; raises what `fit` raises."""
-    begin_run(job, run, report)
+    team.decide(lambda: begin_run(job, run, report))
     with jax.set_mesh(job.mesh):
-        state = start_state(job, run, report)
-        return Loop(job, run, int(state.step), stop).train(state)
+        state = start_state(job, run, report, team)
+        return Loop(job, run, int(state.step), stop, team).train(state)
 
 
 class Loop:
@@ -315,12 +358,17 @@ class Loop:
     device never waits for it.
     """
 
-    def __init__(self, job: Job, run: Path, start: int, stop: StopRequest) -> None:
+    def __init__(
+        self, job: Job, run: Path, start: int, stop: StopRequest, team: Team = ALONE
+    ) -> None:
         cfg = job.cfg
         self.job, self.run, self.start, self.stop = job, run, start, stop
-        self.writer = metrics.MetricsWriter(run, start)
-        self.progress = metrics.Progress(cfg.train.num_steps, start)
-        self.losses = metrics.validation_losses(run)
+        self.team = team
+        self.writer = self.progress = metrics.NoMetrics()
+        if team.first:
+            self.writer = metrics.MetricsWriter(run, start)
+            self.progress = metrics.Progress(cfg.train.num_steps, start)
+        self.losses = dict(team.decide(lambda: list(metrics.validation_losses(run).items())))
         kept = cfg.checkpoint
         keep = checkpoint.Keep(
             kept.keep_last, kept.keep_every_steps, kept.keep_best, lambda: self.losses
@@ -341,13 +389,14 @@ class Loop:
         last = cfg.train.num_steps
         hyper = jax.device_put(make_hyper(cfg), NamedSharding(self.job.mesh, PartitionSpec()))
         self.stop.deferred = True
+        self.watchdog = Watchdog(cfg.train.hang_timeout_seconds)
         try:
             missed = self.start and due(self.start, cfg.eval.every_steps)
             if missed and self.start not in self.losses:
                 self.validate(self.start, state)  # the run was stopped between saving and this
             ahead = cfg.data.prefetch_batches
             batches = fetch_ahead(self.job.train_batch, self.start, last, ahead)
-            for step, batch in enumerate(batches, self.start + 1):
+            for step, batch in enumerate(self.watchdog.each(batches), self.start + 1):
                 state, numbers = self.job.train_step(state, batch, hyper)
                 self.read()
                 self.unread = step, numbers
@@ -355,10 +404,12 @@ class Loop:
             if last not in self.losses:
                 self.validate(last, state)
         except Exception:
-            self.checkpoints.close()  # what is being saved would be lost as the process ends
+            # What is being saved would be lost as the process ends.
+            self.team.bounded(self.checkpoints.close)
             raise
         finally:
             self.stop.deferred = False
+            self.watchdog.close()
             self.writer.close()
         self.checkpoints.close()
         return state
@@ -367,14 +418,18 @@ class Loop:
         """Save and evaluate where it is time; end where a signal asks for it."""
         cfg = self.job.cfg
         last = step == cfg.train.num_steps
-        stopping = bool(self.stop.signal) and not last
+        signal = self.team.next_stop(step, self.stop.signal)
+        stopping = bool(signal) and not last
         if last or stopping or due(step, cfg.checkpoint.every_steps):
             self.read()  # so that nothing non-finite is ever saved
             self.checkpoints.save(step, state.params, state.opt_state)
             self.saved = step
             self.reset_clock(step)
         if stopping:
+            self.watchdog.close()  # writing may take its time
             self.checkpoints.close()
+            self.team.gather(None, "to save")
+            self.stop.signal = signal
             raise self.stop.stopped(f"saved step {step} in {self.run}; the same command goes on")
         if not last and due(step, cfg.eval.every_steps):
             self.read()
@@ -419,7 +474,7 @@ class Loop:
 
     def validate(self, step: int, state: TrainState) -> None:
         """Evaluate, write the numbers and show them; nothing where there is no validation split."""
-        found = self.job.evaluate(state.params)
+        found = self.job.evaluate(state.params, self.watchdog.each)
         if not found["tokens"]:
             return
         self.losses[step] = found["loss"]

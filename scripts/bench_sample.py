@@ -21,9 +21,9 @@ PROMPT_LEN = 32
 
 def jax_generate(batch: int, new_tokens: int) -> Callable[[], None]:
     """Return a function that generates once with this project's model."""
-    from nanojaxgpt import hosts
+    from nanojaxgpt.hosts import process
 
-    hosts.keep_freed_memory()
+    process.keep_freed_memory()
     import jax
     import numpy as np
 

@@ -24,9 +24,9 @@ WORKERS = ("nanojaxgpt", "torch eager", "torch compiled")
 
 def jax_steps(shape: dict[str, int], dtype: str) -> Callable[[int], None]:
     """Return run(n), which trains n steps of this project's own train_step."""
-    from nanojaxgpt import hosts
+    from nanojaxgpt.hosts import process
 
-    hosts.keep_freed_memory()
+    process.keep_freed_memory()
     import jax
     import numpy as np
 

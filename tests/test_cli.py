@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from conftest import ROOT, command
 
-from nanojaxgpt import __version__, checkpoint, config, hosts, rundir, sharding
+from nanojaxgpt import __version__, checkpoint, config, rundir, sharding
 from nanojaxgpt.__main__ import VERBS, main, split_overrides
 from nanojaxgpt.errors import ConfigError
+from nanojaxgpt.hosts import process
 from nanojaxgpt.metrics import read_metrics
 from nanojaxgpt.model import ModelConfig
 
@@ -24,7 +25,7 @@ USAGE, DATA, NON_FINITE, CHECKPOINT = 2, 3, 4, 5
 @pytest.fixture(autouse=True)
 def own_allocator(monkeypatch):
     """Keep the settings of this process's allocator."""
-    monkeypatch.setattr(hosts, "keep_freed_memory", lambda: None)
+    monkeypatch.setattr(process, "keep_freed_memory", lambda: None)
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,8 @@ FLOORS = {
     0: {"", "errors", "model", "attention", "loss", "optim", "sharding", "data.tokenizers",
         "data.subwords", "projection", "data.rows", "data.tasks", "sweep", "sweep.space",
         "rehearse.chips", "rehearse.collectives"},
-    1: {"config", "rundir", "hosts", "checkpoint", "metrics", "sample", "evaluate", "data",
+    1: {"config", "rundir", "hosts", "hosts.process", "hosts.lifeline", "hosts.team",
+        "hosts.joining", "hosts.watchdog", "checkpoint", "metrics", "sample", "evaluate", "data",
         "data.sources", "data.sources.documents", "data.sources.files", "data.sources.stdlib",
         "data.sources.tfds", "data.sources.builders", "data.sources.hub",
         "data.shards", "data.store", "data.packing", "data.loader", "data.show"},
@@ -96,12 +97,14 @@ def test_no_rooms_import_each_other():
     assert cycle(USES) == []
 
 
-EARLY = {"", "__main__", "config", "errors", "rundir", "hosts"} | {
+EARLY = {"", "__main__", "config", "errors", "rundir"} | {
     f"sweep.{name}" for name in ("space", "plan", "claims", "launch")
 }
 
 
-@pytest.mark.parametrize("name", [n for n in ROOMS if n in EARLY or n.startswith("data")])
+@pytest.mark.parametrize(
+    "name", [n for n in ROOMS if n in EARLY or n.startswith(("data", "hosts"))]
+)
 def test_these_rooms_answer_before_jax_is_imported(name):
     seen, waiting = set(), [name]
     while waiting:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import assert_batches_equal
 
-from nanojaxgpt import hosts, sharding
+from nanojaxgpt import sharding
 from nanojaxgpt.__main__ import main
 from nanojaxgpt.config import cache_dir
 from nanojaxgpt.data.loader import fetch_ahead, open_data, whole_weights
@@ -18,6 +18,7 @@ from nanojaxgpt.data.rows import make_eval_batches, make_train_rows, take_rows
 from nanojaxgpt.data.sources import DataConfig
 from nanojaxgpt.data.tokenizers import load_tokenizer
 from nanojaxgpt.errors import ConfigError, DataError
+from nanojaxgpt.hosts import process
 from nanojaxgpt.train import fit
 
 SEQ_LEN, BATCH_SIZE = 16, 8
@@ -208,7 +209,7 @@ def test_a_task_trains_and_eval_says_that_nothing_is_held_out(
 ):
     one_device = functools.partial(sharding.make_mesh, {}, jax.devices()[:1])
     monkeypatch.setattr(sharding, "make_mesh", lambda *_: one_device())
-    monkeypatch.setattr(hosts, "keep_freed_memory", lambda: None)
+    monkeypatch.setattr(process, "keep_freed_memory", lambda: None)
     spec, run = "task:modular_addition,p=7,train_fraction=1", tmp_path / "run"
     changes = {"data.source": spec, "model.seq_len": "8", "train.num_steps": "2"}
     cfg = small_config(**(changes | {"model.num_layers": "1"}))

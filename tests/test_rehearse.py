@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from nanojaxgpt import attention, hosts, sharding
+from nanojaxgpt import attention, sharding
 from nanojaxgpt.__main__ import main
 from nanojaxgpt.config import base_config, override_config
 from nanojaxgpt.errors import ConfigError
+from nanojaxgpt.hosts import process
 from nanojaxgpt.metrics import forward_flops
 from nanojaxgpt.model import ModelConfig
 from nanojaxgpt.rehearse import estimate, report, search, step, targets
@@ -348,7 +349,7 @@ def test_the_search_is_bounded():
 
 
 def test_the_door(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(hosts, "keep_freed_memory", lambda: None)
+    monkeypatch.setattr(process, "keep_freed_memory", lambda: None)
     shrink = [f"--config.{k}" for k in ("model.vocab_size=64", "model.seq_len=16")]
     base = ["rehearse", f"--config={ROOT}/experiments/quickstart.py", *shrink]
     assert main([*base, "--topology=h100:8", f"--json={tmp_path}/out.json"]) == 0
@@ -368,7 +369,7 @@ def test_the_door(monkeypatch, tmp_path, capsys):
 
 
 def test_a_step_that_does_not_fit_is_exit_2(monkeypatch, capsys, parallel):
-    monkeypatch.setattr(hosts, "keep_freed_memory", lambda: None)
+    monkeypatch.setattr(process, "keep_freed_memory", lambda: None)
     one = parallel["data"]
     full = one._replace(memory=one.memory._replace(available=1e5))
     monkeypatch.setattr(step, "rehearse_step", lambda cfg, target: full)

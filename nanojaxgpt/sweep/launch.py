@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from nanojaxgpt.errors import INTERNAL, Stopped
-from nanojaxgpt.hosts import stop_signals
+from nanojaxgpt.hosts.process import stop_signals
 
 
 def launch_workers(command: list[str], workers: int) -> None:

@@ -10,7 +10,7 @@ import jax
 
 from nanojaxgpt import metrics
 from nanojaxgpt.errors import NonFiniteError
-from nanojaxgpt.hosts import StopRequest, stop_signals
+from nanojaxgpt.hosts.process import StopRequest, stop_signals
 from nanojaxgpt.rundir import own_run
 from nanojaxgpt.sweep.claims import Claims, read_outcome, run_path, write_outcome
 from nanojaxgpt.sweep.plan import Trial, count, group_trials, show_point

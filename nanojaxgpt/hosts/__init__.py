@@ -1,0 +1,1 @@
+"""The processes that train together, and each one itself: joining, agreeing, ending."""

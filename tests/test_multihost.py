@@ -1,0 +1,306 @@
+"""Real processes train as one, and whatever befalls one of them ends all of them.
+
+`python -m pytest tests/test_multihost.py -m slow -s` prints the table of docs/hosts.md.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from conftest import ROOT
+from test_hosts import free_address
+
+from nanojaxgpt import checkpoint, rundir, sharding
+from nanojaxgpt.metrics import read_metrics
+from nanojaxgpt.train import make_job, prepare_data
+
+NUM_STEPS = 12
+# float32 sums over another number of devices round otherwise, as in test_meshes.
+LOSS_BOUND = 2e-5
+
+# A process in which something happens at step 5, where FAULT and the process's number say so.
+FAULTY = """
+import os, sys, time
+from nanojaxgpt import train
+from nanojaxgpt.__main__ import main
+between = train.Loop.between
+def fault(self, step, state):
+    if step == 5 and self.team.index == 1:
+        if os.environ["FAULT"] == "raise":
+            raise RuntimeError("something broke")
+        time.sleep(1000)
+    between(self, step, state)
+if os.environ.get("FAULT"):
+    train.Loop.between = fault
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """Return a function that starts process `index` of `count`, with 4 devices among them."""
+    folder = tmp_path_factory.mktemp("multihost")
+    words = np.random.default_rng(0).choice(["ash ", "beech ", "cedar\n", "elm ", "fir, "], 5000)
+    (folder / "corpus.txt").write_text("".join(words))
+    (folder / "tiny.py").write_text(
+        f"""from nanojaxgpt.config import base_config
+
+def get_config():
+    cfg = base_config()
+    model, train = cfg.model, cfg.train
+    model.num_layers, model.embed_dim, model.num_heads, model.seq_len = 1, 16, 2, 16
+    cfg.data.source = "text:{folder}/corpus.txt"
+    cfg.data.tokenizer = "chars"
+    cfg.data.cache_dir = "{folder}/cache"
+    cfg.mesh.data, cfg.mesh.fsdp = 2, 2
+    train.num_steps, train.batch_size = {NUM_STEPS}, 8
+    train.log_every_steps = 1
+    cfg.optim.warmup_steps = 5
+    cfg.eval.every_steps, cfg.eval.num_batches = 6, 2
+    cfg.checkpoint.every_steps = 6
+    return cfg
+"""
+    )
+    started = []
+
+    def begin(run, index=0, count=1, address="", *arguments, fault=""):
+        command = [sys.executable, "-c", FAULTY, "train"]
+        command += [f"--config={folder}/tiny.py", f"--run={run}"]
+        if count > 1:
+            command += ["--multihost", f"--coordinator={address}"]
+            command += [f"--num_processes={count}", f"--process_id={index}"]
+        environment = os.environ | {
+            "FAULT": fault,
+            "PYTHONPATH": str(ROOT),
+            "PYTHONUNBUFFERED": "1",
+            "JAX_PLATFORMS": "cpu",
+            "JAX_NUM_CPU_DEVICES": str(4 // count),
+            "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        }
+        process = subprocess.Popen(
+            [*command, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env=environment,
+        )  # fmt: skip
+        started.append(process)
+        return process
+
+    yield begin
+    for process in started:
+        process.kill()
+
+
+def start_two(start, run, *arguments, fault="") -> list[subprocess.Popen]:
+    address = free_address()
+    return [start(run, i, 2, address, *arguments, fault=fault) for i in range(2)]
+
+
+def finish(*processes) -> list[str]:
+    """Return the output of processes that must end well."""
+    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0] * len(processes), outputs
+    return outputs
+
+
+def losses(run) -> np.ndarray:
+    """Return the loss of every step, then the validation losses."""
+    records = read_metrics(run)
+    assert [r["step"] for r in records if "loss" in r] == list(range(1, NUM_STEPS + 1))
+    validation = [r["validation_loss"] for r in records if "validation_loss" in r]
+    assert len(validation) == NUM_STEPS // 6
+    return np.array([r["loss"] for r in records if "loss" in r] + validation)
+
+
+def params(run) -> dict[str, np.ndarray]:
+    """Return the parameters of the last checkpoint by their paths."""
+    cfg = rundir.load_run(run)
+    mesh = sharding.make_mesh({}, jax.devices()[:1])
+    job = make_job(cfg, prepare_data(cfg, print), mesh)
+    _, items = checkpoint.restore(run / "checkpoints", {"params": job.abstract.params}, NUM_STEPS)
+    leaves = jax.tree_util.tree_leaves_with_path(items)
+    return {checkpoint.path_name(path): np.asarray(leaf) for path, leaf in leaves}
+
+
+def assert_same(run, expected) -> None:
+    """Compare losses and parameters, to rounding."""
+    found, wanted = losses(run), losses(expected)
+    assert wanted[0] - wanted[NUM_STEPS - 1] > 0.01  # it learns
+    np.testing.assert_allclose(found, wanted, atol=LOSS_BOUND)
+    found, wanted = params(run), params(expected)
+    assert found.keys() == wanted.keys()
+    for name, leaf in wanted.items():
+        np.testing.assert_allclose(found[name], leaf, atol=2e-4, err_msg=name)
+
+
+def wait_for(run, step, processes) -> None:
+    """Wait until `step` is in the metrics."""
+    while max((r["step"] for r in read_metrics(run)), default=0) < step:
+        for process in processes:
+            assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def one(start, tmp_path_factory):
+    """Return the run directory of one process that was left alone."""
+    run = tmp_path_factory.mktemp("one") / "run"
+    finish(start(run))
+    return run
+
+
+def test_two_processes_stopped_by_one_go_on_as_one_process(start, one, tmp_path):
+    run = tmp_path / "run"
+    processes = start_two(start, run)
+    wait_for(run, 3, processes)
+    processes[1].send_signal(signal.SIGTERM)
+    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [75, 75], outputs
+    (saved,) = {line for text in outputs for line in text.split("\n") if "saved step" in line}
+    step = int(saved.split()[2])
+    assert 3 <= step < NUM_STEPS
+    assert checkpoint.saved_steps(run / "checkpoints")[-1] == step
+    assert "step  1/" in outputs[0]
+    assert "step  1/" not in outputs[1]  # process 0 alone reports
+    (output,) = finish(start(run))
+    assert f"going on from step {step}" in output
+    assert_same(run, one)
+
+
+@pytest.mark.slow
+def test_one_process_goes_on_as_two(start, one, tmp_path):
+    run = tmp_path / "run"
+    process = start(run)
+    wait_for(run, 3, [process])
+    process.send_signal(signal.SIGTERM)
+    assert "saved step" in process.communicate(timeout=300)[0]
+    assert "going on from step" in finish(*start_two(start, run))[0]
+    assert_same(run, one)
+
+
+@pytest.mark.slow
+def test_two_processes_left_alone_give_the_losses_of_one(start, one, tmp_path):
+    finish(*start_two(start, tmp_path / "run"))
+    assert_same(tmp_path / "run", one)
+
+
+@pytest.mark.slow
+def test_a_damaged_checkpoint_is_passed_over_on_all_hosts(start, one, tmp_path):
+    run = tmp_path / "run"
+    finish(*start_two(start, run))
+    for path in (run / "checkpoints" / str(NUM_STEPS) / "params").rglob("*"):
+        if path.is_file() and "d" in path.parts[-2:-1]:
+            path.write_bytes(b"\0" * path.stat().st_size)
+    outputs = finish(*start_two(start, run))
+    assert f"{NUM_STEPS} is unusable" in outputs[0]
+    assert "going on from step 6" in outputs[0]
+    assert_same(run, one)
+
+
+def end_of(processes, began) -> list[tuple[int, float, str]]:
+    """Return exit code, seconds until then and last line of each."""
+    found = {}
+    while len(found) < len(processes) and time.monotonic() - began < 120:
+        for index, process in enumerate(processes):
+            if index not in found and process.poll() is not None:
+                found[index] = process.returncode, time.monotonic() - began
+        time.sleep(0.02)
+    for process in processes:
+        process.send_signal(signal.SIGCONT)
+    lines = [process.communicate(timeout=60)[0].strip().split("\n")[-1] for process in processes]
+    return [(*found.get(i, (process.returncode, 120.0)), lines[i])
+            for i, process in enumerate(processes)]  # fmt: skip
+
+
+def row(fault, ends) -> None:
+    """Print a row of the table in docs/hosts.md."""
+    cells = [f"{code} | {seconds:.1f} s" for code, seconds, _ in ends]
+    print(f"\n| {fault} | {' | '.join(cells)} |")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fault", "number", "who"),
+    [
+        ("SIGTERM on host 1", signal.SIGTERM, 1),
+        ("SIGTERM on host 0", signal.SIGTERM, 0),
+        ("SIGKILL of host 1", signal.SIGKILL, 1),
+        ("SIGKILL of host 0, the coordinator", signal.SIGKILL, 0),
+        ("SIGSTOP of host 1", signal.SIGSTOP, 1),
+    ],
+)
+def test_a_signal_to_one_host_ends_all(fault, number, who, start, tmp_path):
+    run = tmp_path / "run"
+    endless = ("--config.train.num_steps=1000000", "--config.checkpoint.every_steps=100")
+    processes = start_two(start, run, *endless)
+    wait_for(run, 10, processes)
+    began = time.monotonic()
+    processes[who].send_signal(number)
+    if number == signal.SIGSTOP:
+        ends = end_of(processes[1 - who : 2 - who], began)
+        processes[who].send_signal(signal.SIGCONT)
+        ends.insert(who, end_of([processes[who]], began)[0])
+    else:
+        ends = end_of(processes, began)
+    row(fault, ends)
+    other, line = ends[1 - who][0], ends[1 - who][2]
+    if number == signal.SIGTERM:
+        assert [code for code, *_ in ends] == [75, 75]
+        assert len({line for *_, line in ends}) == 1
+        step = int(line.split()[2])
+        assert checkpoint.saved_steps(run / "checkpoints")[-1] == step
+    else:
+        # When the coordinator dies, jax's own abort (SIGABRT) may come first.
+        assert other == 70 or (who == 0 and other == -signal.SIGABRT)
+        assert who == 0 or line.startswith("host 1 (")
+    assert ends[1 - who][1] < 60
+
+
+@pytest.mark.slow
+def test_an_exception_on_one_host_ends_all(start, tmp_path):
+    processes = start_two(start, tmp_path / "run", fault="raise")
+    wait_for(tmp_path / "run", 3, processes)
+    ends = end_of(processes, time.monotonic())
+    row("an exception on host 1", ends)
+    assert [code for code, *_ in ends] == [70, 70]
+    assert ends[1][2] == "RuntimeError: something broke"
+    assert ends[0][2].startswith("host 1 (")
+    assert ends[0][2].endswith("RuntimeError: something broke")
+
+
+@pytest.mark.slow
+def test_a_stuck_host_is_noticed(start, tmp_path):
+    timeout = "--config.train.hang_timeout_seconds=8"
+    processes = start_two(start, tmp_path / "run", timeout, fault="hang")
+    wait_for(tmp_path / "run", 3, processes)
+    ends = end_of(processes, time.monotonic())
+    row("host 1 hangs, train.hang_timeout_seconds=8", ends)
+    assert [code for code, *_ in ends] == [70, 70]
+    assert any("no step ended in" in line for *_, line in ends)
+
+
+@pytest.mark.slow
+def test_a_host_that_never_joins_is_named(start, tmp_path):
+    began = time.monotonic()
+    process = start(tmp_path / "run", 0, 2, free_address(), "--join_seconds=5")
+    ends = end_of([process], began)
+    row("host 1 never joins, --join_seconds=5", ends)
+    assert ends[0][0] == 2
+    assert ends[0][2] == "error: of 2 processes, no word from 1 in 5 s"
+
+
+@pytest.mark.slow
+def test_hosts_of_different_configs_are_refused(start, tmp_path):
+    address, began = free_address(), time.monotonic()
+    seeds = ["--config.train.seed=7", "--config.train.seed=8"]
+    processes = [start(tmp_path / "run", i, 2, address, seeds[i]) for i in range(2)]
+    ends = end_of(processes, began)
+    row("other configs (from the start)", ends)
+    assert [code for code, *_ in ends] == [2, 2]
+    assert all("host 1" in line and "train.seed is 8, and 7 on host 0" in line
+               for *_, line in ends)  # fmt: skip
+    assert not (tmp_path / "run" / "config.json").exists()

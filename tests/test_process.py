@@ -1,0 +1,124 @@
+"""Signals become a request that is heard in time; the allocator's settings are taken by glibc."""
+
+import contextlib
+import ctypes
+import os
+import platform
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from nanojaxgpt.errors import INTERRUPTED, PREEMPTED, Stopped
+from nanojaxgpt.hosts import process
+from nanojaxgpt.hosts.process import keep_freed_memory, stop_signals
+
+SIGNALS = [(signal.SIGTERM, PREEMPTED), (signal.SIGINT, INTERRUPTED)]
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="these are glibc's settings")
+def test_glibc_takes_every_setting_and_the_process_works_on():
+    code = """
+import ctypes
+from nanojaxgpt.hosts import process
+real, results = ctypes.CDLL(None).mallopt, []
+class Library:
+    def __init__(self, name):
+        self.mallopt = lambda *setting: results.append((setting[0], real(*setting)))
+process.ctypes.CDLL = Library
+process.keep_freed_memory()
+import numpy as np
+sums = [int(np.ones(size, np.int64).sum()) for size in (1, 1000, 3_000_000)]
+print(sorted(results), sums)
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert found.stdout == "[(-8, 1), (-4, 1), (-1, 1)] [1, 1000, 3000000]\n", found.stderr
+
+
+def fail(name):
+    raise OSError("no C library")
+
+
+@pytest.mark.parametrize("library", [fail, lambda name: object()])
+def test_without_glibc_nothing_happens(library, monkeypatch):
+    monkeypatch.setattr(ctypes, "CDLL", library)
+    monkeypatch.setattr(process.ctypes, "CDLL", library)
+    keep_freed_memory()
+    with pytest.raises((OSError, AttributeError)):
+        process.ctypes.CDLL(None).mallopt(0, 0)
+
+
+@pytest.mark.parametrize(("number", "code"), SIGNALS)
+def test_a_deferred_signal_is_noted_and_the_second_raises(number, code):
+    with stop_signals() as stop:
+        stop.deferred = True
+        assert stop.signal == 0
+        os.kill(os.getpid(), number)
+        assert stop.signal == number
+        with pytest.raises(Stopped) as caught:
+            os.kill(os.getpid(), number)
+    assert caught.value.exit_code == code
+    assert "before it was saved" in str(caught.value)
+
+
+@pytest.mark.parametrize(("number", "code"), SIGNALS)
+def test_where_nothing_looks_the_first_signal_raises(number, code):
+    with pytest.raises(Stopped) as caught, stop_signals():
+        os.kill(os.getpid(), number)
+    assert caught.value.exit_code == code
+
+
+def test_no_handler_of_errors_keeps_a_stop():
+    def read_badly():
+        with contextlib.suppress(Exception):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Stopped), stop_signals():
+        read_badly()
+
+
+def test_handlers_come_back():
+    def handler(number, frame):
+        heard.append(number)
+
+    heard = []
+    old = signal.signal(signal.SIGTERM, handler)
+    interrupt = signal.getsignal(signal.SIGINT)
+    try:
+        with stop_signals() as stop:
+            assert signal.getsignal(signal.SIGTERM) == stop.handle
+        with pytest.raises(KeyError), stop_signals():
+            raise KeyError
+        assert signal.getsignal(signal.SIGTERM) is handler
+        assert signal.getsignal(signal.SIGINT) is interrupt
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert heard == [signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGTERM, old)
+
+
+def test_outside_the_main_thread_the_request_never_comes():
+    def work():
+        with stop_signals() as stop:
+            found.append((stop.signal, signal.getsignal(signal.SIGTERM)))
+
+    found, handler = [], signal.getsignal(signal.SIGTERM)
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found == [(0, handler)]
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_sigterm_ends_the_process_while_there_is_nothing_to_save(inside):
+    code = f"""
+import os, signal
+from nanojaxgpt.hosts.process import leave_at_sigterm
+with leave_at_sigterm():
+    {"os.kill(os.getpid(), signal.SIGTERM)" if inside else "pass"}
+os.kill(os.getpid(), signal.SIGTERM)
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert found.returncode == (PREEMPTED if inside else -signal.SIGTERM), found.stderr
