@@ -7,9 +7,9 @@ Attention is dense in every layer; the paper's alternates with locally banded sp
 
     nanojaxgpt rehearse --config=experiments/gpt3.py:1.3b --topology=v5e:8x8
     nanojaxgpt rehearse --config=experiments/gpt3.py:6.7b --topology=v5p:4x4x4
-    nanojaxgpt train --config=experiments/gpt3.py:1.3b --config.data.source=text:PATH \
-        --config.data.tokenizer=gpt2:FOLDER
+    nanojaxgpt train --config=experiments/gpt3.py:1.3b --config.data.source=text:PATH
 
+Not yet rehearsed with libtpu: the topologies are where the exact bytes fit many times over.
 Steps, batches, warmup (375 M tokens), decay and weight decay are the paper's. Not trained with
 this code, so no figure is claimed here.
 """

@@ -2,13 +2,14 @@
 
 Parameters: 8b 8,030,261,248, 70b 70,553,706,496, as in the released weights. Shapes, learning
 rates, warmup and 8,192 tokens of context are the paper's; a step has 4 million tokens, as its
-training began, and the tokenizer is yours to give (128,256 ids).
+training began.
 
     nanojaxgpt rehearse --config=experiments/llama3.py:8b --topology=v5p:4x4x4
     nanojaxgpt rehearse --config=experiments/llama3.py:70b --topology=v5p:4x4x8 --slices=2
-    nanojaxgpt train --config=experiments/llama3.py:8b --config.data.source=jsonl:PATH \
-        --config.data.tokenizer=hf:FILE
+    nanojaxgpt train --config=experiments/llama3.py:8b --config.data.source=jsonl:PATH
 
+Rehearsed with libtpu 0.0.42.1: 8b fits 64 v5p (mesh fsdp=64, 52.5 of 95 GiB), 70b fits two slices
+of 128 v5p (data=2 fsdp=128, 49.5 of 95 GiB).
 Not trained with this code, so no figure is claimed here.
 """
 

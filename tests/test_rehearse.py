@@ -222,6 +222,18 @@ def test_groups_in_every_form(text, groups):
     assert read_groups(text, 4) == groups
 
 
+def test_a_send_between_slices_is_a_collective():
+    program = read_collectives(
+        "HloModule m, num_partitions=4\nENTRY %main (x: f32[]) -> f32[] {\n"
+        "  %send = (f32[8]{0}, u32[], token[]) send(%x, %t), channel_id=2, frontend_attributes="
+        '{_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}\n'
+        "  %recv = (f32[8]{0}, u32[], token[]) recv(%t), channel_id=1, frontend_attributes="
+        '{_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}\n}\n'
+    )
+    (one,) = program.collectives
+    assert one == ("all-reduce", 32, ((0, 4),), 1)
+
+
 def test_small_readings():
     assert array_bytes("(bf16[2,3]{1,0:T(8,128)(2,1)}, s4[8], pred[], u32[]{:S(2)})") == 17
     np.testing.assert_array_equal(iota_groups("[4,2]T(1,0)"), [0, 2, 4, 6, 1, 3, 5, 7])

@@ -86,7 +86,7 @@ def read_collectives(text: str) -> Program:
 
     def visit(name: str, repeats: int) -> None:
         for index, instruction in enumerate(computations.get(name, ())):
-            if instruction.opcode.removesuffix("-start") in KINDS:
+            if instruction.opcode.removesuffix("-start") in KINDS or between_slices(instruction):
                 times[name, index] += repeats
             elif instruction.opcode == "while":
                 body = re.search(r"body=%?([\w.-]+)", instruction.rest)[1]
@@ -104,10 +104,23 @@ def read_collectives(text: str) -> Program:
         instruction = computations[name][index]
         one = read_collective(instruction, name, repeats, partitions)
         channel = re.search(r"channel_id=(\d+)", instruction.rest)
-        key = (one.kind, channel[1]) if channel else (name, index)
+        key = (instruction.opcode.removesuffix("-start"), channel[1]) if channel else (name, index)
         if key not in found or found[key].times < repeats:
             found[key] = one
     return Program(tuple(c for c in found.values() if len(c.groups[0]) > 1), len(unknown))
+
+
+def between_slices(line: Instruction) -> str:
+    """Return the kind of collective that a send between slices is; "" for all else.
+
+    libtpu compiles one slice's program, which hands such arrays to the hosts: partition i of
+    every slice then works with its like.
+    """
+    found = re.search(r'_xla_megascale_transfer_type="(\w+)"', line.rest)
+    if not found or line.opcode != "send":
+        return ""
+    kind = found[1].lower().replace("_", "-")
+    return kind if kind in KINDS else "collective-permute"
 
 
 def trip_count(loop: Instruction, computations: dict[str, list[Instruction]]) -> int:
@@ -159,6 +172,11 @@ def operands(line: Instruction) -> list[str]:
 
 def read_collective(line: Instruction, inside: str, times: int, partitions: int) -> Collective:
     """Return one instruction's collective; `inside` is the name of its computation."""
+    if kind := between_slices(line):
+        slices = len(re.search(r'megascale_target="\{([\d,]*)\}', line.rest)[1].split(","))
+        size = array_bytes(line.result) * (slices if kind == "all-gather" else 1)
+        across = tuple(range(0, slices * partitions, partitions))
+        return Collective(kind, size, (across,), times)
     kind, groups = line.opcode.removesuffix("-start"), read_groups(line.rest, partitions)
     size, group = array_bytes(line.result), len(groups[0])
     if line.opcode.endswith("-start") and kind in ("all-gather", "reduce-scatter"):
@@ -179,7 +197,7 @@ def array_bytes(text: str) -> float:
     """Return the bytes of a shape, `bf16[8,128]{1,0}`, or of all in a tuple but its scalars u32."""
     total = 0.0
     for kind, sizes in re.findall(r"\b([a-z]\w*)\[([\d,]*)\]", text):
-        if kind == "u32" and not sizes:
+        if kind == "token" or (kind == "u32" and not sizes):
             continue  # the state of an asynchronous operation
         bits = re.search(r"\d+", kind)
         each = BYTES.get(kind) or int(bits[0]) / 8
