@@ -26,7 +26,7 @@ nanojaxgpt VERB ...
   sample RUN --prompt=TEXT                              text, streamed as it is made
   prepare --config=EXPERIMENT.py[:VARIANT]              the corpus as tokens, as train would
   inspect --config=EXPERIMENT.py [--step=N] [--rows=4]  what the model sees at a step
-  sweep  plan|run|status|resume|report --config=EXPERIMENT.py [--dir=DIR]   many runs from one file
+  sweep  plan|run|status|resume|report --config=...     many runs from one file, and their report
 
 Every field of the config can be set: --config.optim.learning_rate=3e-4. VERB --help says more.
 """
