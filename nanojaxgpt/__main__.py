@@ -28,8 +28,8 @@ nanojaxgpt VERB ...
   prepare --config=EXPERIMENT.py[:VARIANT]              the corpus as tokens, as train would
   inspect --config=EXPERIMENT.py [--step=N] [--rows=4]  what the model sees at a step
   coordcheck --config=EXPERIMENT.py                     activations against width, muP or not
-  sweep  plan|run|status|resume|report --config=EXPERIMENT.py [--dir=DIR]   many runs from one file
   rehearse --config=EXPERIMENT.py --topology=v5e:4x4    memory and time on chips not here
+  sweep  plan|run|status|resume|report --config=...     many runs from one file, and their report
 
 Every field of the config can be set: --config.optim.learning_rate=3e-4. VERB --help says more.
 """

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from nanojaxgpt import checkpoint, config, rundir, sharding
+from nanojaxgpt import checkpoint, config, hosts, rundir, sharding
 from nanojaxgpt.__main__ import main
 from nanojaxgpt.errors import ConfigError, NonFiniteError
 from nanojaxgpt.metrics import read_metrics
@@ -32,6 +32,12 @@ from nanojaxgpt.sweep.space import (
 from nanojaxgpt.train import fit, make_hyper, make_job, prepare_data
 
 RATE, SEED = "optim.learning_rate", "train.seed"
+
+
+@pytest.fixture(autouse=True)
+def own_allocator(monkeypatch):
+    """Keep the settings of this process's allocator."""
+    monkeypatch.setattr(hosts, "keep_freed_memory", lambda: None)
 
 
 @pytest.fixture
@@ -249,7 +255,7 @@ def mapped(trials, tmp_path_factory):
     return folder, [line for line in lines if "/3 " in line]
 
 
-def test_map_has_the_bits_of_the_runs_alone(trials, mapped, tmp_path, one_device):
+def test_map_has_the_bits_of_the_runs_alone(trials, mapped, tmp_path, one_device, capsys):
     folder, lines = mapped
     assert [line.split()[0] for line in lines] == ["1/3", "2/3", "3/3"]
     first, second = (run_path(folder, trial.name) for trial in trials[:2])
@@ -262,6 +268,9 @@ def test_map_has_the_bits_of_the_runs_alone(trials, mapped, tmp_path, one_device
     assert read_outcome(folder, trials[1].name)["state"] == "finished"
     parts = {path.name for path in second.iterdir()}
     assert {"config.json", "identity.json", "metrics.jsonl", "checkpoints", "tokenizer"} <= parts
+    capsys.readouterr()
+    assert main(["eval", str(second)]) == 0
+    assert json.loads(capsys.readouterr().out)["loss"] == numbers(second)[-1]["validation_loss"]
 
 
 def test_what_is_done_is_not_done_again(trials, mapped):

@@ -14,7 +14,9 @@ from conftest import ROOT
 
 from nanojaxgpt.metrics import read_metrics
 from nanojaxgpt.sweep import claims
+from nanojaxgpt.sweep import launch as launch_module
 from nanojaxgpt.sweep.claims import Claims, is_running, read_outcome, run_path
+from nanojaxgpt.sweep.launch import own_devices
 from nanojaxgpt.sweep.plan import load_trials
 
 NUM_TRIALS, NUM_STEPS = 6, 12
@@ -53,6 +55,7 @@ def test_who_was_taken_over_ends_at_once(tmp_path):
 import time
 from pathlib import Path
 from nanojaxgpt.sweep import claims
+from nanojaxgpt.sweep import launch as launch_module
 claims.BEAT_SECONDS = 0.05
 with claims.Claims(Path("{tmp_path}")) as held:
     held.take("a")
@@ -100,6 +103,16 @@ with Claims(Path("{tmp_path}")) as held:
         process.stdin.flush()
     assert [process.wait(timeout=60) for process in processes] == [0] * 4
     assert len(list((tmp_path / "claims").glob("trial0.*"))) > 4
+
+
+def test_workers_share_the_gpus(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
+    shares = [own_devices(index, 2)["CUDA_VISIBLE_DEVICES"] for index in range(2)]
+    assert shares == ["4,6", "5"]
+    assert own_devices(4, 5) == {"CUDA_VISIBLE_DEVICES": "5"}  # more workers than GPUs
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setattr(launch_module, "nvidia_devices", list)
+    assert own_devices(0, 2) == {}
 
 
 @pytest.fixture(scope="module")

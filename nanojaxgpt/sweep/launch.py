@@ -19,7 +19,8 @@ def launch_workers(command: list[str], workers: int) -> None:
         try:
             for index in range(workers):
                 environment = os.environ | own_devices(index, workers)
-                processes.append(subprocess.Popen(command, env=environment))
+                # A group of its own: of Ctrl-C it hears once, from here.
+                processes.append(subprocess.Popen(command, env=environment, process_group=0))
             codes = [process.wait() for process in processes]
         except Stopped:
             for process in processes:
