@@ -212,9 +212,9 @@ def make_step(cfg: ConfigDict, mesh: Mesh, loss_fn: LossFn | None = None) -> Ste
 
 def make_job(cfg: ConfigDict, data: Data, mesh: Mesh, loss_fn: LossFn | None = None) -> Job:
     """Return everything the loop needs. Raises ConfigError or DataError; allocates nothing."""
-    train_batch = make_train_batch(cfg, data, mesh)
+    step, train_batch = make_step(cfg, mesh, loss_fn), make_train_batch(cfg, data, mesh)
     job_eval = make_evaluation(cfg, data, mesh, Transformer(ModelConfig(**cfg.model)))
-    return Job(cfg, mesh, data, *make_step(cfg, mesh, loss_fn), train_batch, job_eval)
+    return Job(cfg, mesh, data, *step, train_batch, job_eval)
 
 
 def share_job(job: Job, cfg: ConfigDict) -> Job:
