@@ -25,6 +25,7 @@ nanojaxgpt VERB ...
   prepare --config=EXPERIMENT.py[:VARIANT]              the corpus as tokens, as train would
   inspect --config=EXPERIMENT.py [--step=N] [--rows=4]  what the model sees at a step
   coordcheck --config=EXPERIMENT.py                     activations against width, muP or not
+  reproduce experiments/papers/NAME.py [--dir=DIR]      published against measured, with a verdict
 
 Every field of the config can be set: --config.optim.learning_rate=3e-4. VERB --help says more.
 """
@@ -55,12 +56,21 @@ def split_overrides(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
     return others, overrides
 
 
-def parse(verb: str, arguments: list[str], options: dict[str, dict[str, Any]]) -> Any:
-    """Return the parsed arguments of a verb: RUN or --run, its options, and the overrides."""
+def parse(
+    verb: str, arguments: list[str], options: dict[str, dict[str, Any]], metavar: str = "RUN"
+) -> Any:
+    """Return the parsed arguments of a verb: RUN or --run, its options, and the overrides.
+
+    `metavar` is what stands in the place of RUN; only a RUN can be given as a flag too.
+    """
     about = (VERBS[verb].__doc__ or "").split("\n")[0]
     parser = Parser(prog=f"nanojaxgpt {verb}", description=about, allow_abbrev=False)
-    parser.add_argument("path", metavar="RUN", nargs="?", help="the run directory")
-    parser.add_argument("--run", default="", help="the same, as a flag")
+    if metavar == "RUN":
+        parser.add_argument("path", metavar=metavar, nargs="?", help="the run directory")
+        parser.add_argument("--run", default="", help="the same, as a flag")
+    else:
+        parser.add_argument("run", metavar=metavar, nargs="?", default="")
+        parser.set_defaults(path="")
     for name, settings in options.items():
         parser.add_argument(f"--{name}", **settings)
     others, overrides = split_overrides(arguments)
@@ -282,6 +292,25 @@ def coordcheck(arguments: list[str]) -> None:
     print(save(result, Path(parsed.run or "runs/coordcheck")))
 
 
+def reproduce(arguments: list[str]) -> None:
+    """Run what a paper's file names; report its published figures against the measured ones.
+
+    Goes on where it was stopped. --config.FIELD=VALUE says where the data lie; the recipe is fixed.
+    """
+    options = {"dir": {"default": "", "help": "of runs and report; default: runs/NAME"}}
+    parsed = parse("reproduce", arguments, options, metavar="PAPER.py")
+    if not parsed.run:
+        raise ConfigError("which paper? nanojaxgpt reproduce experiments/papers/NAME.py")
+    from nanojaxgpt.paper import load_paper
+
+    paper = load_paper(parsed.run, parsed.overrides)
+    folder = Path(parsed.dir or Path("runs") / Path(parsed.run).stem)
+    from nanojaxgpt.reproduce import reproduce, save
+
+    path = save(reproduce(paper, folder, warn), folder, f"nanojaxgpt reproduce {parsed.run}")
+    print(path.read_text() + str(path))
+
+
 def open_experiment(
     verb: str, arguments: list[str], options: dict[str, dict[str, Any]]
 ) -> tuple[Any, ConfigDict]:
@@ -320,6 +349,7 @@ VERBS: dict[str, Callable[[list[str]], None]] = {
     "prepare": prepare,
     "inspect": inspect,
     "coordcheck": coordcheck,
+    "reproduce": reproduce,
 }
 
 

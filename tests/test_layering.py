@@ -13,8 +13,8 @@ FLOORS = {
     1: {"config", "rundir", "hosts", "checkpoint", "metrics", "sample", "evaluate", "data",
         "data.sources", "data.sources.documents", "data.sources.files", "data.sources.stdlib",
         "data.sources.tfds", "data.sources.builders", "data.sources.hub",
-        "data.shards", "data.store", "data.packing", "data.loader", "data.show"},
-    2: {"train", "coordcheck"},
+        "data.shards", "data.store", "data.packing", "data.loader", "data.show", "paper"},
+    2: {"train", "coordcheck", "reproduce"},
     3: {"__main__"},
 }  # fmt: skip
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
@@ -93,7 +93,7 @@ def test_no_rooms_import_each_other():
     assert cycle(USES) == []
 
 
-EARLY = {"", "__main__", "config", "errors", "rundir", "hosts"}
+EARLY = {"", "__main__", "config", "errors", "rundir", "hosts", "paper"}
 
 
 @pytest.mark.parametrize("name", [n for n in ROOMS if n in EARLY or n.startswith("data")])
