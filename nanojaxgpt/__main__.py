@@ -297,17 +297,22 @@ def reproduce(arguments: list[str]) -> None:
 
     Goes on where it was stopped. --config.FIELD=VALUE says where the data lie; the recipe is fixed.
     """
-    options = {"dir": {"default": "", "help": "of runs and report; default: runs/NAME"}}
+    options = {
+        "dir": {"default": "", "help": "of runs and report; default: runs/NAME"},
+        "seeds": {"default": 0, "type": int, "help": "only the first so many; default: all"},
+    }
     parsed = parse("reproduce", arguments, options, metavar="PAPER.py")
     if not parsed.run:
         raise ConfigError("which paper? nanojaxgpt reproduce experiments/papers/NAME.py")
-    from nanojaxgpt.paper import load_paper
+    from nanojaxgpt.paper import first_seeds, load_paper
 
-    paper = load_paper(parsed.run, parsed.overrides)
+    paper = first_seeds(load_paper(parsed.run, parsed.overrides), parsed.seeds)
     folder = Path(parsed.dir or Path("runs") / Path(parsed.run).stem)
     from nanojaxgpt.reproduce import reproduce, save
 
-    path = save(reproduce(paper, folder, warn), folder, f"nanojaxgpt reproduce {parsed.run}")
+    seeds = f" --seeds={parsed.seeds}" if parsed.seeds else ""
+    command = f"nanojaxgpt reproduce {parsed.run}{seeds}"
+    path = save(reproduce(paper, folder, warn), folder, command)
     print(path.read_text() + str(path))
 
 

@@ -106,6 +106,21 @@ def load_paper(path: str, overrides: dict[str, str] | None = None) -> Paper:
     return replace(paper, arms=tuple(arms))
 
 
+def first_seeds(paper: Paper, count: int) -> Paper:
+    """Return the paper with the first `count` seeds of each arm, labelled so. Raises ConfigError.
+
+    0 leaves all of them.
+    """
+    if count < 0:
+        raise ConfigError(f"--seeds={count} must be at least 1, or 0 for all that the file states")
+    most = max((len(arm.seeds) for arm in paper.arms), default=0)
+    if not 0 < count < most:
+        return paper
+    arms = tuple(replace(arm, seeds=arm.seeds[:count]) for arm in paper.arms)
+    label = f"{paper.scaled_down} Only {count} of the {most} seeds that the file states.".strip()
+    return replace(paper, arms=arms, scaled_down=label)
+
+
 def paper_problems(paper: Paper) -> list[str]:
     """Return what is missing or does not fit together, each with what to add."""
     problems = [] if paper.claims else ["it claims nothing; add a Claim with its criterion"]

@@ -5,7 +5,7 @@ import pytest
 
 from nanojaxgpt.data.loader import open_task, task_data
 from nanojaxgpt.data.rows import Source, make_eval_batches, make_train_rows
-from nanojaxgpt.data.tasks import TASKS, task_rows
+from nanojaxgpt.data.tasks import ENDLESS, TASKS, task_rows
 from nanojaxgpt.data.tokenizers import WordTokenizer, load_tokenizer
 from nanojaxgpt.errors import ConfigError, DataError
 
