@@ -1,4 +1,4 @@
-"""Induction heads: two attention layers copy from the context, one can't, one with smeared keys can.
+"""Induction heads: two attention layers copy what repeats, one can't, one with smeared keys can.
 
 Paper: Olsson et al. 2022, "In-context Learning and Induction Heads" (arXiv:2209.11895), arguments 1
 and 2. There, models trained on 10 B tokens of text go through an abrupt change in which induction
