@@ -1,5 +1,6 @@
 """Papers: verdicts by a stated criterion, what is missing is not run, what was stopped goes on."""
 
+import functools
 import json
 import math
 import subprocess
@@ -94,10 +95,13 @@ def test_the_recipe_can_not_be_changed_from_outside(tmp_path):
 
 
 @pytest.fixture
-def tiny(small_config):
+def tiny(small_config, monkeypatch):
     """Return a paper of one arm and two seeds: a claim that holds, and one that must not."""
-    sizes = {"train.num_steps": "10", "eval.every_steps": "5", "mesh.data": "-1"}
-    cfg = small_config(**sizes)
+    one_device = functools.partial(sharding.make_mesh, devices=jax.devices()[:1])
+    monkeypatch.setattr(sharding, "make_mesh", one_device)
+    small = {"model.num_layers": "1", "model.mlp": "none", "checkpoint.every_steps": "0"}
+    small["optim.optimizer"] = "sgd"  # all of it compiles in half the time
+    cfg = small_config(**small, **{"train.num_steps": "10"})
     loss = Claim("loss", 2.9, "here", lambda run: run.at(10), (0, 3.5), ("plain",))
     wrong = replace(loss, name="impossible loss", accept=(-2.0, -1.0))
     return Paper("A tiny paper", (loss, wrong, claim(name="exact")), (Arm("plain", cfg, (3, 4)),))
@@ -198,16 +202,22 @@ def test_induction_heads_sees_the_models_own_attention():
     params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(1), x.shape), params)
     tokens_BT = jnp.asarray(random_tokens(3, 16))
 
-    def stream(layers: int):
+    def stream(params, layers: int):
         cut = {**params, "layers": jax.tree.map(lambda x: x[:layers], params["layers"])}
         model = Transformer(replace(cfg, num_layers=layers))
         return model.apply({"params": cut}, tokens_BT, logits=False)[0][0]
 
-    weights_BNTS = paper.attention_weights(cfg, params, tokens_BT, 1)
-    own = jax.tree.map(lambda x: x[1], params["layers"])
-    y_BTD = jax.nn.standardize(stream(1), epsilon=cfg.norm_eps)
-    y_BTD = y_BTD * own["attention_norm_scale"] + own["attention_norm_bias"]
-    v_BSNH = jnp.einsum("BSD,DNH->BSNH", y_BTD, own["v_DKH"]) + own["v_bias"]
-    out_BTNH = jnp.einsum("BNTS,BSNH->BTNH", weights_BNTS, v_BSNH)
-    update_BTD = jnp.einsum("BTNH,NHD->BTD", out_BTNH, own["o_NHD"]) + own["o_bias"]
-    np.testing.assert_allclose(stream(1) + update_BTD, stream(2), atol=2e-4)
+    @jax.jit
+    def second_layer(params):
+        weights_BNTS = paper.attention_weights(cfg, params, tokens_BT, 1)
+        own = jax.tree.map(lambda x: x[1], params["layers"])
+        y_BTD = jax.nn.standardize(stream(params, 1), epsilon=cfg.norm_eps)
+        y_BTD = y_BTD * own["attention_norm_scale"] + own["attention_norm_bias"]
+        v_BSNH = jnp.einsum("BSD,DNH->BSNH", y_BTD, own["v_DKH"]) + own["v_bias"]
+        out_BTNH = jnp.einsum("BNTS,BSNH->BTNH", weights_BNTS, v_BSNH)
+        update_BTD = jnp.einsum("BTNH,NHD->BTD", out_BTNH, own["o_NHD"]) + own["o_bias"]
+        return update_BTD, stream(params, 2) - stream(params, 1)
+
+    by_hand_BTD, by_model_BTD = second_layer(params)
+    assert jnp.abs(by_model_BTD).max() > 0.5
+    np.testing.assert_allclose(by_hand_BTD, by_model_BTD, atol=2e-4)
