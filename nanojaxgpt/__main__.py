@@ -30,6 +30,7 @@ nanojaxgpt VERB ...
   coordcheck --config=EXPERIMENT.py                     activations against width, muP or not
   rehearse --config=EXPERIMENT.py --topology=v5e:4x4    memory and time on chips not here
   sweep  plan|run|status|resume|report --config=...     many runs from one file, and their report
+  reproduce experiments/papers/NAME.py [--dir=DIR]      published against measured, with a verdict
 
 Every field of the config can be set: --config.optim.learning_rate=3e-4. VERB --help says more.
 """
@@ -412,6 +413,30 @@ def coordcheck(arguments: list[str]) -> None:
     print(save(result, Path(parsed.run or "runs/coordcheck")))
 
 
+def reproduce(arguments: list[str]) -> None:
+    """Run what a paper's file names; report its published figures against the measured ones.
+
+    Goes on where it was stopped. --config.FIELD=VALUE says where the data lie; the recipe is fixed.
+    """
+    options = {
+        "dir": {"default": "", "help": "of runs and report; default: runs/NAME"},
+        "seeds": {"default": 0, "type": int, "help": "only the first so many; default: all"},
+    }
+    parsed = parse("reproduce", arguments, options, ("PAPER.py", "states claims and criteria"))
+    if not parsed.run:
+        raise ConfigError("which paper? nanojaxgpt reproduce experiments/papers/NAME.py")
+    from nanojaxgpt.paper import first_seeds, load_paper
+
+    paper = first_seeds(load_paper(parsed.run, parsed.overrides), parsed.seeds)
+    folder = Path(parsed.dir or Path("runs") / Path(parsed.run).stem)
+    from nanojaxgpt.reproduce import reproduce, save
+
+    seeds = f" --seeds={parsed.seeds}" if parsed.seeds else ""
+    command = f"nanojaxgpt reproduce {parsed.run}{seeds}"
+    path = save(reproduce(paper, folder, warn), folder, command)
+    print(path.read_text() + str(path))
+
+
 def open_experiment(
     verb: str, arguments: list[str], options: dict[str, dict[str, Any]]
 ) -> tuple[Any, ConfigDict]:
@@ -452,6 +477,7 @@ VERBS: dict[str, Callable[[list[str]], None]] = {
     "coordcheck": coordcheck,
     "sweep": sweep,
     "rehearse": rehearse,
+    "reproduce": reproduce,
 }
 
 

@@ -103,7 +103,8 @@ def make_train_step(
         optimizer = optim.make_optimizer(name, hyper, rate, decay_pattern, multipliers)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        finite = jnp.isfinite(loss) & jnp.isfinite(norm) & jnp.isfinite(optax.global_norm(params))
+        checks = [jnp.isfinite(x).all() for x in (loss, norm, *jax.tree.leaves(params))]
+        finite = functools.reduce(jnp.logical_and, checks)
         params, opt_state = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old),
             (params, opt_state),

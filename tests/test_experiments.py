@@ -6,11 +6,15 @@ import pytest
 from conftest import ROOT, SHARED, data_config
 
 from nanojaxgpt.config import check_config, load_config, load_module
+from nanojaxgpt.data.loader import open_task
+from nanojaxgpt.data.tasks import task_rows
 from nanojaxgpt.errors import ConfigError
 from nanojaxgpt.model import ModelConfig, count_params
+from nanojaxgpt.paper import load_paper
 from nanojaxgpt.sweep.plan import load_trials
 
-FILES = sorted((ROOT / "experiments").rglob("*.py"))
+FILES = sorted((ROOT / "experiments").glob("*.py"))
+PAPERS = sorted((ROOT / "experiments" / "papers").glob("*.py"))
 CASES = [
     (path, variant)
     for path in FILES
@@ -30,9 +34,19 @@ def test_it_has_the_parameters_it_declares(path: Path, variant: str):
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_its_docstring_holds_its_command(path: Path):
-    assert f"--config=experiments/{path.relative_to(ROOT / 'experiments')}" in (
-        load_module(str(path)).__doc__
-    )
+    assert f"--config=experiments/{path.name}" in load_module(str(path)).__doc__
+
+
+@pytest.mark.parametrize("path", PAPERS, ids=lambda path: path.stem)
+def test_every_paper_is_complete(path: Path):
+    paper = load_paper(str(path))  # checks claims, criteria and the arms' configs
+    assert f"reproduce experiments/papers/{path.name}" in load_module(str(path)).__doc__
+    for arm in paper.arms:
+        cfg = arm.config.copy_and_resolve_references().unlock()
+        cfg.model.vocab_size = cfg.model.vocab_size or 65
+        assert count_params(ModelConfig(**cfg.model)) > 0
+        if cfg.data.source.startswith("task:"):
+            task_rows(open_task(cfg.data.source)[1], cfg.model.seq_len)
 
 
 @pytest.mark.parametrize(("path", "variant"), CASES, ids=lambda v: getattr(v, "stem", v))
@@ -57,3 +71,5 @@ def test_shakespeare_is_nanogpts_split(tmp_path):
     store = prepare(data, tmp_path, report=lambda _: None).parts[0].store
     assert store.tokenizer.vocab_size == 65
     assert store.split(0.1) == ((0, 1_003_854), (1_003_854, 1_115_394))
+    paper = load_paper(str(ROOT / "experiments" / "papers" / "shakespeare_char_cpu.py"))
+    assert store.identity()["tokens"] == paper.tokens

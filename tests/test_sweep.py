@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from nanojaxgpt import checkpoint, config, hosts, rundir, sharding
+from nanojaxgpt import checkpoint, config, rundir, sharding
 from nanojaxgpt.__main__ import main
 from nanojaxgpt.errors import ConfigError, NonFiniteError
+from nanojaxgpt.hosts import process
 from nanojaxgpt.metrics import read_metrics
 from nanojaxgpt.sweep import run
 from nanojaxgpt.sweep.claims import read_outcome, run_path
@@ -37,7 +38,7 @@ RATE, SEED = "optim.learning_rate", "train.seed"
 @pytest.fixture(autouse=True)
 def own_allocator(monkeypatch):
     """Keep the settings of this process's allocator."""
-    monkeypatch.setattr(hosts, "keep_freed_memory", lambda: None)
+    monkeypatch.setattr(process, "keep_freed_memory", lambda: None)
 
 
 @pytest.fixture

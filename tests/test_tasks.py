@@ -5,7 +5,7 @@ import pytest
 
 from nanojaxgpt.data.loader import open_task, task_data
 from nanojaxgpt.data.rows import Source, make_eval_batches, make_train_rows
-from nanojaxgpt.data.tasks import TASKS, task_rows
+from nanojaxgpt.data.tasks import ENDLESS, TASKS, task_rows
 from nanojaxgpt.data.tokenizers import WordTokenizer, load_tokenizer
 from nanojaxgpt.errors import ConfigError, DataError
 
@@ -81,6 +81,19 @@ def test_induction_follows_from_what_came_before():
     assert len(periods) > 5
 
 
+def test_induction_can_be_trained_on_every_word_and_validated_on_answers():
+    spec = "task:induction,length=40,vocab=30,shortest=5"
+    plain, every = open_task(spec)[1], open_task(spec + ",train_all=1")[1]
+    for first in (0, ENDLESS):
+        number_B = np.uint64(first) + np.arange(200, dtype=np.uint64)
+        ids_BT, answer_BT = plain.make(number_B)
+        same_BT, scored_BT = every.make(number_B)
+        np.testing.assert_array_equal(ids_BT, same_BT)
+        assert scored_BT.all() if first == 0 else (scored_BT == answer_BT).all()
+        assert answer_BT.sum(1).max() == 40 - 6  # a period of 5, and the word that ends it
+        assert answer_BT.sum(1).min() == 40 - 21
+
+
 def test_mqar_asks_for_every_pair():
     places = []
     for words, answer in examples("task:mqar,pairs=4,length=40,vocab=20,power=0.1", range(300))[1]:
@@ -149,6 +162,8 @@ def test_rows_hold_whole_examples_apart(seq_len, per_row):
         ("task:mqar,length=33", "must be even"),
         ("task:mqar,vocab=8", "4 keys for 8 pairs"),
         ("task:induction,vocab=9", "length / 2 = 32"),
+        ("task:induction,shortest=33", "from 1 to length / 2 = 32"),
+        ("task:induction,train_all=2", "must be 0 or 1"),
         ("task:copy,length=0", "at least 1"),
     ],
 )

@@ -127,23 +127,36 @@ def copy(length: int = 16, vocab: int = 32, validation_examples: int = 1000) -> 
     return Task((*numerals(vocab), "|"), 2 * length + 1, ENDLESS, validation_examples, make)
 
 
-def induction(length: int = 64, vocab: int = 64, validation_examples: int = 1000) -> Task:
+def induction(
+    length: int = 64,
+    vocab: int = 64,
+    shortest: int = 0,
+    train_all: int = 0,
+    validation_examples: int = 1000,
+) -> Task:
     """Return distinct random words repeated until the example is full.
 
-    Answers are the words of the repetition but its first, which nothing foretells. The period
-    differs, from a quarter to a half of `length`, so that looking back a fixed way solves nothing.
+    Answers are the words of the repetition but its first, which nothing foretells; train_all=1
+    trains on every word, and validates on the answers alone. The period differs, from `shortest`
+    (0: a quarter of `length`) to a half of it, so that looking back a fixed way solves nothing.
     Olsson et al. 2022, "In-context Learning and Induction Heads" (arXiv:2209.11895).
     """
     require(length >= 8, f"length={length} must be at least 8")
-    require(vocab >= length // 2, f"vocab={vocab} must be at least length / 2 = {length // 2}")
+    shortest, longest = shortest or length // 4, length // 2
+    require(
+        0 < shortest <= longest, f"shortest={shortest} must be from 1 to length / 2 = {longest}"
+    )
+    require(vocab >= longest, f"vocab={vocab} must be at least length / 2 = {longest}")
+    require(train_all in (0, 1), f"train_all={train_all} must be 0 or 1")
 
     def make(number_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        shortest, longest = length // 4, length // 2
         draw_B = hash_words(number_B, 1) % np.uint64(longest - shortest + 1)
         period_B1 = (shortest + draw_B.astype(np.int64))[:, None]
         order_BV = np.argsort(random_words(number_B, vocab, 2), axis=1)
         place_T = np.arange(length)
-        return np.take_along_axis(order_BV, place_T % period_B1, axis=1), place_T > period_B1
+        trained_B1 = (number_B < ENDLESS)[:, None]  # the validation examples come after
+        answer_BT = (place_T > period_B1) | (trained_B1 & bool(train_all))
+        return np.take_along_axis(order_BV, place_T % period_B1, axis=1), answer_BT
 
     return Task(numerals(vocab), length, ENDLESS, validation_examples, make)
 

@@ -1,0 +1,50 @@
+"""nanoGPT's CPU recipe on Tiny Shakespeare by characters: 0.8 M parameters, 2,000 steps.
+
+Source: nanoGPT's README and config/train_shakespeare_char.py (commit 3adf61e), which give a
+validation loss of 1.88; its logs with seed 1337 say 1.8857, by 20 random batches (standard error
+about 0.02). Here the loss is over the whole validation split, 111,540 characters.
+
+    nanojaxgpt reproduce experiments/papers/shakespeare_char_cpu.py --config.data.source=text:PATH
+
+PATH is Tiny Shakespeare: 1,115,394 bytes, char-rnn's data/tinyshakespeare/input.txt; another corpus
+is not run. Hardware: one or two CPU cores, about 2 minutes for each of 3 seeds. Expected: 1.906,
+the mean of seeds 0 to 2 of experiments/shakespeare_char.py:cpu, whose recipe this is.
+"""
+
+import math
+from pathlib import Path
+
+from nanojaxgpt.config import load_experiment
+from nanojaxgpt.paper import Arm, Claim, Paper, Run
+
+RECIPE = Path(__file__).parents[1] / "shakespeare_char.py"
+SOURCE = "nanoGPT, README (commit 3adf61e); its logs with seed 1337, 20 random batches"
+
+
+def initial_loss(run: Run) -> float:
+    """Return the validation loss of a run's parameters before its first step."""
+    import jax
+
+    from nanojaxgpt.reproduce import open_run
+
+    job, _ = open_run(run)
+    with jax.set_mesh(job.mesh):
+        return job.evaluate(job.init(jax.random.key(run.cfg.train.seed)).params)["loss"]
+
+
+def get_paper() -> Paper:
+    """Return the recipe with three seeds, and the losses at its beginning, middle and end."""
+    shared = dict(arms=("cpu",))
+    claims = (
+        Claim("validation loss, step 2000", 1.8857, SOURCE, lambda run: run.at(2000),
+              accept=(1.86, 1.94), **shared),
+        Claim("validation loss, step 1000", "no figure", "a prototype in PyTorch: 2.074",
+              lambda run: run.at(1000), accept=(2.03, 2.12), **shared),
+        Claim("validation loss before the first step", math.log(65), "a uniform guess: ln 65",
+              initial_loss, accept=(math.log(65) - 0.1, math.log(65) + 0.1), every_seed=True,
+              **shared),
+    )  # fmt: skip
+    arms = (Arm("cpu", load_experiment(f"{RECIPE}:cpu"), seeds=(0, 1, 2)),)
+    return Paper(
+        "nanoGPT's CPU recipe on Tiny Shakespeare", claims, arms, tokens="8a9d5828b2a8cc61"
+    )

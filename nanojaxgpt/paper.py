@@ -1,0 +1,157 @@
+"""In: what a file in experiments/papers/ states. Out: claims, arms, and the verdict on a claim.
+
+No jax here: a paper without a criterion is refused before anything runs.
+"""
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from nanojaxgpt import config
+from nanojaxgpt.errors import ConfigError
+
+PASS, FAIL, NOT_RUN = "PASS", "FAIL", "NOT-RUN"
+
+# What the command line may set: where the data lie and what computes, never the recipe.
+FREE = re.compile(
+    r"data\.(source|tfds_dir|manual_dir|cache_dir|num_workers|prefetch_batches)"
+    r"|mesh\..*|model\.(attention|unroll|remat)"
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run of one arm and seed; `records` are those of its metrics.jsonl.
+
+    One that ended at a loss that is not finite is `diverged`.
+    """
+
+    path: Path
+    cfg: ConfigDict
+    records: list[dict[str, Any]]
+    diverged: bool = False
+
+    def at(self, step: int, name: str = "validation_loss") -> float:
+        """Return a logged number; NaN where it was never logged, which no criterion accepts."""
+        found = [r[name] for r in self.records if r["step"] == step and name in r]
+        return found[-1] if found else math.nan
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One recipe, run once for each seed; the seed takes the place of train.seed."""
+
+    name: str
+    config: ConfigDict
+    seeds: tuple[int, ...] = (0,)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A figure, where it was published, how it is measured, and what is accepted.
+
+    `measure` is called for each seed with that seed's run of each of `arms`, in their order;
+    without arms once, with nothing. The verdict is on the mean over the seeds, or on every seed.
+    `accept` is an interval with its ends, and has to be stated before the run.
+    """
+
+    name: str
+    published: float | str  # in words where the paper gives no number
+    source: str
+    measure: Callable[..., float]
+    accept: tuple[float, float] | None = None
+    arms: tuple[str, ...] = ()
+    every_seed: bool = False
+
+
+@dataclass(frozen=True)
+class Paper:
+    """What one file reproduces."""
+
+    title: str
+    claims: tuple[Claim, ...]
+    arms: tuple[Arm, ...] = ()
+    scaled_down: str = ""  # how it is smaller than the paper's own experiment; "": it is not
+    tokens: str = ""  # hash of the corpus's tokens, as in identity.json: no other one will do
+
+
+def load_paper(path: str, overrides: dict[str, str] | None = None) -> Paper:
+    """Return the checked paper of a file, its arms' configs overridden. Raises ConfigError."""
+    module = config.load_module(path)
+    if not hasattr(module, "get_paper"):
+        raise ConfigError(f"{path} has no function get_paper() -> Paper")
+    try:
+        paper = module.get_paper()
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"{path}: {config.explain(error)}") from error
+    if not isinstance(paper, Paper):
+        raise ConfigError(f"{path}: get_paper returns a {type(paper).__name__}, not a Paper")
+    fixed = [name for name in overrides or {} if not FREE.fullmatch(name)]
+    if fixed:
+        raise ConfigError(
+            f"{fixed[0]} is part of what {path} states; only where the data lie and what computes "
+            "can be set here. For another recipe copy the file, and state its criterion"
+        )
+    if problems := paper_problems(paper):
+        raise ConfigError("\n".join(f"{path}: {problem}" for problem in problems))
+    arms = [
+        replace(arm, config=config.override_config(arm.config, overrides or {}))
+        for arm in paper.arms
+    ]
+    return replace(paper, arms=tuple(arms))
+
+
+def first_seeds(paper: Paper, count: int) -> Paper:
+    """Return the paper with the first `count` seeds of each arm, labelled so. Raises ConfigError.
+
+    0 leaves all of them.
+    """
+    if count < 0:
+        raise ConfigError(f"--seeds={count} must be at least 1, or 0 for all that the file states")
+    most = max((len(arm.seeds) for arm in paper.arms), default=0)
+    if not 0 < count < most:
+        return paper
+    arms = tuple(replace(arm, seeds=arm.seeds[:count]) for arm in paper.arms)
+    label = f"{paper.scaled_down} Only {count} of the {most} seeds that the file states.".strip()
+    return replace(paper, arms=arms, scaled_down=label)
+
+
+def paper_problems(paper: Paper) -> list[str]:
+    """Return what is missing or does not fit together, each with what to add."""
+    problems = [] if paper.claims else ["it claims nothing; add a Claim with its criterion"]
+    seeds = {arm.name: arm.seeds for arm in paper.arms}
+    if len(seeds) < len(paper.arms):
+        problems.append("two arms have the same name")
+    problems += [f"arm {name!r} has no seeds" for name, given in seeds.items() if not given]
+    for claim in paper.claims:
+        if claim.accept is None:
+            problems.append(f"claim {claim.name!r} has no criterion; add accept=(low, high)")
+        elif not claim.accept[0] <= claim.accept[1]:  # NaN fails this too
+            problems.append(f"claim {claim.name!r}: accept={claim.accept} holds nothing")
+        if not claim.source:
+            problems.append(f"claim {claim.name!r} has no source; add where it was published")
+        for name in claim.arms:
+            if name not in seeds:
+                problems.append(
+                    f"claim {claim.name!r}: {config.unknown_name('arm', name, list(seeds))}; "
+                    f"add an Arm, or name one of {', '.join(seeds) or 'none'}"
+                )
+        if len({seeds[name] for name in claim.arms if name in seeds}) > 1:
+            problems.append(f"claim {claim.name!r} compares arms with different seeds")
+    used = {name for claim in paper.claims for name in claim.arms}
+    problems += [f"no claim is about the arm {name!r}" for name in seeds if name not in used]
+    return problems
+
+
+def verdict(claim: Claim, measured: list[float]) -> str:
+    """Return PASS or FAIL by the claim's criterion; NaN fails, and no figure is NOT-RUN."""
+    if not measured:
+        return NOT_RUN
+    low, high = claim.accept
+    held = measured if claim.every_seed else [sum(measured) / len(measured)]
+    return PASS if all(low <= value <= high for value in held) else FAIL

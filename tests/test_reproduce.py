@@ -1,0 +1,222 @@
+"""Papers: verdicts by a stated criterion, what is missing is not run, what was stopped goes on."""
+
+import functools
+import json
+import math
+import subprocess
+import sys
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import ROOT, random_tokens, small_model
+
+from nanojaxgpt import sharding
+from nanojaxgpt.__main__ import main
+from nanojaxgpt.config import load_module
+from nanojaxgpt.errors import ConfigError, Stopped
+from nanojaxgpt.model import Transformer, init_params
+from nanojaxgpt.paper import Arm, Claim, Paper, Run, first_seeds, load_paper, verdict
+from nanojaxgpt.reproduce import measure, reproduce, save, to_markdown
+
+PAPERS = sorted((ROOT / "experiments" / "papers").glob("*.py"))
+
+
+def claim(**changes) -> Claim:
+    return replace(Claim("loss", 1.0, "here", lambda: 1.0, (0.9, 1.1)), **changes)
+
+
+@pytest.mark.parametrize(
+    ("measured", "every_seed", "expected"),
+    [
+        ([1.0], False, "PASS"),
+        ([0.9], False, "PASS"),
+        ([1.1001], False, "FAIL"),
+        ([0.8, 1.2], False, "PASS"),
+        ([0.8, 1.2], True, "FAIL"),
+        ([1.0, math.nan], False, "FAIL"),
+        ([math.inf], False, "FAIL"),
+        ([], False, "NOT-RUN"),
+    ],
+)
+def test_the_verdict_is_the_criterions(measured, every_seed, expected):
+    assert verdict(claim(every_seed=every_seed), measured) == expected
+
+
+def test_a_number_that_was_never_logged_is_accepted_by_nothing():
+    run = Run(ROOT, None, [{"step": 5, "loss": 2.0}, {"step": 5, "validation_loss": 3.0}])
+    assert (run.at(5), run.at(5, "loss")) == (3.0, 2.0)
+    assert verdict(claim(accept=(-math.inf, math.inf)), [run.at(6)]) == "FAIL"
+
+
+PAPER = """from nanojaxgpt.config import base_config
+from nanojaxgpt.paper import Arm, Claim, Paper
+
+def get_paper():
+    arms = (Arm("plain", base_config()),)
+    claims = (Claim("loss", 1.0, "here", lambda run: 1.0, accept=(0, 1), arms=("plain",)),)
+    return Paper("A paper", claims, arms)
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        (", accept=(0, 1)", "", r"'loss' has no criterion; add accept=\(low, high\)"),
+        ("accept=(0, 1)", "accept=(1, 0)", "holds nothing"),
+        ('arms=("plain",)', 'arms=("plane",)', "no arm plane; did you mean plain"),
+        ('"here"', '""', "has no source"),
+        ("base_config())", "base_config(), ())", "'plain' has no seeds"),
+        (", claims,", ", (),", "add a Claim"),
+        ("get_paper", "paper", "has no function get_paper"),
+        ('Paper("A paper", claims, arms)', "claims", "a tuple, not a Paper"),
+        ("base_config()", "base_config().modle", "modle"),
+    ],
+)
+def test_a_paper_that_can_not_be_judged_is_refused(tmp_path, old, new, words):
+    path = tmp_path / "paper.py"
+    path.write_text(PAPER)
+    load_paper(str(path))
+    assert old in PAPER
+    path.write_text(PAPER.replace(old, new))
+    with pytest.raises(ConfigError, match=words):
+        load_paper(str(path))
+
+
+def test_the_recipe_can_not_be_changed_from_outside(tmp_path):
+    path = tmp_path / "paper.py"
+    path.write_text(PAPER)
+    arm = load_paper(str(path), {"data.source": "text:other.txt"}).arms[0]
+    assert arm.config.data.source == "text:other.txt"
+    with pytest.raises(ConfigError, match=r"train\.num_steps is part of what"):
+        load_paper(str(path), {"train.num_steps": "3"})
+
+
+@pytest.fixture
+def tiny(small_config, monkeypatch):
+    """Return a paper of one arm and two seeds: a claim that holds, and one that must not."""
+    one_device = functools.partial(sharding.make_mesh, devices=jax.devices()[:1])
+    monkeypatch.setattr(sharding, "make_mesh", one_device)
+    small = {"model.num_layers": "1", "model.mlp": "none", "checkpoint.every_steps": "0"}
+    cfg = small_config(**small, **{"train.num_steps": "10"})
+    loss = Claim("loss", 2.9, "here", lambda run: run.at(10), (0, 3.5), ("plain",))
+    wrong = replace(loss, name="impossible loss", accept=(-2.0, -1.0))
+    return Paper("A tiny paper", (loss, wrong, claim(name="exact")), (Arm("plain", cfg, (3, 4)),))
+
+
+def test_a_reproduction_that_was_stopped_goes_on(tiny, tmp_path):
+    said = []
+
+    def stop_at_the_second(text):
+        said.append(text)
+        if "plain-4: " in text:
+            raise Stopped("a signal", 75)
+
+    with pytest.raises(Stopped):
+        reproduce(tiny, tmp_path / "out", stop_at_the_second)
+    first = (tmp_path / "out" / "plain-3" / "metrics.jsonl").read_bytes()
+    found = reproduce(tiny, tmp_path / "out", said.append)
+    assert said.count("going on from step 10") == 1
+    assert (tmp_path / "out" / "plain-3" / "metrics.jsonl").read_bytes() == first
+    assert [result.verdict for result in found.results] == ["PASS", "FAIL", "PASS"]
+    assert [run.cfg.train.seed for run in found.runs["plain"]] == [3, 4]
+    losses = found.results[0].measured
+    assert set(losses) == {3, 4}
+    assert losses[3] != losses[4]
+    assert found.results[0].spread == pytest.approx(abs(losses[3] - losses[4]) / math.sqrt(2))
+
+    path = save(found, tmp_path / "out", "nanojaxgpt reproduce tiny.py")
+    text, report = path.read_text(), json.loads(path.with_suffix(".json").read_text())
+    assert "2 PASS, 1 FAIL" in text
+    assert "Scaled down" not in text
+    assert [entry["verdict"] for entry in report["claims"]] == ["PASS", "FAIL", "PASS"]
+    assert report["claims"][0]["measured"] == {str(seed): loss for seed, loss in losses.items()}
+    assert (tmp_path / "out" / "curves.png").stat().st_size > 10_000
+
+
+def test_fewer_seeds_are_said_to_be_fewer(tiny):
+    few = first_seeds(tiny, 1)
+    assert few.arms[0].seeds == (3,)
+    assert few.scaled_down == "Only 1 of the 2 seeds that the file states."
+    assert first_seeds(tiny, 2) == first_seeds(tiny, 0) == tiny
+    with pytest.raises(ConfigError, match="at least 1"):
+        first_seeds(tiny, -1)
+
+
+@pytest.mark.parametrize("substitute", [False, True])
+def test_without_its_corpus_a_paper_is_not_run(tiny, tmp_path, substitute, small_config):
+    cfg = tiny.arms[0].config
+    if not substitute:
+        cfg = small_config(**{"data.source": f"text:{tmp_path}/absent.txt"})
+    paper = replace(tiny, arms=(Arm("plain", cfg, (3,)),), tokens="0123456789abcdef")
+    found = reproduce(paper, tmp_path / "out", lambda _: None)
+    assert [result.verdict for result in found.results] == ["NOT-RUN", "NOT-RUN", "PASS"]
+    reason = "is not the corpus of this paper" if substitute else "absent.txt"
+    assert reason in found.results[0].reason
+    assert not (tmp_path / "out" / "plain-3").exists()
+    text = "\n".join(to_markdown(found, ""))
+    assert "1 PASS, 2 NOT-RUN" in text
+    assert text.count(reason) == 1
+
+
+def test_a_claim_over_two_arms_compares_runs_of_one_seed():
+    def run(loss, seed):
+        cfg = type("Cfg", (), {"train": type("Train", (), {"seed": seed})})
+        return Run(ROOT, cfg, [{"step": 1, "validation_loss": loss}])
+
+    runs = {"a": [run(3.0, 0), run(5.0, 1)], "b": [run(1.0, 0), run(1.5, 1)]}
+    gap = claim(measure=lambda a, b: a.at(1) - b.at(1), accept=(2, 4), arms=("a", "b"))
+    assert measure(gap, runs, {}).measured == {0: 2.0, 1: 3.5}
+    assert measure(gap, runs, {"b": "no data"}).reason == "no data"
+
+
+def test_the_door_writes_a_report(tmp_path, capsys):
+    path = tmp_path / "exact.py"
+    path.write_text(
+        "from nanojaxgpt.paper import Claim, Paper\n"
+        "def get_paper():\n"
+        "    return Paper('Sums', (Claim('2 + 2', 4, 'school', lambda: 2 + 2, (4, 4)),))\n"
+    )
+    assert main(["reproduce", str(path), f"--dir={tmp_path}/out"]) == 0
+    assert "| 2 + 2 | 4 [1] | 4 | 0 |  | 4 | PASS |" in capsys.readouterr().out
+    assert not (tmp_path / "out" / "curves.png").exists()
+    assert main(["reproduce"]) == 2
+    assert main(["reproduce", str(path), "--config.optim.beta1=0"]) == 2
+    assert main(["reproduce", str(tmp_path / "absent.py")]) == 2
+
+
+def test_papers_load_without_jax():
+    lines = ["import sys", "from nanojaxgpt.paper import load_paper"]
+    lines += [f"load_paper({str(path)!r})" for path in PAPERS]
+    lines += ["assert 'jax' not in sys.modules"]
+    subprocess.run([sys.executable, "-c", "\n".join(lines)], cwd=ROOT, check=True)
+
+
+def test_induction_heads_sees_the_models_own_attention():
+    paper = load_module(str(ROOT / "experiments" / "papers" / "induction_heads.py"))
+    cfg = small_model(mlp="none", tied_head=False, init="fan_in", final_norm=False)
+    params = sharding.unbox(init_params(cfg, jax.random.key(0)))
+    params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(1), x.shape), params)
+    tokens_BT = jnp.asarray(random_tokens(3, 16))
+
+    def stream(params, layers: int):
+        cut = {**params, "layers": jax.tree.map(lambda x: x[:layers], params["layers"])}
+        model = Transformer(replace(cfg, num_layers=layers))
+        return model.apply({"params": cut}, tokens_BT, logits=False)[0][0]
+
+    @jax.jit
+    def second_layer(params):
+        weights_BNTS = paper.attention_weights(cfg, params, tokens_BT, 1)
+        own = jax.tree.map(lambda x: x[1], params["layers"])
+        y_BTD = jax.nn.standardize(stream(params, 1), epsilon=cfg.norm_eps)
+        y_BTD = y_BTD * own["attention_norm_scale"] + own["attention_norm_bias"]
+        v_BSNH = jnp.einsum("BSD,DNH->BSNH", y_BTD, own["v_DKH"]) + own["v_bias"]
+        out_BTNH = jnp.einsum("BNTS,BSNH->BTNH", weights_BNTS, v_BSNH)
+        update_BTD = jnp.einsum("BTNH,NHD->BTD", out_BTNH, own["o_NHD"]) + own["o_bias"]
+        return update_BTD, stream(params, 2) - stream(params, 1)
+
+    by_hand_BTD, by_model_BTD = second_layer(params)
+    assert jnp.abs(by_model_BTD).max() > 0.5
+    np.testing.assert_allclose(by_hand_BTD, by_model_BTD, atol=2e-4)
