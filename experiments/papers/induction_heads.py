@@ -23,8 +23,6 @@ from nanojaxgpt.config import base_config
 from nanojaxgpt.paper import Arm, Claim, Paper, Run
 
 if TYPE_CHECKING:
-    import jax
-
     from nanojaxgpt.model import ModelConfig
 
 SOURCE = "Olsson et al. 2022, argument 1 (the phase change) and its figures"
@@ -71,7 +69,7 @@ def repeat_accuracy(run: Run) -> float:
     model_cfg, params, batch = validation_batch(run)
 
     @jax.jit
-    def accuracy(params: Any) -> "jax.Array":
+    def accuracy(params: Any) -> Any:
         logits_BTV, _ = Transformer(model_cfg).apply({"params": params}, batch.tokens_BT)
         right_BT = jnp.argmax(logits_BTV, -1) == batch.targets_BT
         return jnp.sum(right_BT * batch.weights_BT) / jnp.sum(batch.weights_BT)
@@ -101,7 +99,7 @@ def steps_of_the_fall(run: Run) -> float:
     return min(low) - max((step for step, loss in losses.items() if loss > 2.5), default=0)
 
 
-def attention_weights(cfg: "ModelConfig", params: Any, tokens_BT: Any, layer: int) -> "jax.Array":
+def attention_weights(cfg: "ModelConfig", params: Any, tokens_BT: Any, layer: int) -> Any:
     """Return the attention weights [B, N, T, S] of a layer (from 0) without smeared keys."""
     import dataclasses
 
