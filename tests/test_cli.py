@@ -108,7 +108,7 @@ def test_verbs_explain_themselves(verb, capsys):
         main([verb, "--help"])
     assert caught.value.code == 0
     out = capsys.readouterr().out
-    assert "--run" in out
+    assert ("--dir" if verb == "reproduce" else "--run") in out
     assert VERBS[verb].__doc__.split("\n")[0] in " ".join(out.split())
 
 

@@ -119,7 +119,7 @@ def test_these_rooms_answer_before_jax_is_imported(name):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "experiments").rglob("*.py")), ids=str)
 def test_experiments_import_no_jax(path):
-    names = imported(ast.parse(path.read_text()))
+    names = imported(top(ast.parse(path.read_text())))  # a paper's measures may, when they run
     assert names & {f"{PACKAGE}.config.base_config", f"{PACKAGE}.config.load_experiment"}
     assert not {name for name in names if name.split(".")[0] in NO_JAX}
 
