@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 # Tests compile much and compute little: LLVM's optimizations would take over half of their time.
@@ -48,13 +49,40 @@ def assert_batches_equal(left, right) -> None:
             np.testing.assert_array_equal(a, b)
 
 
+def write_corpus(folder: Path, num_words: int) -> Path:
+    """Write a text of random words; return its path."""
+    names = ["ash ", "beech ", "cedar\n", "elm ", "fir, "]
+    path = folder / "corpus.txt"
+    path.write_text("".join(np.random.default_rng(0).choice(names, num_words)))
+    return path
+
+
+def write_tiny(folder: Path, own: str, more: str = "", num_words: int = 5000) -> Path:
+    """Write a corpus and an experiment that trains on it in a second; return its path.
+
+    `own` are lines of its `get_config()`, which know cfg, model and train; `more` comes after.
+    """
+    path, corpus = folder / "tiny.py", write_corpus(folder, num_words)
+    shared = f"""from nanojaxgpt.config import base_config
+from nanojaxgpt.sweep.space import *
+
+def get_config():
+    cfg = base_config()
+    model, train = cfg.model, cfg.train
+    model.num_layers, model.embed_dim, model.num_heads, model.seq_len = 1, 16, 2, 16
+    cfg.data.source, cfg.data.tokenizer = "text:{corpus}", "chars"
+    cfg.data.cache_dir = "{folder}/cache"
+    train.batch_size, train.log_every_steps = 8, 1
+"""
+    own = textwrap.indent(textwrap.dedent(own).strip(), "    ")
+    path.write_text(f"{shared}{own}\n    return cfg\n\n{more}")
+    return path
+
+
 @pytest.fixture
 def corpus(tmp_path) -> Path:
-    """Return a text file of 20,000 random words of six letters."""
-    words = np.random.default_rng(0).choice(["ash ", "beech ", "cedar\n", "elm ", "fir, "], 20_000)
-    path = tmp_path / "corpus.txt"
-    path.write_text("".join(words))
-    return path
+    """Return a text file of 20,000 random words."""
+    return write_corpus(tmp_path, 20_000)
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT, command
+from conftest import ROOT, command, write_tiny
 
 from nanojaxgpt import __version__, checkpoint, config, rundir, sharding
 from nanojaxgpt.__main__ import VERBS, main, split_overrides
@@ -32,23 +32,14 @@ def own_allocator(monkeypatch):
 def folder(tmp_path_factory):
     """Return a folder with a corpus and an experiment that trains in a second."""
     folder = tmp_path_factory.mktemp("cli")
-    words = np.random.default_rng(0).choice(["ash ", "beech ", "cedar\n", "elm ", "fir, "], 2000)
-    (folder / "corpus.txt").write_text("".join(words))
-    (folder / "tiny.py").write_text(
-        f"""from nanojaxgpt.config import base_config
-
-def get_config():
-    cfg = base_config()
-    model, train = cfg.model, cfg.train
-    model.num_layers, model.embed_dim, model.num_heads, model.seq_len = 1, 16, 2, 16
-    cfg.data.source = "text:{folder}/corpus.txt"
-    cfg.data.tokenizer = "chars"
-    cfg.data.cache_dir = "{folder}/cache"
-    train.num_steps, train.batch_size, train.log_every_steps = 4, 8, 1
-    cfg.eval.every_steps, cfg.eval.num_batches = 2, 2
-    cfg.checkpoint.every_steps = 2
-    return cfg
-"""
+    write_tiny(
+        folder,
+        """
+        train.num_steps = 4
+        cfg.eval.every_steps, cfg.eval.num_batches = 2, 2
+        cfg.checkpoint.every_steps = 2
+        """,
+        num_words=2000,
     )
     return folder
 

@@ -12,7 +12,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, write_tiny
 from test_hosts import free_address
 
 from nanojaxgpt import checkpoint, rundir, sharding
@@ -45,26 +45,15 @@ sys.exit(main(sys.argv[1:]))
 def start(tmp_path_factory):
     """Return a function that starts process `index` of `count`, with 4 devices among them."""
     folder = tmp_path_factory.mktemp("multihost")
-    words = np.random.default_rng(0).choice(["ash ", "beech ", "cedar\n", "elm ", "fir, "], 5000)
-    (folder / "corpus.txt").write_text("".join(words))
-    (folder / "tiny.py").write_text(
-        f"""from nanojaxgpt.config import base_config
-
-def get_config():
-    cfg = base_config()
-    model, train = cfg.model, cfg.train
-    model.num_layers, model.embed_dim, model.num_heads, model.seq_len = 1, 16, 2, 16
-    cfg.data.source = "text:{folder}/corpus.txt"
-    cfg.data.tokenizer = "chars"
-    cfg.data.cache_dir = "{folder}/cache"
-    cfg.mesh.data, cfg.mesh.fsdp = 2, 2
-    train.num_steps, train.batch_size = {NUM_STEPS}, 8
-    train.log_every_steps = 1
-    cfg.optim.warmup_steps = 5
-    cfg.eval.every_steps, cfg.eval.num_batches = 6, 2
-    cfg.checkpoint.every_steps = 6
-    return cfg
-"""
+    write_tiny(
+        folder,
+        f"""
+        cfg.mesh.data, cfg.mesh.fsdp = 2, 2
+        train.num_steps = {NUM_STEPS}
+        cfg.optim.warmup_steps = 5
+        cfg.eval.every_steps, cfg.eval.num_batches = 6, 2
+        cfg.checkpoint.every_steps = 6
+        """,
     )
     started = []
 

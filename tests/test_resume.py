@@ -11,7 +11,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, write_tiny
 
 from nanojaxgpt import checkpoint, rundir, sharding
 from nanojaxgpt import train as train_module
@@ -36,27 +36,16 @@ def one_device_mesh(*_):
 def start(tmp_path_factory):
     """Return a function that starts training in a run directory, in a process of its own."""
     folder = tmp_path_factory.mktemp("resume")
-    words = np.random.default_rng(0).choice(["ash ", "beech ", "cedar\n", "elm ", "fir, "], 5000)
-    (folder / "corpus.txt").write_text("".join(words))
-    (folder / "tiny.py").write_text(
-        f"""from nanojaxgpt.config import base_config
-
-def get_config():
-    cfg = base_config()
-    model, train = cfg.model, cfg.train
-    model.num_layers, model.embed_dim, model.num_heads, model.seq_len = 1, 16, 2, 16
-    model.dropout = 0.1
-    cfg.data.source = "text:{folder}/corpus.txt"
-    cfg.data.tokenizer = "chars"
-    cfg.data.cache_dir = "{folder}/cache"
-    cfg.mesh.data = 1
-    train.num_steps, train.batch_size, train.accumulation_steps = {NUM_STEPS}, 8, 2
-    train.log_every_steps = 1
-    cfg.optim.warmup_steps = 5
-    cfg.eval.every_steps, cfg.eval.num_batches = 5, 2
-    cfg.checkpoint.every_steps = 5
-    return cfg
-"""
+    write_tiny(
+        folder,
+        f"""
+        model.dropout = 0.1
+        cfg.mesh.data = 1
+        train.num_steps, train.accumulation_steps = {NUM_STEPS}, 2
+        cfg.optim.warmup_steps = 5
+        cfg.eval.every_steps, cfg.eval.num_batches = 5, 2
+        cfg.checkpoint.every_steps = 5
+        """,
     )
     environment = os.environ | {
         "PYTHONPATH": str(ROOT),

@@ -8,7 +8,7 @@ import re
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, write_tiny
 
 from nanojaxgpt import checkpoint, config, rundir, sharding
 from nanojaxgpt.__main__ import main
@@ -57,29 +57,16 @@ def patch_mesh(monkeypatch):
 def write_experiment(tmp_path_factory):
     """Return a function that writes an experiment with this `sweep()` and gives its path."""
     folder = tmp_path_factory.mktemp("sweep")
-    words = np.random.default_rng(0).choice(["ash ", "beech ", "cedar\n", "elm ", "fir, "], 5000)
-    (folder / "corpus.txt").write_text("".join(words))
 
     def write(space: str):
-        path = folder / "tiny.py"
-        path.write_text(
-            f"""from nanojaxgpt.config import base_config
-from nanojaxgpt.sweep.space import *
-
-def get_config():
-    cfg = base_config()
-    model, train = cfg.model, cfg.train
-    model.num_layers, model.embed_dim, model.num_heads, model.seq_len = 1, 16, 2, 16
-    cfg.data.source, cfg.data.tokenizer = "text:{folder}/corpus.txt", "chars"
-    cfg.data.cache_dir = "{folder}/cache"
-    train.num_steps, train.batch_size, train.log_every_steps = 6, 8, 1
-    cfg.eval.every_steps, cfg.eval.num_batches = 3, 2
-    cfg.optim.warmup_steps = 2
-    return cfg
-
-def sweep():
-    return {space}
-"""
+        path = write_tiny(
+            folder,
+            """
+            train.num_steps = 6
+            cfg.eval.every_steps, cfg.eval.num_batches = 3, 2
+            cfg.optim.warmup_steps = 2
+            """,
+            f"def sweep():\n    return {space}\n",
         )
         return str(path)
 

@@ -8,9 +8,8 @@ import subprocess
 import sys
 import time
 
-import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, write_tiny
 
 from nanojaxgpt.metrics import read_metrics
 from nanojaxgpt.sweep import claims
@@ -119,27 +118,14 @@ def test_workers_share_the_gpus(monkeypatch):
 def launch(tmp_path_factory):
     """Return (experiment, a function that starts a launcher in a folder)."""
     folder = tmp_path_factory.mktemp("launch")
-    words = np.random.default_rng(0).choice(["ash ", "beech ", "cedar\n", "elm ", "fir, "], 5000)
-    (folder / "corpus.txt").write_text("".join(words))
-    experiment = folder / "tiny.py"
-    experiment.write_text(
-        f"""from nanojaxgpt.config import base_config
-from nanojaxgpt.sweep.space import choice
-
-def get_config():
-    cfg = base_config()
-    model, train = cfg.model, cfg.train
-    model.num_layers, model.embed_dim, model.num_heads, model.seq_len = 1, 16, 2, 16
-    cfg.data.source, cfg.data.tokenizer = "text:{folder}/corpus.txt", "chars"
-    cfg.data.cache_dir = "{folder}/cache"
-    train.num_steps, train.batch_size, train.log_every_steps = {NUM_STEPS}, 8, 1
-    cfg.eval.every_steps, cfg.eval.num_batches = 6, 2
-    cfg.checkpoint.every_steps = 4
-    return cfg
-
-def sweep():
-    return choice("train.seed", *range({NUM_TRIALS}))
-"""
+    experiment = write_tiny(
+        folder,
+        f"""
+        train.num_steps = {NUM_STEPS}
+        cfg.eval.every_steps, cfg.eval.num_batches = 6, 2
+        cfg.checkpoint.every_steps = 4
+        """,
+        f'def sweep():\n    return choice("train.seed", *range({NUM_TRIALS}))\n',
     )
     environment = os.environ | {
         "PYTHONPATH": str(ROOT),
