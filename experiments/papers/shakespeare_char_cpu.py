@@ -39,7 +39,7 @@ def get_paper() -> Paper:
     claims = (
         Claim("validation loss, step 2000", 1.8857, SOURCE, lambda run: run.at(2000),
               accept=(1.86, 1.94), **shared),
-        Claim("validation loss, step 1000", "no figure", "an earlier prototype of this recipe: 2.074",
+        Claim("validation loss, step 1000", "no figure", "a prototype of this recipe: 2.074",
               lambda run: run.at(1000), accept=(2.03, 2.12), **shared),
         Claim("validation loss before the first step", math.log(65), "a uniform guess: ln 65",
               initial_loss, accept=(math.log(65) - 0.1, math.log(65) + 0.1), every_seed=True,
