@@ -321,7 +321,7 @@ def test_sample_refuses(arguments, code, words, run, refused):
     assert hashes(run) == before
 
 
-@pytest.mark.parametrize("verb", [verb for verb in VERBS if verb != "sweep"])
+@pytest.mark.parametrize("verb", [verb for verb in VERBS if verb not in ("sweep", "reproduce")])
 def test_what_is_no_run(verb, tmp_path, run, refused):
     for path in (tmp_path / "nowhere", tmp_path):
         assert "is no run" in refused(USAGE, verb, path)
