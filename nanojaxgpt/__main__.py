@@ -3,7 +3,6 @@
 jax is imported by the verbs, after the config is read: a mistake in it is answered at once.
 """
 
-import argparse
 import functools
 import json
 import shlex
@@ -13,9 +12,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from ml_collections import ConfigDict
-
 from nanojaxgpt import __version__, config, rundir
+from nanojaxgpt.arguments import open_experiment, open_run, parse
 from nanojaxgpt.errors import INTERNAL, INTERRUPTED, OK, ConfigError, DataError, Stopped, UserError
 from nanojaxgpt.hosts import process
 
@@ -36,59 +34,6 @@ Every field of the config can be set: --config.optim.learning_rate=3e-4. VERB --
 """
 
 
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are ConfigErrors."""
-
-    def error(self, message: str) -> None:
-        """Raise ConfigError instead of leaving the process."""
-        raise ConfigError(f"{message}; see nanojaxgpt {self.prog.split()[-1]} --help")
-
-
-def split_overrides(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
-    """Return the other arguments, and {field: text} of each --config.FIELD=VALUE."""
-    others, overrides, waiting = [], {}, list(arguments)
-    while waiting:
-        argument = waiting.pop(0)
-        if not argument.startswith("--config."):
-            others.append(argument)
-            continue
-        name, equals, text = argument.removeprefix("--config.").partition("=")
-        if not equals:
-            if not waiting:
-                raise ConfigError(f"{argument} has no value; write {argument}=VALUE")
-            text = waiting.pop(0)
-        overrides[name] = text
-    return others, overrides
-
-
-def parse(
-    verb: str,
-    arguments: list[str],
-    options: dict[str, dict[str, Any]],
-    path: tuple[str, str] = ("RUN", "the run directory"),
-) -> Any:
-    """Return the parsed arguments of a verb: RUN or --run, its options, and the overrides.
-
-    `path` is the name and the help of what stands without a flag.
-    """
-    about = (VERBS[verb].__doc__ or "").split("\n")[0]
-    parser = Parser(prog=f"nanojaxgpt {verb}", description=about, allow_abbrev=False)
-    parser.add_argument("path", metavar=path[0], nargs="?", help=path[1])
-    parser.add_argument("--run", default="", help="the same, as a flag")
-    for name, settings in options.items():
-        parser.add_argument(f"--{name}", **settings)
-    others, overrides = split_overrides(arguments)
-    parsed, unknown = parser.parse_known_args(others)
-    if unknown:
-        flags = [flag for action in parser._actions for flag in action.option_strings]
-        raise ConfigError(config.unknown_name("option", unknown[0].split("=")[0], flags))
-    if parsed.run and parsed.path:
-        raise ConfigError(f"two runs given: {parsed.path} and --run={parsed.run}")
-    parsed.run = parsed.run or parsed.path
-    parsed.overrides = overrides
-    return parsed
-
-
 def train(arguments: list[str]) -> None:
     """Train an experiment, or go on with a run that was stopped.
 
@@ -101,7 +46,7 @@ def train(arguments: list[str]) -> None:
         "process_id": {"default": -1, "type": int, "help": "from 0; default: found"},
         "join_seconds": {"default": 300.0, "type": float, "help": "until all must have come"},
     }
-    parsed, cfg = open_experiment("train", arguments, options)
+    parsed, cfg = open_experiment("train", train.__doc__, arguments, options)
     name, _, variant = parsed.config.partition(":")
     run = Path(parsed.run or Path("runs") / (Path(name).stem + (f"-{variant}" if variant else "")))
     given = (parsed.coordinator, parsed.num_processes, parsed.process_id)
@@ -122,7 +67,7 @@ def prepare(arguments: list[str]) -> None:
 
     A preparation that was stopped goes on; one that was done is opened and checked.
     """
-    _, cfg = open_experiment("prepare", arguments, {})
+    _, cfg = open_experiment("prepare", prepare.__doc__, arguments, {})
     from nanojaxgpt.data import store
     from nanojaxgpt.data.sources import DataConfig
 
@@ -153,7 +98,7 @@ def inspect(arguments: list[str]) -> None:
         "rows": {"default": 4, "type": int, "help": "how many rows to print in full; default: 4"},
         "split": {"default": "train", "choices": ("train", "validation"), "help": "default: train"},
     }
-    parsed, cfg = open_experiment("inspect", arguments, options)
+    parsed, cfg = open_experiment("inspect", inspect.__doc__, arguments, options)
     if parsed.step < 1 or parsed.rows < 0:
         raise ConfigError(f"--step={parsed.step} --rows={parsed.rows}: steps count from 1")
     from nanojaxgpt.data.loader import open_data
@@ -187,7 +132,7 @@ def rehearse(arguments: list[str]) -> None:
         },
         "json": {"default": "", "help": "write everything to this file, too"},
     }
-    parsed, cfg = open_experiment("rehearse", arguments, options)
+    parsed, cfg = open_experiment("rehearse", rehearse.__doc__, arguments, options)
     from nanojaxgpt.rehearse.chips import parse_topology
 
     topology = parse_topology(parsed.topology, parsed.slices)
@@ -214,7 +159,7 @@ def rehearse(arguments: list[str]) -> None:
 
 def evaluate(arguments: list[str]) -> None:
     """Print the validation loss and bits per byte of a run's checkpoint, as JSON."""
-    parsed, cfg = open_run("eval", arguments, {})
+    parsed, cfg = open_run("eval", evaluate.__doc__, arguments, {})
     import jax
 
     from nanojaxgpt import sharding
@@ -248,7 +193,7 @@ def sample(arguments: list[str]) -> None:
         name: {"default": None, "help": f"overrides the config's sample.{name}"}
         for name in defaults
     }
-    parsed, cfg = open_run("sample", arguments, options)
+    parsed, cfg = open_run("sample", sample.__doc__, arguments, options)
     given = {f"sample.{name}": getattr(parsed, name) for name in defaults}
     cfg = config.override_config(cfg, {k: v for k, v in given.items() if v is not None})
     import jax
@@ -297,7 +242,7 @@ def sweep(arguments: list[str]) -> None:
         "maximize": {"action": "store_true", "help": "the metric is better when larger"},
     }
     actions = ("plan", "run", "status", "resume", "report")
-    parsed = parse("sweep", arguments, options, ("ACTION", ", ".join(actions)))
+    parsed = parse("sweep", sweep.__doc__, arguments, options, ("ACTION", ", ".join(actions)))
     if parsed.run not in actions:
         known = config.unknown_name("action", parsed.run or "", list(actions))
         raise ConfigError(f"{known}; nanojaxgpt sweep {'|'.join(actions)} --config=EXPERIMENT.py")
@@ -400,7 +345,7 @@ def coordcheck(arguments: list[str]) -> None:
         "widths": {"default": "64,128,256,512", "help": "default: 64,128,256,512"},
         "steps": {"default": 4, "type": int, "help": "of training; default: 4"},
     }
-    parsed, cfg = open_experiment("coordcheck", arguments, options)
+    parsed, cfg = open_experiment("coordcheck", coordcheck.__doc__, arguments, options)
     try:
         widths = [int(width) for width in parsed.widths.split(",")]
     except ValueError:
@@ -422,45 +367,26 @@ def reproduce(arguments: list[str]) -> None:
         "dir": {"default": "", "help": "of runs and report; default: runs/NAME"},
         "seeds": {"default": 0, "type": int, "help": "only the first so many; default: all"},
     }
-    parsed = parse("reproduce", arguments, options, ("PAPER.py", "states claims and criteria"))
+    parsed = parse(
+        "reproduce",
+        reproduce.__doc__,
+        arguments,
+        options,
+        ("PAPER.py", "states claims and criteria"),
+    )
     if not parsed.run:
         raise ConfigError("which paper? nanojaxgpt reproduce experiments/papers/NAME.py")
     from nanojaxgpt.paper import first_seeds, load_paper
 
     paper = first_seeds(load_paper(parsed.run, parsed.overrides), parsed.seeds)
     folder = Path(parsed.dir or Path("runs") / Path(parsed.run).stem)
-    from nanojaxgpt.reproduce import reproduce, save
+    from nanojaxgpt.reproduce import reproduce as run_paper
+    from nanojaxgpt.reproduce import save
 
     seeds = f" --seeds={parsed.seeds}" if parsed.seeds else ""
     command = f"nanojaxgpt reproduce {parsed.run}{seeds}"
-    path = save(reproduce(paper, folder, warn), folder, command)
+    path = save(run_paper(paper, folder, warn), folder, command)
     print(path.read_text() + str(path))
-
-
-def open_experiment(
-    verb: str, arguments: list[str], options: dict[str, dict[str, Any]]
-) -> tuple[Any, ConfigDict]:
-    """Return the parsed arguments of a verb that takes --config or a RUN, and the config."""
-    settings = {"default": "", "help": "the experiment: FILE.py or FILE.py:VARIANT"}
-    parsed = parse(verb, arguments, {"config": settings} | options)
-    if parsed.config:
-        return parsed, config.load_config(parsed.config, parsed.overrides)
-    if parsed.run:
-        return parsed, config.override_config(rundir.load_run(Path(parsed.run)), parsed.overrides)
-    raise ConfigError(f"say what to {verb}: --config=experiments/quickstart.py, or a RUN")
-
-
-def open_run(
-    verb: str, arguments: list[str], options: dict[str, dict[str, Any]]
-) -> tuple[Any, ConfigDict]:
-    """Return the parsed arguments of a verb that reads a run, and the run's config."""
-    step = {"default": "", "help": "a checkpoint's step, or best; default: the newest"}
-    parsed = parse(verb, arguments, options | {"step": step})
-    if not parsed.run:
-        raise ConfigError(f"which run? nanojaxgpt {verb} RUN")
-    if parsed.step not in ("", "best") and not parsed.step.isdecimal():
-        raise ConfigError(f"--step={parsed.step} is neither a number nor best")
-    return parsed, config.override_config(rundir.load_run(Path(parsed.run)), parsed.overrides)
 
 
 def warn(text: str) -> None:

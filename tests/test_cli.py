@@ -13,7 +13,8 @@ import pytest
 from conftest import ROOT, command, write_tiny
 
 from nanojaxgpt import __version__, checkpoint, config, rundir, sharding
-from nanojaxgpt.__main__ import VERBS, main, split_overrides
+from nanojaxgpt.__main__ import VERBS, main
+from nanojaxgpt.arguments import split_overrides
 from nanojaxgpt.errors import ConfigError
 from nanojaxgpt.hosts import process
 from nanojaxgpt.metrics import read_metrics

@@ -11,7 +11,7 @@ FLOORS = {
     0: {"", "errors", "model", "attention", "loss", "optim", "sharding", "data.tokenizers",
         "data.subwords", "projection", "data.rows", "data.tasks", "sweep", "sweep.space",
         "rehearse.chips", "rehearse.collectives"},
-    1: {"config", "rundir", "hosts", "hosts.process", "hosts.lifeline", "hosts.team",
+    1: {"config", "rundir", "arguments", "hosts", "hosts.process", "hosts.lifeline", "hosts.team",
         "hosts.joining", "hosts.watchdog", "checkpoint", "metrics", "sample", "evaluate", "data",
         "data.sources", "data.sources.documents", "data.sources.files", "data.sources.stdlib",
         "data.sources.tfds", "data.sources.builders", "data.sources.hub",
@@ -99,7 +99,7 @@ def test_no_rooms_import_each_other():
     assert cycle(USES) == []
 
 
-EARLY = {"", "__main__", "config", "errors", "rundir", "paper"} | {
+EARLY = {"", "__main__", "arguments", "config", "errors", "rundir", "paper"} | {
     f"sweep.{name}" for name in ("space", "plan", "claims", "launch")
 }
 
