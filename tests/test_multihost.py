@@ -84,9 +84,9 @@ def start(tmp_path_factory):
         process.kill()
 
 
-def start_two(start, run, *arguments, fault="") -> list[subprocess.Popen]:
+def start_team(start, run, *arguments, fault="", count=2) -> list[subprocess.Popen]:
     address = free_address()
-    return [start(run, i, 2, address, *arguments, fault=fault) for i in range(2)]
+    return [start(run, i, count, address, *arguments, fault=fault) for i in range(count)]
 
 
 def finish(*processes) -> list[str]:
@@ -144,7 +144,7 @@ def one(start, tmp_path_factory):
 
 def test_two_processes_stopped_by_one_go_on_as_one_process(start, one, tmp_path):
     run = tmp_path / "run"
-    processes = start_two(start, run)
+    processes = start_team(start, run)
     wait_for(run, 3, processes)
     processes[1].send_signal(signal.SIGTERM)
     outputs = [process.communicate(timeout=300)[0] for process in processes]
@@ -167,24 +167,39 @@ def test_one_process_goes_on_as_two(start, one, tmp_path):
     wait_for(run, 3, [process])
     process.send_signal(signal.SIGTERM)
     assert "saved step" in process.communicate(timeout=300)[0]
-    assert "going on from step" in finish(*start_two(start, run))[0]
+    assert "going on from step" in finish(*start_team(start, run))[0]
     assert_same(run, one)
 
 
 @pytest.mark.slow
+def test_four_processes_with_axes_across_them_go_on_as_two(start, tmp_path):
+    """fsdp and tensor both span processes of one device; 16 ids, so that tensor divides them."""
+    shape = ["--config.model.vocab_size=16", "--config.mesh.data=1", "--config.mesh.tensor=2"]
+    finish(start(tmp_path / "alone", 0, 1, "", *shape))
+    run = tmp_path / "run"
+    processes = start_team(start, run, *shape, count=4)
+    wait_for(run, 3, processes)
+    processes[2].send_signal(signal.SIGTERM)
+    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [75] * 4, outputs
+    assert "going on from step" in finish(*start_team(start, run, *shape))[0]
+    assert_same(run, tmp_path / "alone")
+
+
+@pytest.mark.slow
 def test_two_processes_left_alone_give_the_losses_of_one(start, one, tmp_path):
-    finish(*start_two(start, tmp_path / "run"))
+    finish(*start_team(start, tmp_path / "run"))
     assert_same(tmp_path / "run", one)
 
 
 @pytest.mark.slow
 def test_a_damaged_checkpoint_is_passed_over_on_all_hosts(start, one, tmp_path):
     run = tmp_path / "run"
-    finish(*start_two(start, run))
+    finish(*start_team(start, run))
     for path in (run / "checkpoints" / str(NUM_STEPS) / "params").rglob("*"):
         if path.is_file() and "d" in path.parts[-2:-1]:
             path.write_bytes(b"\0" * path.stat().st_size)
-    outputs = finish(*start_two(start, run))
+    outputs = finish(*start_team(start, run))
     assert f"{NUM_STEPS} is unusable" in outputs[0]
     assert "going on from step 6" in outputs[0]
     assert_same(run, one)
@@ -225,7 +240,7 @@ def row(fault, ends) -> None:
 def test_a_signal_to_one_host_ends_all(fault, number, who, start, tmp_path):
     run = tmp_path / "run"
     endless = ("--config.train.num_steps=1000000", "--config.checkpoint.every_steps=100")
-    processes = start_two(start, run, *endless)
+    processes = start_team(start, run, *endless)
     wait_for(run, 10, processes)
     began = time.monotonic()
     processes[who].send_signal(number)
@@ -251,7 +266,7 @@ def test_a_signal_to_one_host_ends_all(fault, number, who, start, tmp_path):
 
 @pytest.mark.slow
 def test_an_exception_on_one_host_ends_all(start, tmp_path):
-    processes = start_two(start, tmp_path / "run", fault="raise")
+    processes = start_team(start, tmp_path / "run", fault="raise")
     wait_for(tmp_path / "run", 3, processes)
     ends = end_of(processes, time.monotonic())
     row("an exception on host 1", ends)
@@ -264,7 +279,7 @@ def test_an_exception_on_one_host_ends_all(start, tmp_path):
 @pytest.mark.slow
 def test_a_stuck_host_is_noticed(start, tmp_path):
     timeout = "--config.train.hang_timeout_seconds=8"
-    processes = start_two(start, tmp_path / "run", timeout, fault="hang")
+    processes = start_team(start, tmp_path / "run", timeout, fault="hang")
     wait_for(tmp_path / "run", 3, processes)
     ends = end_of(processes, time.monotonic())
     row("host 1 hangs, train.hang_timeout_seconds=8", ends)
