@@ -367,13 +367,8 @@ def reproduce(arguments: list[str]) -> None:
         "dir": {"default": "", "help": "of runs and report; default: runs/NAME"},
         "seeds": {"default": 0, "type": int, "help": "only the first so many; default: all"},
     }
-    parsed = parse(
-        "reproduce",
-        reproduce.__doc__,
-        arguments,
-        options,
-        ("PAPER.py", "states claims and criteria"),
-    )
+    place = ("PAPER.py", "states claims and criteria")
+    parsed = parse("reproduce", reproduce.__doc__, arguments, options, place)
     if not parsed.run:
         raise ConfigError("which paper? nanojaxgpt reproduce experiments/papers/NAME.py")
     from nanojaxgpt.paper import first_seeds, load_paper

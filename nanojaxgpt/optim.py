@@ -115,11 +115,13 @@ def _muon(hyper: Hyper) -> optax.GradientTransformation:
     An update has a root mean square of 0.2, about Adam's, so that both take one learning rate
     and one decay (Liu 2025, "Muon is scalable for LLM training").
     """
-    is_leaf = lambda x: x is None or isinstance(x, MuonDimensionNumbers)  # noqa: E731
+
+    def is_one(x: Any) -> bool:
+        return x is None or isinstance(x, MuonDimensionNumbers)
 
     def labels(params: Any) -> Any:
         found = muon_dimensions(params)
-        return jax.tree.map(lambda d: "muon" if d else "adam", found, is_leaf=is_leaf)
+        return jax.tree.map(lambda d: "muon" if d else "adam", found, is_leaf=is_one)
 
     def resize(updates: Any, _: Any) -> Any:
         def leaf(update: jax.Array, dimensions: MuonDimensionNumbers) -> jax.Array:
