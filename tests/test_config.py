@@ -9,11 +9,9 @@ import pytest
 from conftest import ROOT
 
 from nanojaxgpt import config
+from nanojaxgpt.checks import CHOICES, RANGES, TUPLES
 from nanojaxgpt.config import (
-    CHOICES,
     FREE_ON_RESUME,
-    RANGES,
-    TUPLES,
     base_config,
     check_config,
     differences,

@@ -16,7 +16,7 @@ FLOORS = {
         "data.sources", "data.sources.documents", "data.sources.files", "data.sources.stdlib",
         "data.sources.tfds", "data.sources.builders", "data.sources.hub",
         "data.shards", "data.store", "data.packing", "data.loader", "data.show",
-        "paper"},
+        "checks", "paper"},
     2: {"train", "coordcheck", "sweep.plan", "sweep.claims", "sweep.launch", "sweep.together",
         "sweep.run", "sweep.report", "rehearse", "rehearse.flops", "rehearse.targets",
         "rehearse.estimate", "rehearse.step", "rehearse.search", "rehearse.report",
@@ -99,7 +99,7 @@ def test_no_rooms_import_each_other():
     assert cycle(USES) == []
 
 
-EARLY = {"", "__main__", "arguments", "config", "errors", "rundir", "paper"} | {
+EARLY = {"", "__main__", "arguments", "checks", "config", "errors", "rundir", "paper"} | {
     f"sweep.{name}" for name in ("space", "plan", "claims", "launch")
 }
 
