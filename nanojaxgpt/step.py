@@ -1,0 +1,158 @@
+"""From a config to the pure training step: its state, its loss, its numbers, jitted on a mesh."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from nanojaxgpt import checkpoint, optim, sharding
+from nanojaxgpt.data.rows import Batch
+from nanojaxgpt.loss import loss_sum
+from nanojaxgpt.model import ModelConfig, Transformer, init_params
+from nanojaxgpt.optim import Hyper
+
+LossFn = Callable[[Any, Batch, Hyper, jax.Array], jax.Array]
+
+
+class TrainState(NamedTuple):
+    """All that training carries from step to step; `step` counts the updates done."""
+
+    step: jax.Array
+    params: Any
+    opt_state: Any
+
+
+def make_loss(model: Transformer, loss_chunks: int) -> LossFn:
+    """Return loss(params, batch, hyper, rng) -> the sum of weighted token losses in nats."""
+
+    def loss(params: Any, batch: Batch, hyper: Hyper, rng: jax.Array) -> jax.Array:
+        (x_BTD, head), _ = model.apply(
+            {"params": params}, batch.tokens_BT, batch.positions_BT, batch.segments_BT,
+            deterministic=model.cfg.dropout == 0, logits=False, rngs={"dropout": rng},
+        )  # fmt: skip
+        return loss_sum(
+            head, x_BTD, batch.targets_BT, batch.weights_BT, hyper["z_loss"], loss_chunks
+        )
+
+    return loss
+
+
+def make_hyper(cfg: ConfigDict) -> dict[str, np.ndarray]:
+    """Return the numbers that the step takes as arguments: other values don't recompile it."""
+    numbers = {k: v for k, v in cfg.optim.items() if isinstance(v, int | float)}
+    numbers |= {"num_steps": cfg.train.num_steps, "z_loss": cfg.train.z_loss}
+    hyper = {name: np.float32(value) for name, value in numbers.items()}
+    return hyper | {"seed": np.uint32(cfg.train.seed)}
+
+
+def make_init(cfg: ConfigDict) -> Callable[[jax.Array], TrainState]:
+    """Return init(rng) -> the state at step 0, its leaves boxed with their logical axes."""
+    model_cfg = ModelConfig(**cfg.model)
+    optimizer = optim.make_optimizer(cfg.optim.optimizer, make_hyper(cfg), 0.0, "")
+
+    def init(rng: jax.Array) -> TrainState:
+        params = init_params(model_cfg, rng)
+        return TrainState(jnp.int32(0), params, optimizer.init(params))
+
+    return init
+
+
+def make_train_step(
+    loss_fn: LossFn, optim_cfg: ConfigDict, accumulation_steps: int = 1, width: float = 1.0
+) -> Callable[[TrainState, Batch, Hyper], tuple[TrainState, dict[str, jax.Array]]]:
+    """Return the pure train_step(state, batch, hyper) -> (state, metrics).
+
+    An update that is not finite is left out: the state keeps its numbers, and `skipped` is 1.
+    `width` is muP's, see optim.rate_multipliers.
+    """
+    name, schedule = optim_cfg.optimizer, optim_cfg.schedule
+    decay_pattern = optim_cfg.decay_pattern
+    multipliers = optim.rate_multipliers(optim_cfg.rate_multipliers, name, width)
+
+    def train_step(
+        state: TrainState, batch: Batch, hyper: Hyper
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        rng = jax.random.fold_in(jax.random.key(hyper["seed"]), state.step)
+        loss, grads = accumulate(loss_fn, state.params, batch, hyper, rng, accumulation_steps)
+        grads = optim.frozen_gradients(grads, multipliers)
+        weight = jnp.maximum(jnp.sum(batch.weights_BT), 1e-9)
+        norm = optax.global_norm(grads) / weight
+        scale = optim.clip_factor(norm, hyper["clip_norm"]) / weight
+        grads = jax.tree.map(lambda grad: grad * scale.astype(grad.dtype), grads)
+        rate = optim.learning_rate(schedule, state.step, hyper)
+        optimizer = optim.make_optimizer(name, hyper, rate, decay_pattern, multipliers)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        checks = [jnp.isfinite(x).all() for x in (loss, norm, *jax.tree.leaves(params))]
+        finite = functools.reduce(jnp.logical_and, checks)
+        params, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old),
+            (params, opt_state),
+            (state.params, state.opt_state),
+        )
+        numbers = {"loss": loss / weight, "grad_norm": norm, "learning_rate": rate}
+        numbers["skipped"] = 1 - finite.astype(jnp.float32)
+        return TrainState(state.step + 1, params, opt_state), numbers
+
+    return train_step
+
+
+def accumulate(
+    loss_fn: LossFn, params: Any, batch: Batch, hyper: Hyper, rng: jax.Array, parts: int
+) -> tuple[jax.Array, Any]:
+    """Return loss and gradient sums over the batch, made in `parts` micro-batches."""
+    value_and_grad = jax.value_and_grad(loss_fn)
+    if parts == 1:
+        return value_and_grad(params, batch, hyper, rng)
+
+    def split(x: jax.Array) -> jax.Array:
+        # Rows are dealt out like cards, so that each device's rows stay on that device.
+        micro = jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 0, 1)
+        return sharding.constrain(micro, None, "batch", "sequence")
+
+    def add(total: tuple, part: tuple) -> tuple[tuple, None]:
+        micro, index = part
+        found = value_and_grad(params, micro, hyper, jax.random.fold_in(rng, index))
+        return jax.tree.map(jnp.add, total, found), None
+
+    zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
+    return jax.lax.scan(add, zero, (jax.tree.map(split, batch), jnp.arange(parts)))[0]
+
+
+class Step(NamedTuple):
+    """The jitted train_step of a config on a mesh, and the state that it takes, without arrays."""
+
+    shardings: TrainState
+    abstract: TrainState
+    init: Callable[[jax.Array], TrainState]
+    train_step: Callable
+
+
+def make_step(cfg: ConfigDict, mesh: Mesh, loss_fn: LossFn | None = None) -> Step:
+    """Return the step on a mesh, whose devices need not be here. Raises ConfigError."""
+    shape = cfg.train
+    sharding.check_batch(
+        "train.batch_size", shape.batch_size, shape.accumulation_steps, cfg.model.seq_len, mesh
+    )
+    model = Transformer(ModelConfig(**cfg.model))
+    # The key is made in the trace, too: a device that is not here can make none.
+    boxed = jax.eval_shape(lambda: make_init(cfg)(jax.random.key(0)))
+    shardings, plain = sharding.tree_shardings(boxed, mesh), sharding.unbox(boxed)
+    optim.path_mask(plain.params, cfg.optim.decay_pattern, "optim.decay_pattern")
+    for pattern, _ in optim.rate_multipliers(cfg.optim.rate_multipliers, cfg.optim.optimizer, 1):
+        optim.path_mask(plain.params, pattern, "optim.rate_multipliers")
+    abstract = checkpoint.with_shardings(plain, shardings)
+    loss_fn = loss_fn or make_loss(model, shape.loss_chunks)
+    init = jax.jit(lambda rng: sharding.unbox(make_init(cfg)(rng)), out_shardings=shardings)
+    train_step = jax.jit(
+        make_train_step(loss_fn, cfg.optim, shape.accumulation_steps, model.cfg.width),
+        donate_argnums=0,
+        out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),
+    )
+    return Step(shardings, abstract, init, train_step)
