@@ -21,7 +21,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "model.compute_dtype": ("float32", "bfloat16"),
     "data.packing": ("wrap", "pack"),
     "data.bad_text": ("error", "skip"),
-    "optim.optimizer": ("adamw", "adafactor", "lion", "sgd", "muon"),
+    "optim.optimizer": ("adamw", "adafactor", "lion", "sgd", "muon", "schedule_free"),
     "optim.schedule": ("cosine", "linear", "constant", "inverse_sqrt", "wsd"),
 }
 
@@ -60,6 +60,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "optim.eps": _ABOVE_ZERO,
     "optim.weight_decay": _ANY,
     "optim.clip_norm": _ANY,
+    "optim.ema_decay": _BELOW_ONE,
+    "optim.spike_factor": _ANY,
     "optim.max_skipped_steps": _COUNT,
     "mesh.slice": _AXIS,
     "mesh.data": _AXIS,
@@ -68,6 +70,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "mesh.tensor": _AXIS,
     "train.num_steps": _SIZE,
     "train.batch_size": _SIZE,
+    "train.ramp_batch_size": _COUNT,
+    "train.ramp_steps": _COUNT,
     "train.accumulation_steps": _SIZE,
     "train.seed": _COUNT,
     "train.z_loss": _ANY,
@@ -120,7 +124,7 @@ def field_problems(name: str, value: Any, default: Any) -> list[str]:
 
 def partner_problems(cfg: ConfigDict) -> list[str]:
     """Return the fields that don't fit together."""
-    model, train, problems = cfg.model, cfg.train, []
+    model, train, problems = cfg.model, cfg.train, optim_problems(cfg.optim)
     if not model.head_dim and model.embed_dim % model.num_heads:
         problems.append(
             f"model.embed_dim={model.embed_dim} does not divide by "
@@ -138,6 +142,14 @@ def partner_problems(cfg: ConfigDict) -> list[str]:
         problems.append(f"sinusoidal positions need an even embed_dim, not {model.embed_dim}")
     if not model.windows:
         problems.append("model.windows is empty; (0,) means no window")
+    doublings = math.log2(train.batch_size / (train.ramp_batch_size or train.batch_size))
+    ramps = doublings >= 1 and doublings.is_integer() and train.ramp_steps > 0
+    if (train.ramp_batch_size or train.ramp_steps) and not ramps:
+        problems.append(
+            f"train.ramp_batch_size={train.ramp_batch_size} must become "
+            f"train.batch_size={train.batch_size} by doubling, and within a number of steps, "
+            f"train.ramp_steps={train.ramp_steps}"
+        )
     if train.batch_size % train.accumulation_steps:
         problems.append(
             f"train.batch_size={train.batch_size} does not divide by "
@@ -152,10 +164,28 @@ def partner_problems(cfg: ConfigDict) -> list[str]:
         problems.append(f"only one mesh axis can be -1 (the rest): {dict(cfg.mesh)}")
     if 0 in cfg.mesh.values():
         problems.append(f"a mesh axis has no devices: {dict(cfg.mesh)}; 1 leaves it unused")
-    if cfg.optim.independent_decay and not cfg.optim.learning_rate:
+    return problems
+
+
+def optim_problems(optim: ConfigDict) -> list[str]:
+    """Return the fields of `optim` that don't fit together."""
+    problems = []
+    if optim.independent_decay and not optim.learning_rate:
         problems.append("optim.independent_decay needs an optim.learning_rate above 0")
+    if optim.optimizer == "schedule_free" and optim.schedule != "constant":
+        problems.append(
+            f"schedule_free averages in place of optim.schedule={optim.schedule}: "
+            "set optim.schedule=constant"
+        )
+    if optim.optimizer == "schedule_free" and optim.ema_decay:
+        problems.append("schedule_free averages by itself: leave optim.ema_decay at 0")
+    if optim.spike_factor and not (optim.spike_factor > 1 and optim.max_skipped_steps):
+        problems.append(
+            f"optim.spike_factor={optim.spike_factor} must be above 1, and needs a budget, "
+            "optim.max_skipped_steps"
+        )
     try:
-        re.compile(cfg.optim.decay_pattern)
+        re.compile(optim.decay_pattern)
     except re.error as error:
         problems.append(f"optim.decay_pattern is no regular expression: {error}")
     return problems

@@ -83,7 +83,7 @@ def base_config() -> ConfigDict:
     )
     cfg.optim = ConfigDict(
         dict(
-            optimizer="adamw",  # adamw, adafactor, lion, sgd, muon (kernels; the rest by Adam)
+            optimizer="adamw",  # adamw, adafactor, lion, sgd, muon, schedule_free
             learning_rate=1e-3,
             schedule="cosine",  # cosine, linear, constant, inverse_sqrt, wsd
             warmup_steps=100,
@@ -97,7 +97,9 @@ def base_config() -> ConfigDict:
             decay_pattern=r"_[A-Z]{2,}$",  # paths that decay; default: matrices, tables included
             rate_multipliers=(),  # of the learning rate by path: ("embed_VD=0.1",); 0 freezes
             clip_norm=1.0,  # global norm of the gradient; 0: off
-            max_skipped_steps=0,  # non-finite updates left out in a row before the run ends
+            ema_decay=0.0,  # what is evaluated and saved averages the steps, fading so; 0: off
+            spike_factor=0.0,  # leaves out a gradient so many times the recent norm; 0: off
+            max_skipped_steps=0,  # updates left out in a row (spikes, non-finite) before the end
         )
     )
     cfg.mesh = ConfigDict(  # devices per axis; -1: the rest
@@ -113,6 +115,8 @@ def base_config() -> ConfigDict:
         dict(
             num_steps=1000,
             batch_size=32,  # global, in sequences
+            ramp_batch_size=0,  # of the first step; it doubles up to batch_size; 0: off
+            ramp_steps=0,  # until batch_size is reached
             accumulation_steps=1,  # micro-batches per step; the global batch stays what it is
             seed=0,
             z_loss=0.0,  # weight of log(Z)^2

@@ -11,12 +11,13 @@ from ml_collections import ConfigDict
 
 from nanojaxgpt import checkpoint, metrics
 from nanojaxgpt.data.loader import Data, fetch_ahead
-from nanojaxgpt.data.rows import Batch
+from nanojaxgpt.data.rows import Batch, Ramp, make_ramp
 from nanojaxgpt.errors import NonFiniteError
 from nanojaxgpt.hosts.process import StopRequest
 from nanojaxgpt.hosts.team import ALONE, Team
 from nanojaxgpt.hosts.watchdog import Watchdog
 from nanojaxgpt.model import ModelConfig
+from nanojaxgpt.optim import Averaged
 from nanojaxgpt.step import TrainState, make_hyper
 
 
@@ -59,10 +60,9 @@ class Loop:
         self.checkpoints = checkpoint.Checkpoints(run / "checkpoints", keep)
         self.saved = start
         model_cfg, seq_len = ModelConfig(**cfg.model), cfg.model.seq_len
-        self.tokens_per_step = cfg.train.batch_size * seq_len
+        self.ramp = train_ramp(cfg)
         peak = metrics.peak_flops(job.mesh.devices.flat[0].device_kind) * job.mesh.size
         self.mfu_per_token = metrics.train_flops(model_cfg, seq_len) / seq_len / peak if peak else 0
-        self.skipped = 0  # updates left out in a row, up to the last step read
         self.unread: tuple[int, dict[str, jax.Array]] | None = None
         self.clock, self.clock_step = 0.0, start
 
@@ -80,8 +80,18 @@ class Loop:
             ahead = cfg.data.prefetch_batches
             batches = fetch_ahead(self.job.train_batch, self.start, last, ahead)
             for step, batch in enumerate(self.watchdog.each(batches), self.start + 1):
+                grows = step > self.start + 1 and self.ramp.size(step - 1) > self.ramp.size(
+                    step - 2
+                )
+                if grows:
+                    self.read()
                 state, numbers = self.job.train_step(state, batch, hyper)
                 self.read()
+                if grows:
+                    self.progress.say(
+                        f"step {step}: batches of {self.ramp.size(step - 1)} from here"
+                    )
+                    self.reset_clock(step - 1)  # it was compiled, which is no measure
                 self.unread = step, numbers
                 self.between(step, state)
             if last not in self.losses:
@@ -105,7 +115,7 @@ class Loop:
         stopping = bool(signal) and not last
         if last or stopping or due(step, cfg.checkpoint.every_steps):
             self.read()  # so that nothing non-finite is ever saved
-            self.checkpoints.save(step, state.params, state.opt_state)
+            self.checkpoints.save(step, state.items())
             self.saved = step
             self.reset_clock(step)
         if stopping:
@@ -125,24 +135,26 @@ class Loop:
             return
         (step, numbers), self.unread = self.unread, None
         values = {name: float(value) for name, value in jax.device_get(numbers).items()}
-        self.skipped = self.skipped + 1 if values.pop("skipped") else 0
-        if self.skipped > self.job.cfg.optim.max_skipped_steps:
+        skipped, why = values.pop("skipped"), why_left_out(values, values.pop("norm_limit"))
+        if skipped > self.job.cfg.optim.max_skipped_steps:
             kept = f"step {self.saved} is saved" if self.saved else "nothing was saved yet"
             raise NonFiniteError(
-                f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}, at "
-                f"learning rate {values['learning_rate']:.2e}; {kept}. Lower optim.learning_rate, "
-                "lengthen optim.warmup_steps, or set optim.clip_norm, in a new --run"
+                f"step {step}: {why}; loss {values['loss']}, gradient norm {values['grad_norm']}, "
+                f"at learning rate {values['learning_rate']:.2e}, update {skipped:.0f} in a row "
+                f"that is left out; {kept}. Lower optim.learning_rate, lengthen "
+                "optim.warmup_steps, or set optim.clip_norm, in a new --run"
             )
-        if self.skipped:
-            self.progress.say(f"step {step}: its update is not finite and was left out")
+        if skipped:
+            self.progress.say(f"step {step}: {why}; its update was left out")
             return
         now = time.monotonic()
         if not self.progress.began:
             self.progress.began = self.clock = now
             self.clock_step = step
         if due(step, self.job.cfg.train.log_every_steps) or step == self.job.cfg.train.num_steps:
-            steps = step - self.clock_step
-            rate = steps * self.tokens_per_step / (now - self.clock) if steps else 0.0
+            rows = self.ramp.before(step) - self.ramp.before(self.clock_step)
+            tokens = rows * self.job.cfg.model.seq_len
+            rate = tokens / (now - self.clock) if tokens else 0.0
             values["tokens_per_second"] = round(rate, 1)
             if self.mfu_per_token:
                 values["mfu"] = rate * self.mfu_per_token
@@ -166,10 +178,26 @@ class Loop:
             validation_loss=found["loss"],
             validation_bits_per_byte=found["bits_per_byte"],
         )
+        average = " of the average" if isinstance(state.opt_state, Averaged) else ""
         self.progress.say(
-            f"step {step}: validation loss {found['loss']:.4f}, "
+            f"step {step}: validation loss {found['loss']:.4f}{average}, "
             f"{found['bits_per_byte']:.4f} bits per byte over {found['tokens']:,} tokens"
         )
+
+
+def train_ramp(cfg: ConfigDict) -> Ramp:
+    """Return the sizes of the training batches."""
+    return make_ramp(cfg.train.batch_size, cfg.train.ramp_batch_size, cfg.train.ramp_steps)
+
+
+def why_left_out(values: dict[str, float], norm_limit: float) -> str:
+    """Return why the update with these numbers was left out, if it was."""
+    if values["grad_norm"] > norm_limit:
+        return (
+            f"its gradient norm {values['grad_norm']:.3g} is over {norm_limit:.3g}, "
+            "optim.spike_factor times the recent ones"
+        )
+    return "its update is not finite"
 
 
 def due(step: int, every: int) -> bool:

@@ -21,11 +21,20 @@ LossFn = Callable[[Any, Batch, Hyper, jax.Array], jax.Array]
 
 
 class TrainState(NamedTuple):
-    """All that training carries from step to step; `step` counts the updates done."""
+    """All that training carries from step to step; `step` counts the updates done.
+
+    `params` are what is evaluated and sampled. Where they are an average, the parameters that
+    the optimizer moves are in its state, see optim.average.
+    """
 
     step: jax.Array
     params: Any
     opt_state: Any
+    recent: optim.Recent
+
+    def items(self) -> dict[str, Any]:
+        """Return what a checkpoint holds of it by name: all but the step."""
+        return {name: item for name, item in self._asdict().items() if name != "step"}
 
 
 def make_loss(model: Transformer, loss_chunks: int) -> LossFn:
@@ -54,13 +63,14 @@ def make_hyper(cfg: ConfigDict) -> dict[str, np.ndarray]:
 def make_init(cfg: ConfigDict) -> Callable[[jax.Array], TrainState]:
     """Return init(rng) -> the state at step 0, its leaves boxed with their logical axes."""
     model_cfg = ModelConfig(**cfg.model)
-    optimizer = optim.make_optimizer(cfg.optim.optimizer, make_hyper(cfg), 0.0, "")
+    return lambda rng: first_state(cfg, init_params(model_cfg, rng))
 
-    def init(rng: jax.Array) -> TrainState:
-        params = init_params(model_cfg, rng)
-        return TrainState(jnp.int32(0), params, optimizer.init(params))
 
-    return init
+def first_state(cfg: ConfigDict, params: Any) -> TrainState:
+    """Return the state at step 0 of these parameters, boxed like them or plain like them."""
+    name, ema = cfg.optim.optimizer, cfg.optim.ema_decay > 0
+    optimizer = optim.make_optimizer(name, make_hyper(cfg), 0.0, "", ema=ema)
+    return TrainState(jnp.int32(0), params, optimizer.init(params), optim.init_recent())
 
 
 def make_train_step(
@@ -68,10 +78,11 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch, Hyper], tuple[TrainState, dict[str, jax.Array]]]:
     """Return the pure train_step(state, batch, hyper) -> (state, metrics).
 
-    An update that is not finite is left out: the state keeps its numbers, and `skipped` is 1.
-    `width` is muP's, see optim.rate_multipliers.
+    An update that is not finite, or whose gradient is longer than `norm_limit`, is left out: the
+    state keeps its numbers, and `skipped` counts how many were left out in a row. `width` is
+    muP's, see optim.rate_multipliers.
     """
-    name, schedule = optim_cfg.optimizer, optim_cfg.schedule
+    name, schedule, ema = optim_cfg.optimizer, optim_cfg.schedule, optim_cfg.ema_decay > 0
     decay_pattern = optim_cfg.decay_pattern
     multipliers = optim.rate_multipliers(optim_cfg.rate_multipliers, name, width)
 
@@ -79,26 +90,29 @@ def make_train_step(
         state: TrainState, batch: Batch, hyper: Hyper
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         rng = jax.random.fold_in(jax.random.key(hyper["seed"]), state.step)
-        loss, grads = accumulate(loss_fn, state.params, batch, hyper, rng, accumulation_steps)
+        point = optim.gradient_point(name, hyper, state.params, state.opt_state)
+        loss, grads = accumulate(loss_fn, point, batch, hyper, rng, accumulation_steps)
         grads = optim.frozen_gradients(grads, multipliers)
         weight = jnp.maximum(jnp.sum(batch.weights_BT), 1e-9)
         norm = optax.global_norm(grads) / weight
         scale = optim.clip_factor(norm, hyper["clip_norm"]) / weight
         grads = jax.tree.map(lambda grad: grad * scale.astype(grad.dtype), grads)
         rate = optim.learning_rate(schedule, state.step, hyper)
-        optimizer = optim.make_optimizer(name, hyper, rate, decay_pattern, multipliers)
+        optimizer = optim.make_optimizer(name, hyper, rate, decay_pattern, multipliers, ema)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         checks = [jnp.isfinite(x).all() for x in (loss, norm, *jax.tree.leaves(params))]
-        finite = functools.reduce(jnp.logical_and, checks)
+        limit = state.recent.norm_limit(hyper["spike_factor"])
+        made = functools.reduce(jnp.logical_and, checks, norm <= limit)
         params, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old),
+            lambda new, old: jnp.where(made, new, old),
             (params, opt_state),
             (state.params, state.opt_state),
         )
+        recent = state.recent.remember(norm, made)
         numbers = {"loss": loss / weight, "grad_norm": norm, "learning_rate": rate}
-        numbers["skipped"] = 1 - finite.astype(jnp.float32)
-        return TrainState(state.step + 1, params, opt_state), numbers
+        numbers |= {"norm_limit": limit, "skipped": recent.skipped}
+        return TrainState(state.step + 1, params, opt_state, recent), numbers
 
     return train_step
 
@@ -140,6 +154,9 @@ def make_step(cfg: ConfigDict, mesh: Mesh, loss_fn: LossFn | None = None) -> Ste
     sharding.check_batch(
         "train.batch_size", shape.batch_size, shape.accumulation_steps, cfg.model.seq_len, mesh
     )
+    if shape.ramp_batch_size:  # what divides for the first batch does so for its doublings
+        first = shape.ramp_batch_size, shape.accumulation_steps
+        sharding.check_batch("train.ramp_batch_size", *first, cfg.model.seq_len, mesh)
     model = Transformer(ModelConfig(**cfg.model))
     # The key is made in the trace, too: a device that is not here can make none.
     boxed = jax.eval_shape(lambda: make_init(cfg)(jax.random.key(0)))

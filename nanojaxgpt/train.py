@@ -15,14 +15,22 @@ from ml_collections import ConfigDict
 from nanojaxgpt import checkpoint, metrics, sharding
 from nanojaxgpt.config import cache_dir
 from nanojaxgpt.data.loader import Data, fetch_ahead, open_data
-from nanojaxgpt.data.rows import Batch, ReadRows, make_eval_batches, make_train_rows
+from nanojaxgpt.data.rows import (
+    Batch,
+    Ramp,
+    ReadRows,
+    make_eval_batches,
+    make_ramp,
+    make_train_rows,
+    read_batch,
+)
 from nanojaxgpt.data.sources import DataConfig
 from nanojaxgpt.errors import ConfigError, DataError
 from nanojaxgpt.evaluate import evaluate, make_eval_step
 from nanojaxgpt.hosts.joining import preflight
 from nanojaxgpt.hosts.process import StopRequest, stop_signals
 from nanojaxgpt.hosts.team import ALONE, Team
-from nanojaxgpt.loop import Job, Loop, due  # noqa: F401
+from nanojaxgpt.loop import Job, Loop, due, train_ramp  # noqa: F401
 from nanojaxgpt.model import ModelConfig, Transformer
 from nanojaxgpt.rundir import enter_run, own_run, write_identity
 from nanojaxgpt.step import (  # noqa: F401 - what a job is made of is found here
@@ -30,6 +38,7 @@ from nanojaxgpt.step import (  # noqa: F401 - what a job is made of is found her
     Step,
     TrainState,
     accumulate,
+    first_state,
     make_hyper,
     make_init,
     make_loss,
@@ -80,17 +89,15 @@ def share_job(job: Job, cfg: ConfigDict) -> Job:
 
 def make_train_batch(cfg: ConfigDict, data: Data, mesh: Mesh) -> Callable[[int], Batch]:
     """Return batch(step) -> the global batch of a 0-based training step."""
-    size, seq_len = cfg.train.batch_size, cfg.model.seq_len
-    rows = make_train_rows(data.train(seq_len), size, cfg.train.seed)
-    return make_batches(rows, size, seq_len, mesh)
+    seq_len, ramp = cfg.model.seq_len, train_ramp(cfg)
+    rows = make_train_rows(data.train(seq_len), ramp.full, cfg.train.seed)
+    return make_batches(rows, ramp, seq_len, mesh)
 
 
-def make_batches(
-    rows: ReadRows, batch_size: int, seq_len: int, mesh: Mesh
-) -> Callable[[int], Batch]:
+def make_batches(rows: ReadRows, ramp: Ramp, seq_len: int, mesh: Mesh) -> Callable[[int], Batch]:
     """Return batch(step) -> that step's batch as global arrays; a host reads its own rows alone."""
     return lambda step: sharding.global_batch(
-        functools.partial(rows, int(step)), batch_size, seq_len, mesh
+        functools.partial(read_batch, rows, ramp, int(step)), ramp.size(step), seq_len, mesh
     )
 
 
@@ -105,7 +112,8 @@ def make_evaluation(
     sharding.check_batch("eval.batch_size", size, 1, seq_len, mesh)
     count, rows = make_eval_batches(data.validation(seq_len), size)
     count = min(count, cfg.eval.num_batches or count)
-    fetch, ahead = make_batches(rows, size, seq_len, mesh), cfg.data.prefetch_batches
+    fetch = make_batches(rows, make_ramp(size), seq_len, mesh)
+    ahead = cfg.data.prefetch_batches
     eval_step = make_eval_step(model, data.tokenizer.token_bytes(), cfg.train.loss_chunks)
 
     def run_evaluation(
@@ -124,23 +132,22 @@ def start_state(
     1. This run's newest good checkpoint. 2. The parameters of another run (init.from_run).
     3. Pretrained weights, when there is a reader for them. 4. From scratch, by train.seed.
     """
-    folder, wanted = Path(run) / "checkpoints", job.abstract._asdict()
-    del wanted["step"]
-    found = checkpoint.restore(folder, wanted, report=report, team=team)
+    folder = Path(run) / "checkpoints"
+    found = checkpoint.restore(folder, job.abstract.items(), report=report, team=team)
     if found:
         step, items = found
         team.decide(lambda: checkpoint.set_aside(folder, step))
         report(f"going on from step {step}")
         return TrainState(jax.device_put(np.int32(step), job.shardings.step), **items)
-    state = job.init(jax.random.key(job.cfg.train.seed))
     if job.cfg.init.from_run:
         other, model_cfg = Path(job.cfg.init.from_run), ModelConfig(**job.cfg.model)
         step, params = checkpoint.load_params(
             other, model_cfg, job.mesh, job.cfg.init.step, report, team
         )
         report(f"starting from the parameters of {other}, step {step}")
-        state = state._replace(params=params)
-    return state
+        first = functools.partial(first_state, job.cfg)
+        return jax.jit(first, out_shardings=job.shardings, donate_argnums=0)(params)
+    return job.init(jax.random.key(job.cfg.train.seed))
 
 
 def fit(
@@ -192,6 +199,10 @@ def begin_run(job: Job, run: Path, report: Callable[[str], None]) -> None:
         report(f"changed since the run began: {change}")
     num_params = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(job.abstract.params))
     report(f"{run}: {num_params:,} parameters, {job.data.size}, {len(devices)} x {devices[0]}")
+    ramp = train_ramp(job.cfg)
+    if ramp.steps:
+        sizes = ", ".join(f"{rows} from step {begin + 1}" for begin, rows in ramp.stages())
+        report(f"sequences in a batch: {sizes}")
 
 
 def train_job(

@@ -8,6 +8,7 @@ from conftest import ROOT, command
 
 from nanojaxgpt.config import cache_dir
 from nanojaxgpt.data.loader import open_data
+from nanojaxgpt.data.rows import make_ramp
 from nanojaxgpt.data.show import show_step
 from nanojaxgpt.data.sources import DataConfig
 from nanojaxgpt.errors import DataError
@@ -26,7 +27,7 @@ def show(small_config, tmp_path):
         changes = {name: value.format(folder=tmp_path) for name, value in changes.items()}
         cfg = small_config(**(text | changes))
         data = open_data(DataConfig(**cfg.data), cache_dir(cfg), report=lambda _: None)
-        return list(show_step(data, split, step, cfg.model.seq_len, batch_size, 0, rows))
+        return list(show_step(data, split, step, cfg.model.seq_len, make_ramp(batch_size), 0, rows))
 
     return build
 
