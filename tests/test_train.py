@@ -241,6 +241,9 @@ def test_every_optimizer_learns_resumes_bit_for_bit_and_shards(
         assert losses[devices][-1] < losses[devices][0] - 0.1
         for leaf, wanted in zip(*map(jax.tree.leaves, (state, job.shardings)), strict=True):
             assert leaf.sharding.is_equivalent_to(wanted, leaf.ndim)
+        fast = getattr(state.opt_state, "fast", state.params)
+        same = jax.tree.map(lambda z, p: z.sharding == p.sharding, fast, state.params)
+        assert jax.tree.all(same)
     forget(run, 8)
     jax.tree.map(np.testing.assert_array_equal, fit(cfg, run, report=lambda _: None), state)
     np.testing.assert_allclose(losses[8], losses[1], atol=2e-4)
