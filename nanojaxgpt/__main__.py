@@ -102,15 +102,17 @@ def inspect(arguments: list[str]) -> None:
     if parsed.step < 1 or parsed.rows < 0:
         raise ConfigError(f"--step={parsed.step} --rows={parsed.rows}: steps count from 1")
     from nanojaxgpt.data.loader import open_data
+    from nanojaxgpt.data.rows import make_ramp
     from nanojaxgpt.data.show import show_step
     from nanojaxgpt.data.sources import DataConfig
 
     data = open_data(DataConfig(**cfg.data), config.cache_dir(cfg), warn)
-    batch_size = cfg.train.batch_size
+    train = cfg.train
+    ramp = make_ramp(train.batch_size, train.ramp_batch_size, train.ramp_steps)
     if parsed.split == "validation":
-        batch_size = cfg.eval.batch_size or batch_size
+        ramp = make_ramp(cfg.eval.batch_size or train.batch_size)
     lines = show_step(
-        data, parsed.split, parsed.step, cfg.model.seq_len, batch_size, cfg.train.seed, parsed.rows
+        data, parsed.split, parsed.step, cfg.model.seq_len, ramp, train.seed, parsed.rows
     )
     for line in lines:
         print(line)

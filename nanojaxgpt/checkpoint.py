@@ -84,25 +84,23 @@ class Keep(checkpoint_managers.PreservationPolicy):
 
 
 class Checkpoints:
-    """The checkpoints of one run that is training: `folder/STEP/{params,opt_state,meta}`."""
+    """The checkpoints of one run that is training: `folder/STEP/{params,opt_state,...,meta}`."""
 
     def __init__(self, folder: Path, keep: Keep) -> None:
         self.folder = Path(folder)
         options = ocp.CheckpointManagerOptions(preservation_policy=keep)
         self.manager = ocp.CheckpointManager(self.folder.absolute(), options=options)
 
-    def save(self, step: int, params: Any, opt_state: Any) -> None:
-        """Start to save; the arrays may be donated as soon as this returns."""
-        items = {"params": params, "opt_state": opt_state}
+    def save(self, step: int, items: dict[str, Any]) -> None:
+        """Start to save trees by their names; the arrays may be donated as soon as this returns."""
         meta = {"step": step, "leaves": describe(items)}
         try:
             self.manager.check_for_errors()
             self.manager.save(
                 step,
                 args=ocp.args.Composite(
-                    params=ocp.args.StandardSave(params),
-                    opt_state=ocp.args.StandardSave(opt_state),
                     meta=ocp.args.JsonSave(meta),
+                    **{name: ocp.args.StandardSave(tree) for name, tree in items.items()},
                 ),
             )
         except Exception as error:
@@ -135,7 +133,7 @@ def restore(
 ) -> tuple[int, dict[str, Any]] | None:
     """Return (step, items) of the newest good checkpoint, or None where there are none at all.
 
-    `abstract` maps the wanted items ("params", "opt_state") to trees of ShapeDtypeStruct with
+    `abstract` maps the wanted items ("params", "opt_state", ...) to trees of ShapeDtypeStruct with
     shardings, into which the arrays are read. Checkpoints that don't load, or whose fingerprints
     are not those that were saved, are passed over loudly, on all hosts of the team if on one.
     With `step`, only that one will do.

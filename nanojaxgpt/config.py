@@ -11,7 +11,6 @@ import hashlib
 import importlib.util
 import inspect
 import json
-import math
 import os
 import re
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from nanojaxgpt.checks import field_problems, partner_problems
 from nanojaxgpt.errors import ConfigError
 
 
@@ -55,6 +55,9 @@ def base_config() -> ConfigDict:
             tied_head=True,
             dropout=0.0,
             mup_base_dim=0,  # muP: the embed_dim at which it is the standard one; 0: off
+            embed_multiplier=1.0,  # of what enters the first layer
+            attention_multiplier=1.0,  # of the scores, beside attention_scale
+            logit_multiplier=1.0,
             init="gpt2",  # gpt2, fan_in (truncated normal), torch (its layers' defaults)
             attention="auto",  # auto (by backend), xla, cudnn, splash
             unroll=0,  # layers per scan iteration; 0: all on CPU, one elsewhere
@@ -83,7 +86,7 @@ def base_config() -> ConfigDict:
     )
     cfg.optim = ConfigDict(
         dict(
-            optimizer="adamw",  # adamw, adafactor, lion, sgd, muon (kernels; the rest by Adam)
+            optimizer="adamw",  # adamw, adafactor, lion, sgd, muon, schedule_free
             learning_rate=1e-3,
             schedule="cosine",  # cosine, linear, constant, inverse_sqrt, wsd
             warmup_steps=100,
@@ -93,10 +96,13 @@ def base_config() -> ConfigDict:
             beta2=0.95,
             eps=1e-8,
             weight_decay=0.1,
+            independent_decay=False,  # times the schedule's factor, not times the learning rate
             decay_pattern=r"_[A-Z]{2,}$",  # paths that decay; default: matrices, tables included
             rate_multipliers=(),  # of the learning rate by path: ("embed_VD=0.1",); 0 freezes
             clip_norm=1.0,  # global norm of the gradient; 0: off
-            max_skipped_steps=0,  # non-finite updates left out in a row before the run ends
+            ema_decay=0.0,  # what is evaluated and saved averages the steps, fading so; 0: off
+            spike_factor=0.0,  # leaves out a gradient so many times the recent norm; 0: off
+            max_skipped_steps=0,  # updates left out in a row (spikes, non-finite) before the end
         )
     )
     cfg.mesh = ConfigDict(  # devices per axis; -1: the rest
@@ -112,6 +118,8 @@ def base_config() -> ConfigDict:
         dict(
             num_steps=1000,
             batch_size=32,  # global, in sequences
+            ramp_batch_size=0,  # of the first step; it doubles up to batch_size; 0: off
+            ramp_steps=0,  # until batch_size is reached
             accumulation_steps=1,  # micro-batches per step; the global batch stays what it is
             seed=0,
             z_loss=0.0,  # weight of log(Z)^2
@@ -139,6 +147,7 @@ def base_config() -> ConfigDict:
         dict(
             from_run="",  # start from the parameters of this run
             step=0,  # 0: its newest checkpoint
+            scale=1.0,  # of all matrices' random numbers, where there is no from_run
         )
     )
     cfg.sample = ConfigDict(
@@ -155,95 +164,6 @@ def base_config() -> ConfigDict:
     )
     return cfg.lock()
 
-
-CHOICES: dict[str, tuple[str, ...]] = {
-    "model.mlp": ("gelu_tanh", "gelu", "relu", "relu2", "swiglu", "geglu", "none"),
-    "model.positions": ("learned", "sinusoidal", "rotary", "alibi", "none"),
-    "model.norm": ("layernorm", "rmsnorm"),
-    "model.norm_placement": ("pre", "post"),
-    "model.init": ("gpt2", "fan_in", "torch"),
-    "model.attention": ("auto", "xla", "cudnn", "splash"),
-    "model.remat": ("none", "full", "dots", "dots_no_batch"),
-    "model.param_dtype": ("float32", "bfloat16"),
-    "model.compute_dtype": ("float32", "bfloat16"),
-    "data.packing": ("wrap", "pack"),
-    "data.bad_text": ("error", "skip"),
-    "optim.optimizer": ("adamw", "adafactor", "lion", "sgd", "muon"),
-    "optim.schedule": ("cosine", "linear", "constant", "inverse_sqrt", "wsd"),
-}
-
-_COUNT, _SIZE = (0, 2**31 - 1), (1, 2**31 - 1)  # off or a number; at least one
-_FRACTION, _BELOW_ONE, _ANY = (0.0, 1.0), (0.0, math.nextafter(1.0, 0.0)), (0.0, 1e30)
-_ABOVE_ZERO, _AXIS = (1e-30, 1e30), (-1, 2**31 - 1)
-
-RANGES: dict[str, tuple[float, float]] = {
-    "model.num_layers": _SIZE,
-    "model.embed_dim": _SIZE,
-    "model.num_heads": _SIZE,
-    "model.num_kv_heads": _COUNT,
-    "model.head_dim": _COUNT,
-    "model.mlp_dim": _COUNT,
-    "model.seq_len": _SIZE,
-    "model.vocab_size": _COUNT,
-    "model.rotary_base": _ABOVE_ZERO,
-    "model.norm_eps": _ABOVE_ZERO,
-    "model.windows": _COUNT,
-    "model.attention_scale": _ANY,
-    "model.logit_softcap": _ANY,
-    "model.dropout": _BELOW_ONE,
-    "model.mup_base_dim": _COUNT,
-    "model.unroll": _COUNT,
-    "data.tokenizer_vocab_size": _SIZE,
-    "data.validation_fraction": _BELOW_ONE,
-    "data.validation_documents": _COUNT,
-    "data.num_workers": _COUNT,
-    "data.prefetch_batches": _SIZE,
-    "optim.learning_rate": _ANY,
-    "optim.warmup_steps": _COUNT,
-    "optim.final_fraction": _FRACTION,
-    "optim.decay_fraction": _FRACTION,
-    "optim.beta1": _BELOW_ONE,
-    "optim.beta2": _BELOW_ONE,
-    "optim.eps": _ABOVE_ZERO,
-    "optim.weight_decay": _ANY,
-    "optim.clip_norm": _ANY,
-    "optim.max_skipped_steps": _COUNT,
-    "mesh.slice": _AXIS,
-    "mesh.data": _AXIS,
-    "mesh.fsdp": _AXIS,
-    "mesh.sequence": _AXIS,
-    "mesh.tensor": _AXIS,
-    "train.num_steps": _SIZE,
-    "train.batch_size": _SIZE,
-    "train.accumulation_steps": _SIZE,
-    "train.seed": _COUNT,
-    "train.z_loss": _ANY,
-    "train.loss_chunks": _SIZE,
-    "train.log_every_steps": _SIZE,
-    "train.hang_timeout_seconds": _ANY,
-    "eval.every_steps": _COUNT,
-    "eval.batch_size": _COUNT,
-    "eval.num_batches": _COUNT,
-    "checkpoint.every_steps": _COUNT,
-    "checkpoint.keep_last": _SIZE,
-    "checkpoint.keep_every_steps": _COUNT,
-    "checkpoint.keep_best": _COUNT,
-    "init.step": _COUNT,
-    "sample.max_tokens": _SIZE,
-    "sample.num_samples": _SIZE,
-    "sample.temperature": _ANY,
-    "sample.top_k": _COUNT,
-    "sample.top_p": (1e-6, 1.0),
-    "sample.min_p": _FRACTION,
-    "sample.seed": _COUNT,
-}
-
-# What the tuples hold.
-TUPLES: dict[str, type] = {
-    "model.windows": int,
-    "data.mixture": str,
-    "optim.rate_multipliers": str,
-}
 
 # What may change when a run goes on: none of it changes the function that is being trained.
 FREE_ON_RESUME = re.compile(
@@ -364,66 +284,6 @@ def check_config(cfg: ConfigDict) -> None:
     problems = problems or partner_problems(cfg)
     if problems:
         raise ConfigError("\n".join(problems))
-
-
-def field_problems(name: str, value: Any, default: Any) -> list[str]:
-    """Return what is wrong with one field by itself."""
-    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if type(value) is not type(default):
-        return [f"{name}={value!r} is a {type(value).__name__}, not a {type(default).__name__}"]
-    if name in CHOICES and value not in CHOICES[name]:
-        return [f"{name}={value!r} is none of {', '.join(CHOICES[name])}"]
-    if isinstance(value, tuple) and any(type(item) is not TUPLES[name] for item in value):
-        return [f"{name}={value!r} holds something else than {TUPLES[name].__name__}"]
-    if name in RANGES:
-        low, high = RANGES[name]
-        for number in value if isinstance(value, tuple) else (value,):
-            if not low <= number <= high:  # NaN fails this too
-                bounds = f"at least {low:g}" if high > 1e9 else f"from {low:g} to {high:g}"
-                return [f"{name}={value!r} must be {bounds}"]
-    return []
-
-
-def partner_problems(cfg: ConfigDict) -> list[str]:
-    """Return the fields that don't fit together."""
-    model, train, problems = cfg.model, cfg.train, []
-    if not model.head_dim and model.embed_dim % model.num_heads:
-        problems.append(
-            f"model.embed_dim={model.embed_dim} does not divide by "
-            f"model.num_heads={model.num_heads}; change one, or set model.head_dim"
-        )
-    if model.num_heads % (model.num_kv_heads or model.num_heads):
-        problems.append(
-            f"model.num_heads={model.num_heads} does not divide by "
-            f"model.num_kv_heads={model.num_kv_heads}"
-        )
-    head_dim = model.head_dim or model.embed_dim // model.num_heads
-    if model.positions == "rotary" and head_dim % 2:
-        problems.append(f"rotary positions need an even head_dim, not {head_dim}")
-    if model.positions == "sinusoidal" and model.embed_dim % 2:
-        problems.append(f"sinusoidal positions need an even embed_dim, not {model.embed_dim}")
-    if not model.windows:
-        problems.append("model.windows is empty; (0,) means no window")
-    if train.batch_size % train.accumulation_steps:
-        problems.append(
-            f"train.batch_size={train.batch_size} does not divide by "
-            f"train.accumulation_steps={train.accumulation_steps}"
-        )
-    if model.seq_len % train.loss_chunks:
-        problems.append(
-            f"model.seq_len={model.seq_len} does not divide by "
-            f"train.loss_chunks={train.loss_chunks}"
-        )
-    if list(cfg.mesh.values()).count(-1) > 1:
-        problems.append(f"only one mesh axis can be -1 (the rest): {dict(cfg.mesh)}")
-    if 0 in cfg.mesh.values():
-        problems.append(f"a mesh axis has no devices: {dict(cfg.mesh)}; 1 leaves it unused")
-    try:
-        re.compile(cfg.optim.decay_pattern)
-    except re.error as error:
-        problems.append(f"optim.decay_pattern is no regular expression: {error}")
-    return problems
 
 
 def to_json(cfg: ConfigDict) -> str:

@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,10 @@ from optax.contrib import MuonDimensionNumbers, scale_by_muon
 from nanojaxgpt.errors import ConfigError
 from nanojaxgpt.projection import INPUTS
 
-Hyper = Mapping[str, Any]  # the numbers of cfg.optim, num_steps, z_loss and seed; never a shape
+Hyper = Mapping[str, Any]  # what step.make_hyper gives: numbers, never a shape
+
+# The kernels, the tables and the head, in a tree boxed or plain.
+MATRICES = r"_[A-Z]{2,}\b"
 
 
 def _decay(hyper: Hyper, begin: jax.Array, step: jax.Array) -> jax.Array:
@@ -77,16 +80,28 @@ def path_mask(tree: Any, pattern: str, field: str) -> Any:
     return mask
 
 
-def decay_weights(weight_decay: jax.Array, pattern: str) -> optax.GradientTransformation:
-    """Return the transformation that adds weight_decay * p where the path of p has `pattern`."""
+def decay_weights(
+    hyper: Hyper, pattern: str, multipliers: Sequence[tuple[str, jax.Array | float]]
+) -> optax.GradientTransformation:
+    """Return the transformation that adds weight_decay * p where the path of p has `pattern`.
+
+    The learning rate then multiplies both. Independent decay is over the path's own peak rate, so
+    that what is left is the schedule's factor alone: p -= factor (learning_rate direction +
+    weight_decay p) (Wortsman 2023); what is frozen does not decay either.
+    """
 
     def add_decay(updates: Any, params: Any) -> Any:
         mask = path_mask(params, pattern, "optim.decay_pattern")
+        factors = scale_paths(jax.tree.map(lambda _: jnp.float32(1), params), multipliers)
 
-        def add(update: jax.Array, p: jax.Array, decays: bool) -> jax.Array:
-            return update + weight_decay.astype(p.dtype) * p if decays else update
+        def add(update: jax.Array, p: jax.Array, decays: bool, factor: jax.Array) -> jax.Array:
+            if not decays:
+                return update
+            independent = (hyper["independent_decay"] > 0) & (factor > 0)
+            peak = jnp.where(independent, hyper["learning_rate"] * factor, 1)
+            return update + (hyper["weight_decay"] / peak).astype(p.dtype) * p
 
-        return jax.tree.map(add, updates, params, mask)
+        return jax.tree.map(add, updates, params, mask, factors)
 
     return optax.stateless(add_decay)
 
@@ -144,6 +159,10 @@ OPTIMIZERS: dict[str, Callable[[Hyper], optax.GradientTransformation]] = {
     "lion": lambda hyper: optax.scale_by_lion(hyper["beta1"], hyper["beta2"]),
     "sgd": lambda hyper: optax.trace(hyper["beta1"]),
     "muon": _muon,
+    # The averaging below stands for the momentum.
+    "schedule_free": lambda hyper: optax.scale_by_rms(
+        hyper["beta2"], hyper["eps"], eps_in_sqrt=False, bias_correction=True
+    ),
 }
 
 
@@ -152,39 +171,97 @@ def make_optimizer(
     hyper: Hyper,
     rate: jax.Array | float,
     decay_pattern: str,
-    multipliers: Sequence[tuple[str, float]] = (),
+    multipliers: Sequence[tuple[str, jax.Array | float]] = (),
+    ema: bool = False,
 ) -> optax.GradientTransformation:
     """Return the optimizer at learning rate `rate`; `hyper` and `rate` may be traced.
 
-    Its state's structure depends on `name` alone, so it can be rebuilt inside every step.
-    `multipliers` are (pattern, factor): the learning rate of the paths that have the pattern is
-    multiplied by the factor, and with it their decay; 0 freezes them.
+    Its state's structure depends on `name` and `ema` alone, so it can be rebuilt inside every
+    step. `multipliers` are (pattern, factor): the learning rate of the paths that have the pattern
+    is multiplied by the factor, and with it their decay if that is not independent; 0 freezes
+    them. With `ema`, and for
+    schedule_free, the parameters are an average, see `average`.
     """
-    return optax.chain(
+    optimizer = optax.chain(
         OPTIMIZERS[name](hyper),
-        decay_weights(hyper["weight_decay"], decay_pattern),
+        decay_weights(hyper, decay_pattern, multipliers),
         optax.scale(-rate),
         optax.stateless(lambda updates, _: scale_paths(updates, multipliers)),
     )
+    return average(name, optimizer, hyper, rate) if ema or name == "schedule_free" else optimizer
 
 
-def scale_paths(tree: Any, multipliers: Sequence[tuple[str, float]]) -> Any:
-    """Return the tree with the leaves of each pattern's paths multiplied by its factor."""
+class Averaged(NamedTuple):
+    """The state of an optimizer that moves parameters of its own, `fast`, and averages them."""
+
+    inner: Any
+    fast: Any
+    weight: jax.Array  # of all steps in the average, float32
+
+
+def average(
+    name: str, inner: optax.GradientTransformation, hyper: Hyper, rate: jax.Array | float
+) -> optax.GradientTransformation:
+    """Return the transformation whose parameters are the average of those that `inner` moves.
+
+    So what is evaluated, sampled and saved as the parameters is the average, and the others are
+    state of the optimizer. A step weighs as the square of its learning rate for schedule_free
+    (Defazio 2024); else all weigh the same, and fade by ema_decay with every step.
+    """
+    fades = 1.0 if name == "schedule_free" else hyper["ema_decay"]
+    newest = jnp.square(rate) if name == "schedule_free" else 1.0
+
+    def init(params: Any) -> Averaged:
+        return Averaged(inner.init(params), jax.tree.map(jnp.copy, params), jnp.float32(0))
+
+    def update(grads: Any, state: Averaged, params: Any) -> tuple[Any, Averaged]:
+        point = gradient_point(name, hyper, params, state)
+        updates, inner_state = inner.update(grads, state.inner, point)
+        fast = optax.apply_updates(state.fast, updates)
+        weight = fades * state.weight + newest
+        share = newest / jnp.maximum(weight, jnp.finfo(jnp.float32).tiny)
+        moved = jax.tree.map(lambda x, z: share.astype(x.dtype) * (z - x), params, fast)
+        return moved, Averaged(inner_state, fast, weight)
+
+    return optax.GradientTransformation(init, update)
+
+
+def gradient_point(name: str, hyper: Hyper, params: Any, opt_state: Any) -> Any:
+    """Return the parameters at which the gradient is taken: where they are an average, the fast.
+
+    schedule_free takes it between the two, 1 - beta1 of the way from the average.
+    """
+    if not isinstance(opt_state, Averaged):
+        return params
+    if name != "schedule_free":
+        return opt_state.fast
+    return jax.tree.map(
+        lambda x, z: x + (1 - hyper["beta1"]).astype(x.dtype) * (z - x), params, opt_state.fast
+    )
+
+
+def scale_paths(tree: Any, multipliers: Sequence[tuple[str, jax.Array | float]]) -> Any:
+    """Return the tree with the leaves of each pattern's paths multiplied by its factor.
+
+    0 gives zeros, whatever was there.
+    """
     for pattern, factor in multipliers:
         mask = path_mask(tree, pattern, "optim.rate_multipliers")
-        tree = jax.tree.map(
-            lambda x, chosen, factor=factor: (
-                (x * factor if factor else jnp.zeros_like(x)) if chosen else x
-            ),
-            tree,
-            mask,
-        )
+
+        def scale(x: jax.Array, chosen: bool, factor: jax.Array | float = factor) -> jax.Array:
+            if not chosen:
+                return x
+            number = jnp.asarray(factor, x.dtype)
+            return jnp.where(number == 0, jnp.zeros_like(x), x * number)
+
+        tree = jax.tree.map(scale, tree, mask)
     return tree
 
 
-def frozen_gradients(grads: Any, multipliers: Sequence[tuple[str, float]]) -> Any:
+def frozen_gradients(grads: Any, multipliers: Sequence[tuple[str, jax.Array | float]]) -> Any:
     """Return the gradients, zero for what is frozen, so that clipping does not count them."""
-    return scale_paths(grads, [(pattern, 0.0) for pattern, factor in multipliers if not factor])
+    alive = [(pattern, jnp.where(factor == 0, 0.0, 1.0)) for pattern, factor in multipliers]
+    return scale_paths(grads, alive)
 
 
 # What muP calls hidden: the kernels whose input and output both grow with the width.
@@ -210,7 +287,7 @@ def rate_multipliers(
             raise ConfigError(
                 f"optim.rate_multipliers: {entry!r} is not PATTERN=FACTOR, as in embed_VD=0.1"
             ) from None
-    power = {"adamw": 1, "adafactor": 1, "lion": 1, "muon": 0.5, "sgd": 0}
+    power = {"adamw": 1, "adafactor": 1, "lion": 1, "schedule_free": 1, "muon": 0.5, "sgd": 0}
     if width != 1:
         found.append((HIDDEN, width ** -power[optimizer]))
     return found
@@ -219,3 +296,42 @@ def rate_multipliers(
 def clip_factor(norm: jax.Array, clip_norm: jax.Array) -> jax.Array:
     """Return the factor that brings a gradient of this norm down to `clip_norm`; 0: no clipping."""
     return jnp.where(clip_norm > 0, jnp.minimum(1, clip_norm / (norm + 1e-6)), 1)
+
+
+NORM_WINDOW, NORMS_NEEDED = 128, 16  # how far back the mean reaches, and when it is trusted
+
+
+class Recent(NamedTuple):
+    """The recent gradients' norms, of updates that were made, and how many were left out in a row.
+
+    Scalars: the mean and its weight, both float32, and an int32.
+    """
+
+    norm: jax.Array
+    weight: jax.Array
+    skipped: jax.Array
+
+    def remember(self, norm: jax.Array, made: jax.Array) -> "Recent":
+        """Return what is recent after an update with this norm, made or left out."""
+        weight = self.weight * (1 - 1 / NORM_WINDOW) + 1
+        mean = self.norm + (norm - self.norm) / weight
+        after = Recent(mean, weight, jnp.zeros_like(self.skipped))
+        return jax.tree.map(
+            lambda new, old: jnp.where(made, new, old),
+            after,
+            self._replace(skipped=self.skipped + 1),
+        )
+
+    def norm_limit(self, spike_factor: jax.Array) -> jax.Array:
+        """Return the norm above which an update is left out; infinite while there are too few.
+
+        OLMo-core and Levanter so leave out what is six deviations over the mean of 128 steps; a
+        factor of the mean needs no second figure, and has a meaning before the run is known.
+        """
+        active = (spike_factor > 0) & (self.weight > NORMS_NEEDED)
+        return jnp.where(active, spike_factor * self.norm, jnp.inf)
+
+
+def init_recent() -> Recent:
+    """Return what is recent before the first step."""
+    return Recent(jnp.float32(0), jnp.float32(0), jnp.int32(0))

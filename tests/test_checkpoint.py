@@ -40,7 +40,7 @@ def save(folder, steps, losses=None, **keep) -> None:
     rules = dict(last=2, every_steps=0, best=0) | keep
     checkpoints = Checkpoints(folder, Keep(**rules, losses=lambda: known))
     for step in steps:
-        checkpoints.save(step, tree(step), {"mu": tree(step + 100)})
+        checkpoints.save(step, {"params": tree(step), "opt_state": {"mu": tree(step + 100)}})
         known |= {step: losses[step]} if losses and step in losses else {}
     checkpoints.close()
 

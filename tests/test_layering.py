@@ -16,11 +16,11 @@ FLOORS = {
         "data.sources", "data.sources.documents", "data.sources.files", "data.sources.stdlib",
         "data.sources.tfds", "data.sources.builders", "data.sources.hub",
         "data.shards", "data.store", "data.packing", "data.loader", "data.show",
-        "paper"},
+        "checks", "paper"},
     2: {"train", "coordcheck", "sweep.plan", "sweep.claims", "sweep.launch", "sweep.together",
         "sweep.run", "sweep.report", "rehearse", "rehearse.flops", "rehearse.targets",
         "rehearse.estimate", "rehearse.step", "rehearse.search", "rehearse.report",
-        "reproduce"},
+        "step", "loop", "reproduce"},
     3: {"__main__"},
 }  # fmt: skip
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
@@ -95,11 +95,11 @@ def test_rooms_import_from_no_higher_floor(name):
 
 def test_no_rooms_import_each_other():
     assert cycle({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}, "e": set()}) == list("abcd")
-    assert USES["train"] >= {"model", "checkpoint", "data.loader"}
+    assert USES["train"] >= {"model", "checkpoint", "data.loader", "loop", "step"}
     assert cycle(USES) == []
 
 
-EARLY = {"", "__main__", "arguments", "config", "errors", "rundir", "paper"} | {
+EARLY = {"", "__main__", "arguments", "checks", "config", "errors", "rundir", "paper"} | {
     f"sweep.{name}" for name in ("space", "plan", "claims", "launch")
 }
 

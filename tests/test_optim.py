@@ -3,14 +3,19 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
+from nanojaxgpt.checks import CHOICES
 from nanojaxgpt.errors import ConfigError
 from nanojaxgpt.optim import (
+    NORMS_NEEDED,
     OPTIMIZERS,
     SCHEDULES,
     clip_factor,
     frozen_gradients,
+    gradient_point,
+    init_recent,
     learning_rate,
     make_optimizer,
     path_mask,
@@ -19,7 +24,7 @@ from nanojaxgpt.optim import (
 
 HYPER = dict(
     learning_rate=1.0, num_steps=100.0, warmup_steps=9.0, final_fraction=0.1, decay_fraction=0.2,
-    beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1,
+    beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, independent_decay=0.0, ema_decay=0.0,
 )  # fmt: skip
 HYPER = {name: jnp.float32(value) for name, value in HYPER.items()}
 
@@ -67,6 +72,39 @@ def test_adamw_is_its_formula():
     np.testing.assert_allclose(got, p, rtol=1e-5)
 
 
+def test_independent_decay_follows_the_schedule_and_not_the_rate():
+    params = {"w_DF": jnp.array([[1.0, -2.0]]), "bias": jnp.array([3.0])}
+    grads = jax.tree.map(jnp.zeros_like, params)
+
+    def decayed(independent, peak, factor=0.25):
+        numbers = {"independent_decay": independent, "learning_rate": peak}
+        hyper = HYPER | {name: jnp.float32(value) for name, value in numbers.items()}
+        optimizer = make_optimizer("adamw", hyper, peak * factor, r"_[A-Z]{2,}$")
+        updates, _ = optimizer.update(grads, optimizer.init(params), params)
+        return updates
+
+    def factored(independent):
+        """Return the updates of two matrices, one at a tenth of the rate, and one frozen."""
+        hyper = HYPER | {"independent_decay": jnp.float32(independent)}
+        tree = {name: jnp.array([[1.0, -2.0]]) for name in ("w_DF", "up_DF", "q_DF")}
+        multipliers = [("w_", jnp.float32(0.1)), ("q_", jnp.float32(0))]
+        optimizer = make_optimizer("adamw", hyper, 0.5, "_DF", multipliers)
+        zeros = jax.tree.map(jnp.zeros_like, tree)
+        return optimizer.update(zeros, optimizer.init(tree), tree)[0]
+
+    for independent, share in ((True, 1), (False, 0.1)):
+        found = factored(independent)
+        np.testing.assert_allclose(found["w_DF"], share * found["up_DF"], rtol=1e-6)
+        assert np.all(found["up_DF"])
+        assert not np.any(found["q_DF"])
+    for peak in (1e-3, 0.5):
+        found = decayed(True, peak)
+        np.testing.assert_allclose(found["w_DF"], -0.25 * 0.1 * params["w_DF"], rtol=1e-6)
+        assert not np.any(found["bias"])
+        expected = -peak * 0.25 * 0.1 * params["w_DF"]
+        np.testing.assert_allclose(decayed(False, peak)["w_DF"], expected, rtol=1e-6)
+
+
 def test_patterns_that_match_nothing_are_refused():
     tree = {"layers": {"q_DNH": 0, "q_bias": 0}}
     assert path_mask(tree, "q_D", "f") == {"layers": {"q_DNH": True, "q_bias": False}}
@@ -79,6 +117,11 @@ def test_clipping_shrinks_only_what_is_too_long():
     np.testing.assert_allclose(clip_factor(jnp.float32(4), jnp.float32(1)), 0.25, rtol=1e-5)
     assert clip_factor(jnp.float32(0.5), jnp.float32(1)) == 1
     assert clip_factor(jnp.float32(4), jnp.float32(0)) == 1
+
+
+def test_the_config_knows_every_name():
+    assert CHOICES["optim.optimizer"] == tuple(OPTIMIZERS)
+    assert CHOICES["optim.schedule"] == tuple(SCHEDULES)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -151,3 +194,90 @@ def test_mup_divides_the_rate_of_hidden_kernels_alone():
     mask = path_mask(tree, pattern, "f")
     hidden = {"q_DNH": True, "down_DF": True, "up_bias": False}
     assert mask == {"layers": hidden, "embed_VD": False, "head_VD": False}
+
+
+def noisy_steps(name, rates, ema=False, decay=0.0, **numbers):
+    """Yield (average, point, fast) after each step on a noisy parabola, with its gradients."""
+    hyper = HYPER | {key: jnp.float32(value) for key, value in numbers.items()}
+    hyper |= {"weight_decay": jnp.float32(decay)}
+    params = {"w_DF": jnp.array([[1.0, -2.0, 0.5]])}
+    state = make_optimizer(name, hyper, 0.0, "", ema=ema).init(params)
+    for step, rate in enumerate(rates):
+        optimizer = make_optimizer(name, hyper, jnp.float32(rate), "w_DF", ema=ema)
+        point = gradient_point(name, hyper, params, state)
+        noise = jax.random.normal(jax.random.key(step), (1, 3))
+        grads = jax.tree.map(lambda p, noise=noise: p + noise, point)
+        updates, state = optimizer.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        yield params["w_DF"], gradient_point(name, hyper, params, state)["w_DF"], state, grads
+
+
+def test_schedule_free_is_optaxs():
+    """Optax keeps the point of the gradient and finds the average from it; here it is reversed."""
+    rates, params = [0.01, 0.02, 0.03, 0.03, 0.03, 0.03], {"w_DF": jnp.array([[1.0, -2.0, 0.5]])}
+    state = None
+    for rate, (average, point, _, grads) in zip(
+        rates, noisy_steps("schedule_free", rates, decay=0.1), strict=True
+    ):
+        theirs = optax.contrib.schedule_free(
+            optax.chain(
+                optax.scale_by_rms(0.95, 1e-8, eps_in_sqrt=False, bias_correction=True),
+                optax.add_decayed_weights(0.1),
+                optax.scale(-rate),
+            ),
+            rate,
+            b1=0.9,
+        )
+        state = state or theirs.init(params)
+        updates, state = theirs.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        expected = optax.contrib.schedule_free_eval_params(state, params)
+        np.testing.assert_allclose(average, expected["w_DF"], atol=2e-6)
+        np.testing.assert_allclose(point, params["w_DF"], atol=2e-6)
+    assert np.abs(average - point).max() > 1e-3
+
+
+def test_an_average_is_its_formula_and_leaves_the_steps_as_they_are():
+    rates, weighted, total = [0.1] * 6, 0.0, 0.0
+    both = zip(
+        noisy_steps("adamw", rates),
+        noisy_steps("adamw", rates, ema=True, ema_decay=0.75),
+        strict=True,
+    )
+    for (plain, *_), (average, point, state, _) in both:
+        np.testing.assert_array_equal(point, plain)
+        np.testing.assert_array_equal(state.fast["w_DF"], plain)
+        weighted, total = 0.75 * weighted + plain, 0.75 * total + 1
+        np.testing.assert_allclose(average, weighted / total, rtol=1e-5)
+    assert np.abs(average - plain).max() > 1e-3
+
+
+@pytest.mark.parametrize(("name", "ema"), [("schedule_free", False), ("adamw", True)])
+def test_what_is_frozen_stays_where_it_is_in_an_average(name, ema):
+    params = {"w_DF": jnp.array([[0.1, -2.3]]), "up_DF": jnp.array([[0.7]])}
+    state, start = None, params
+    for _ in range(5):
+        hyper = HYPER | {"ema_decay": jnp.float32(0.9)}
+        optimizer = make_optimizer(name, hyper, jnp.float32(0.1), "", [("w_", 0.0)], ema)
+        state = state or optimizer.init(params)
+        updates, state = optimizer.update(params, state, params)
+        params = optax.apply_updates(params, updates)
+    np.testing.assert_array_equal(params["w_DF"], start["w_DF"])
+    assert params["up_DF"] != start["up_DF"]
+
+
+def test_a_spike_is_measured_by_the_norms_of_updates_that_were_made():
+    recent, norms = init_recent(), np.random.default_rng(0).uniform(1, 2, 200).astype(np.float32)
+    factor, weights = jnp.float32(3), 0.0
+    for count, norm in enumerate(norms, 1):
+        recent = recent.remember(jnp.float32(norm), jnp.bool(True))
+        limit = float(recent.norm_limit(factor))
+        assert (limit < np.inf) == (count > NORMS_NEEDED + 1), count
+    weights = (1 - 1 / 128) ** np.arange(len(norms))[::-1]
+    np.testing.assert_allclose(limit, 3 * np.average(norms, weights=weights), rtol=1e-5)
+    for count in (1, 2):
+        recent = recent.remember(jnp.float32(np.nan), jnp.bool(False))
+        assert int(recent.skipped) == count
+    assert float(recent.norm_limit(factor)) == limit
+    assert float(recent.norm_limit(jnp.float32(0))) == np.inf
+    assert int(recent.remember(jnp.float32(1), jnp.bool(True)).skipped) == 0

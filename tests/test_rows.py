@@ -16,8 +16,10 @@ from nanojaxgpt.data.rows import (
     hash_words,
     interleave,
     make_eval_batches,
+    make_ramp,
     make_train_rows,
     permute,
+    read_batch,
     take_rows,
 )  # fmt: skip
 from nanojaxgpt.errors import DataError
@@ -174,3 +176,33 @@ def test_an_evaluation_reads_all_tables_once(counts):
 
 def test_nothing_to_validate_on_gives_no_batch():
     assert make_eval_batches(chain([table(0), table(0)]), 4)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("first", "full", "steps"), [(4, 32, 30), (1, 2, 1), (8, 8, 0), (3, 96, 7)]
+)
+def test_a_ramp_is_linear_in_rows_wherever_it_doubles(first, full, steps):
+    ramp = make_ramp(full, first, steps)
+    sizes = [ramp.size(step) for step in range(steps + 5)]
+    assert (sizes[0], sizes[-5:]) == (first, [full] * 5)
+    assert set(sizes) <= {first << k for k in range(10)}
+    seen = np.cumsum([0, *sizes])
+    assert [ramp.before(step) for step in range(steps + 6)] == seen.tolist()
+    for step in [step for step, (a, b) in enumerate(pairwise(sizes), 1) if a < b]:
+        line = first + (full - first) * ramp.before(step) / ramp.before(steps)
+        off = 2 * full / max(steps, 1)  # the borders are whole steps
+        assert abs(sizes[step] - line) <= off * sizes[step] / first
+
+
+def test_without_a_ramp_every_batch_is_full():
+    ramp = make_ramp(6, 0, 0)
+    assert ([ramp.size(step) for step in range(3)], ramp.before(5)) == ([6] * 3, 30)
+
+
+def test_growing_batches_read_the_same_rows_one_after_the_other():
+    ramp, read = make_ramp(12, 3, 4), make_train_rows(MIXTURE, 12, seed=2)
+    grown = [read_batch(read, ramp, step, 0, ramp.size(step)) for step in range(6)]
+    assert [len(batch.tokens_BT) for batch in grown] == [3, 3, 6, 6, 12, 12]
+    found = np.concatenate([batch.tokens_BT[:, 0] for batch in grown])
+    wanted = np.concatenate([first_column(read, step, 12) for step in range(4)])
+    np.testing.assert_array_equal(found, wanted[: len(found)])

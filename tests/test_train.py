@@ -1,11 +1,18 @@
 """The train step: accumulation, weights, clipping, traced hyperparameters, and starting points."""
 
+import json
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import random_tokens
 
+from nanojaxgpt import metrics, sharding
+from nanojaxgpt import train as train_module
+from nanojaxgpt.__main__ import main
+from nanojaxgpt.config import override_config
 from nanojaxgpt.data.rows import Batch
 from nanojaxgpt.errors import CheckpointError, ConfigError, NonFiniteError
 from nanojaxgpt.metrics import read_metrics
@@ -16,11 +23,15 @@ from nanojaxgpt.train import (
     fit,
     make_hyper,
     make_init,
+    make_job,
     make_loss,
     make_train_step,
     prepare_data,
     resolve,
+    share_job,
 )  # fmt: skip
+
+make_mesh = sharding.make_mesh
 
 
 @pytest.fixture
@@ -76,11 +87,42 @@ def test_other_numbers_do_not_recompile_and_do_act(cfg):
     state, step = step_of(cfg)
     hyper = make_hyper(cfg)
     base, _ = step(state, batch(), hyper)
-    for name in ("learning_rate", "beta1", "clip_norm", "weight_decay", "z_loss", "warmup_steps"):
+    names = ["learning_rate", "beta1", "clip_norm", "weight_decay", "z_loss", "warmup_steps"]
+    for name in (*names, "embed_multiplier", "attention_multiplier", "logit_multiplier"):
         other, _ = step(state, batch(), hyper | {name: np.float32(hyper[name] * 0.5 + 0.01)})
         moved = jax.tree.map(lambda a, b: jnp.abs(a - b).max(), base, other)
         assert max(map(float, jax.tree.leaves((moved.params, moved.opt_state)))) > 0, name
     assert step._cache_size() == 1
+
+
+def test_factors_of_rates_are_numbers_of_the_step(cfg):
+    cfg = cfg.copy_and_resolve_references().unlock()
+    cfg.optim.rate_multipliers = ("embed_=0.5", "q_D=1")
+    state, step = step_of(cfg)
+    hyper = make_hyper(cfg)
+    assert hyper["rate_multipliers"] == (0.5, 1)
+    half, _ = step(state, batch(), hyper)
+    whole, _ = step(state, batch(), hyper | {"rate_multipliers": (np.float32(1), np.float32(0))})
+    moved = [
+        jax.tree.map(lambda a, b: a - b, after.params, state.params) for after in (half, whole)
+    ]
+    np.testing.assert_allclose(2 * moved[0]["embed_VD"], moved[1]["embed_VD"], atol=1e-6)
+    assert np.any(moved[0]["layers"]["q_DNH"])
+    assert not np.any(moved[1]["layers"]["q_DNH"])
+    assert step._cache_size() == 1
+
+
+def test_the_scale_of_the_start_is_of_the_matrices_alone(cfg):
+    data = prepare_data(cfg, lambda _: None)
+    job = make_job(resolve(cfg, data), data, sharding.make_mesh({}, jax.devices()[:1]))
+    twice = cfg.copy_and_resolve_references().unlock()
+    twice.init.scale = 2.0
+    one, other = (
+        share_job(job, resolve(c, data)).init(jax.random.key(0)).params for c in (cfg, twice)
+    )
+    for name, factor in (("embed_VD", 2), ("position_TD", 2), ("final_norm_scale", 1)):
+        np.testing.assert_array_equal(other[name], factor * one[name])
+    np.testing.assert_array_equal(other["layers"]["down_DF"], 2 * one["layers"]["down_DF"])
 
 
 def test_an_update_that_is_not_finite_is_left_out(cfg):
@@ -91,7 +133,8 @@ def test_an_update_that_is_not_finite_is_left_out(cfg):
     poisoned.weights_BT[0, 0] = np.nan
     kept, numbers = step(before, poisoned, hyper)
     assert (float(numbers["skipped"]), int(kept.step)) == (1.0, int(before.step) + 1)
-    jax.tree.map(np.testing.assert_array_equal, kept[1:], before[1:])
+    jax.tree.map(np.testing.assert_array_equal, kept[1:3], before[1:3])
+    assert [int(state.recent.skipped) for state in (before, kept)] == [0, 1]
     # A finite loss and gradient whose step is too large for float32.
     huge = {"learning_rate": 3e38, "weight_decay": 1e3, "warmup_steps": 0}
     huge = {name: np.float32(value) for name, value in huge.items()}
@@ -103,30 +146,60 @@ def test_an_update_that_is_not_finite_is_left_out(cfg):
     assert float(numbers["skipped"]) == 0.0
 
 
-@pytest.mark.parametrize("allowed", [2, 1])
-def test_a_run_goes_on_over_as_many_bad_updates_as_it_may(allowed, small_config, tmp_path):
-    """The loss of the third and the fourth step is not a number."""
+def share_programs(cfg, monkeypatch, devices=1, sizes=None, loss_fn=None):
+    """Return the job of `cfg`, whose programs every `fit` takes, so that they compile once."""
+    data, mesh = prepare_data(cfg, lambda _: None), make_mesh(sizes or {}, jax.devices()[:devices])
+    job = make_job(resolve(cfg, data), data, mesh, loss_fn)
+    monkeypatch.setattr(sharding, "make_mesh", lambda *_: mesh)
+    monkeypatch.setattr(train_module, "make_job", lambda cfg, *_: share_job(job, cfg))
+    return job
+
+
+@pytest.mark.parametrize("factor", [np.nan, 1e3])
+def test_a_run_goes_on_over_as_many_bad_updates_as_it_may(
+    factor, small_config, tmp_path, monkeypatch
+):
+    """The loss of the 22nd and the 23rd step is not a number, or a thousand times what it is."""
     cfg = small_config(**{
-        "train.num_steps": "6", "optim.max_skipped_steps": str(allowed), "mesh.data": "-1",
-        "checkpoint.every_steps": "1", "eval.every_steps": "0",
+        "train.num_steps": "25", "optim.max_skipped_steps": "2", "optim.spike_factor": "3",
+        "checkpoint.every_steps": "1", "checkpoint.keep_last": "9", "eval.every_steps": "0",
+        "data.validation_fraction": "0",
     })  # fmt: skip
     resolved = resolve(cfg, prepare_data(cfg, lambda _: None))
     real = make_loss(Transformer(ModelConfig(**resolved.model)), 1)
     seed = jax.random.key(cfg.train.seed)
-    bad = [jax.random.key_data(jax.random.fold_in(seed, step)) for step in (2, 3)]
+    bad = [jax.random.key_data(jax.random.fold_in(seed, step)) for step in (21, 22)]
 
     def bad_twice(params, batch, hyper, rng):
         now = jnp.any(jnp.all(jax.random.key_data(rng) == jnp.stack(bad), axis=1))
-        return real(params, batch, hyper, rng) * jnp.where(now, jnp.nan, 1)
+        return real(params, batch, hyper, rng) * jnp.where(now, factor, 1)
 
-    if allowed < 2:
-        with pytest.raises(NonFiniteError, match="step 4"):
-            fit(cfg, tmp_path / "run", bad_twice, report=lambda _: None)
-        return
-    state = fit(cfg, tmp_path / "run", bad_twice, report=lambda _: None)
-    assert int(state.step) == 6
+    def train(run):
+        return fit(cfg, tmp_path / run, report=lambda _: None)
+
+    share_programs(cfg, monkeypatch, loss_fn=bad_twice)
+    state = train("run")
+    assert int(state.step) == 25
     logged = [record["step"] for record in read_metrics(tmp_path / "run") if "loss" in record]
-    assert logged == [1, 2, 5, 6]
+    assert logged == [*range(1, 22), 24, 25]
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
+    forget(tmp_path / "run", 23)
+    jax.tree.map(np.testing.assert_array_equal, train("run"), state)
+    # The budget counts on where a run is stopped between the two.
+    cfg = override_config(cfg, {"optim.max_skipped_steps": "1"})
+    why = "its update is not finite" if np.isnan(factor) else "its gradient norm .* is over"
+    for _ in range(2):
+        with pytest.raises(NonFiniteError, match=f"step 23: {why}.* update 2 in a row"):
+            train("other")
+        forget(tmp_path / "other", 23)
+        assert (tmp_path / "other" / "checkpoints" / "22").exists()
+
+
+def forget(run, step):
+    """Delete what was saved from this step on, as if the run had been killed before."""
+    for saved in (run / "checkpoints").iterdir():
+        if int(saved.name) >= step:
+            shutil.rmtree(saved)
 
 
 def test_mup_at_its_base_width_is_the_standard_one(cfg):
@@ -144,16 +217,82 @@ def test_mup_at_its_base_width_is_the_standard_one(cfg):
     assert float(wider[1]["loss"]) != float(standard[1]["loss"])
 
 
-@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "adamw"])
-def test_every_optimizer_trains_a_sharded_model(name, small_config, tmp_path):
+CASES = {name: {"optim.optimizer": name} for name in OPTIMIZERS}
+CASES["sgd"] |= {"optim.learning_rate": "0.1"}
+CASES["schedule_free"] |= {"optim.schedule": "constant"}
+CASES["adamw, averaged"] = {"optim.ema_decay": "0.8"}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_optimizer_learns_resumes_bit_for_bit_and_shards(
+    case, small_config, tmp_path, monkeypatch
+):
+    """On eight devices it makes the losses of one, and on one the bits of a run never stopped."""
+    losses = {}
+    for devices, sizes in ((8, dict(data=2, fsdp=2, tensor=2)), (1, {})):
+        cfg = small_config(**{
+            "model.vocab_size": "24", "model.num_layers": "1", "optim.learning_rate": "0.01",
+            "optim.warmup_steps": "0", "train.num_steps": "8", "eval.every_steps": "0",
+            "data.validation_fraction": "0", "checkpoint.every_steps": "4",
+        } | CASES[case])  # fmt: skip
+        job, run = share_programs(cfg, monkeypatch, devices, sizes), tmp_path / str(devices)
+        state = fit(cfg, run, report=lambda _: None)
+        losses[devices] = [record["loss"] for record in read_metrics(run) if "loss" in record]
+        assert losses[devices][-1] < losses[devices][0] - 0.1
+        for leaf, wanted in zip(*map(jax.tree.leaves, (state, job.shardings)), strict=True):
+            assert leaf.sharding.is_equivalent_to(wanted, leaf.ndim)
+        fast = getattr(state.opt_state, "fast", state.params)
+        same = jax.tree.map(lambda z, p: z.sharding == p.sharding, fast, state.params)
+        assert jax.tree.all(same)
+    forget(run, 8)
+    jax.tree.map(np.testing.assert_array_equal, fit(cfg, run, report=lambda _: None), state)
+    np.testing.assert_allclose(losses[8], losses[1], atol=2e-4)
+
+
+def test_batches_grow_and_a_run_stopped_in_between_has_the_same_bits(
+    small_config, tmp_path, monkeypatch, capsys
+):
     cfg = small_config(**{
-        "optim.optimizer": name, "optim.learning_rate": "0.1" if name == "sgd" else "0.003",
-        "mesh.data": "2", "mesh.fsdp": "4", "train.num_steps": "8", "train.log_every_steps": "1",
-        "optim.warmup_steps": "0", "eval.every_steps": "0",
+        "train.batch_size": "16", "train.ramp_batch_size": "4", "train.ramp_steps": "6",
+        "train.num_steps": "9", "eval.every_steps": "0", "checkpoint.every_steps": "4",
     })  # fmt: skip
-    fit(cfg, tmp_path / "run", report=lambda _: None)
-    losses = [record["loss"] for record in read_metrics(tmp_path / "run") if "loss" in record]
-    assert losses[-1] < losses[0] - 0.1
+    job, lines = share_programs(cfg, monkeypatch), []
+    sizes = [job.train_batch(step).tokens_BT.shape[0] for step in range(9)]
+    assert sizes == [4, 4, 4, 8, 8, 8, 16, 16, 16]
+    state = fit(cfg, tmp_path / "run", report=lines.append)
+    assert job.train_step._cache_size() == 3  # a program for each size
+    assert "sequences in a batch: 4 from step 1, 8 from step 4, 16 from step 7" in lines
+    said = capsys.readouterr().out
+    assert "step 4: batches of 8 from here" in said
+    assert "step 7: batches of 16 from here" in said
+    records = read_metrics(tmp_path / "run")
+    forget(tmp_path / "run", 5)
+    jax.tree.map(np.testing.assert_array_equal, fit(cfg, tmp_path / "run", report=str), state)
+    losses = [[r["loss"] for r in found if "loss" in r]
+              for found in (records, read_metrics(tmp_path / "run"))]  # fmt: skip
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.8])
+def test_what_is_evaluated_saved_and_started_from_is_the_average(
+    ema, small_config, tmp_path, monkeypatch, capsys
+):
+    options = {"train.num_steps": "6", "optim.learning_rate": "0.01"}
+    cfg = small_config(**options, **{"optim.ema_decay": str(ema)})
+    job = share_programs(cfg, monkeypatch)
+    state = fit(cfg, tmp_path / "run", report=lambda _: None)
+    assert (" of the average" in capsys.readouterr().out) == (ema > 0)
+    found = metrics.validation_losses(tmp_path / "run")[6]
+    assert found == job.evaluate(state.params)["loss"]
+    if not ema:
+        return
+    assert found != job.evaluate(state.opt_state.fast)["loss"]
+    assert main(["eval", str(tmp_path / "run")]) == 0
+    assert json.loads(capsys.readouterr().out)["loss"] == found
+    more = {"init.from_run": str(tmp_path / "run"), "optim.learning_rate": "0"}
+    second = fit(override_config(cfg, more), tmp_path / "second", report=lambda _: None)
+    for params in (second.params, second.opt_state.fast):
+        jax.tree.map(np.testing.assert_array_equal, params, state.params)
 
 
 def test_dropout_depends_on_seed_and_step_alone(cfg):

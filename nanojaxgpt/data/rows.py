@@ -47,6 +47,47 @@ class Source(NamedTuple):
     rows: Rows
 
 
+class Ramp(NamedTuple):
+    """The sizes of a run's batches: `first` rows, doubled until they are `full` from `steps` on.
+
+    Every doubling takes as many steps as the one before. So the sizes are those of a ramp that is
+    linear in tokens (Brown 2020), wherever that reaches a doubling; few sizes, for each one is a
+    compiled program.
+    """
+
+    first: int
+    full: int
+    steps: int
+
+    def stages(self) -> list[tuple[int, int]]:
+        """Return (step, rows): from which 0-based step on batches have how many rows."""
+        doublings = (self.full // self.first).bit_length() - 1
+        begins = [-(-self.steps * k // doublings) for k in range(1, doublings + 1)]
+        return [(begin, self.first << k) for k, begin in enumerate([0, *begins])]
+
+    def size(self, step: int) -> int:
+        """Return how many rows the batch of a 0-based step has."""
+        return [rows for begin, rows in self.stages() if begin <= step][-1]
+
+    def before(self, step: int) -> int:
+        """Return how many rows all the batches before a 0-based step have."""
+        begins, sizes = zip(*self.stages(), strict=True)
+        ends = [*begins[1:], math.inf]
+        spans = zip(begins, ends, sizes, strict=True)
+        return sum(rows * max(0, min(step, end) - begin) for begin, end, rows in spans)
+
+
+def make_ramp(full: int, first: int = 0, steps: int = 0) -> Ramp:
+    """Return the ramp of the config's fields; without `first` all batches are `full`."""
+    return Ramp(first, full, steps) if first else Ramp(full, full, 0)
+
+
+def read_batch(read: ReadRows, ramp: Ramp, step: int, first_row: int, last_row: int) -> Batch:
+    """Return rows [first_row, last_row) of a step's batch, where batches grow by a ramp."""
+    before = ramp.before(step)
+    return read(0, before + first_row, before + last_row)
+
+
 def make_train_rows(sources: tuple[Source, ...], batch_size: int, seed: int) -> ReadRows:
     """Return `read(step, first_row, last_row)`: rows [first_row, last_row) of that step's batch.
 

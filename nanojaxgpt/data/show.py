@@ -9,11 +9,13 @@ import numpy as np
 from nanojaxgpt.data.loader import Data
 from nanojaxgpt.data.rows import (
     Batch,
+    Ramp,
     Source,
     interleave,
     make_eval_batches,
     make_train_rows,
     places,
+    read_batch,
 )
 from nanojaxgpt.data.tokenizers import Tokenizer
 from nanojaxgpt.errors import DataError
@@ -24,25 +26,25 @@ say next, and the target's weight in the loss."""
 
 
 def show_step(
-    data: Data, split: str, step: int, seq_len: int, batch_size: int, seed: int, rows: int
+    data: Data, split: str, step: int, seq_len: int, ramp: Ramp, seed: int, rows: int
 ) -> Iterator[str]:
     """Yield lines about the batch of a step, and its first `rows` rows in full.
 
     Steps count from 1, as in the log of a run; with `split="validation"` they are the batches of
     an evaluation. Raises DataError where there is no such batch.
     """
-    counts = Counter()
+    counts, batch_size = Counter(), ramp.size(step - 1)
     if split == "train":
         sources = data.train(seq_len)
-        read = make_train_rows(sources, batch_size, seed)
-        counts = count_sources(sources, step - 1, batch_size)
+        read = make_train_rows(sources, ramp.full, seed)
+        counts = count_sources(sources, ramp.before(step - 1), batch_size)
     else:
         table = data.validation(seq_len)
         num_batches, read = make_eval_batches(table, batch_size)
         if step > num_batches:
             raise DataError(f"the validation split has {num_batches} batches, no number {step}")
         batch_size = min(batch_size, table.count - (step - 1) * batch_size)  # the last is smaller
-    batch = read(step - 1, 0, batch_size)
+    batch = read_batch(read, ramp, step - 1, 0, batch_size)
     yield f"{split}, step {step}: {batch_size} rows of {seq_len} places"
     yield from describe(batch)
     for name, count in counts.items():
@@ -53,10 +55,10 @@ def show_step(
         yield from show_row(batch, row, data.tokenizer)
 
 
-def count_sources(sources: tuple[Source, ...], step: int, batch_size: int) -> Counter[str]:
-    """Return how many rows of the step's batch come from each source."""
+def count_sources(sources: tuple[Source, ...], before: int, batch_size: int) -> Counter[str]:
+    """Return how many rows of a batch come from each source; `before` are those read before it."""
     weights = [source.weight for source in sources]
-    source_B, _ = interleave(places(step, batch_size, 0, batch_size), weights)
+    source_B, _ = interleave(places(0, batch_size, before, before + batch_size), weights)
     return Counter({s.name: int((source_B == n).sum()) for n, s in enumerate(sources)})
 
 

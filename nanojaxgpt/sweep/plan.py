@@ -17,8 +17,10 @@ from nanojaxgpt.sweep.space import Point, Space
 
 SEED = "train.seed"
 
-# What the compiled programs take as arguments (train.make_hyper), and what they never see.
-TRACED = re.compile(r"train\.(num_steps|z_loss|seed)")
+# What the compiled programs take as arguments (step.make_hyper), and what they never see.
+TRACED = re.compile(
+    r"train\.(num_steps|z_loss|seed)|model\.(embed|attention|logit)_multiplier|optim\..*"
+)
 UNSEEN = re.compile(r"(checkpoint|sample|init)\..*|eval\.every_steps|train\.log_every_steps")
 
 
@@ -106,8 +108,11 @@ def program_key(cfg: ConfigDict) -> str:
     cfg = cfg.copy_and_resolve_references().unlock()
     for name, value in list(config.fields(cfg)):
         section, field = name.split(".")
-        traced = TRACED.fullmatch(name) or (section == "optim" and not isinstance(value, str))
-        if traced or UNSEEN.fullmatch(name):
+        if name == "optim.ema_decay":
+            cfg.optim.ema_decay = float(value > 0)  # an average is in the state, or there is none
+        elif name == "optim.rate_multipliers":
+            cfg.optim.rate_multipliers = tuple(entry.rpartition("=")[0] for entry in value)
+        elif UNSEEN.fullmatch(name) or (TRACED.fullmatch(name) and not isinstance(value, str)):
             del cfg[section][field]
     return config.config_hash(cfg)
 
@@ -142,7 +147,7 @@ def describe(trials: list[Trial], report: Callable[[str], None]) -> list[str]:
     """
     from nanojaxgpt.metrics import train_flops
     from nanojaxgpt.model import ModelConfig, count_params
-    from nanojaxgpt.train import prepare_data, resolve
+    from nanojaxgpt.train import prepare_data, resolve, train_ramp
 
     groups, lines, total, data = group_trials(trials), [], 0, {}
     for number, group in enumerate(groups, 1):
@@ -151,8 +156,9 @@ def describe(trials: list[Trial], report: Callable[[str], None]) -> list[str]:
         if key not in data:
             data[key] = prepare_data(first, report)
         model_cfg = ModelConfig(**resolve(first, data[key]).model)
-        tokens = sum(trial.cfg.train.num_steps * first.train.batch_size for trial in group)
-        flops = train_flops(model_cfg, model_cfg.seq_len) * tokens
+        ramp = train_ramp(first)
+        rows = sum(ramp.before(trial.cfg.train.num_steps) for trial in group)
+        flops = train_flops(model_cfg, model_cfg.seq_len) * rows
         total += flops
         lines.append(
             f"program {number}: {count(len(group), 'trial')}, "

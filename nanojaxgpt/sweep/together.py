@@ -19,9 +19,11 @@ import numpy as np
 from nanojaxgpt import checkpoint, metrics
 from nanojaxgpt.data.loader import fetch_ahead
 from nanojaxgpt.errors import ConfigError
+from nanojaxgpt.loop import Job, due, train_ramp, why_left_out
 from nanojaxgpt.model import ModelConfig, Transformer
 from nanojaxgpt.rundir import own_run
-from nanojaxgpt.train import Job, TrainState, begin_run, due, make_hyper, make_loss, make_train_step
+from nanojaxgpt.step import TrainState, make_hyper, make_loss, make_train_step
+from nanojaxgpt.train import begin_run
 
 MEASURED_STEPS = 5
 
@@ -39,7 +41,7 @@ def take(tree: Any, index: int) -> Any:
 def make_step(job: Job) -> Callable:
     """Return step(states, batches, hypers, going) -> states, metrics, going; compiled at first use.
 
-    `going` [trials] tells who trains; a step that is not finite changes nothing in its trial.
+    `going` [trials] tells who trains; one ends at its last step, or where it leaves out too many.
     """
     shape = job.cfg.train
     model = Transformer(ModelConfig(**job.cfg.model))
@@ -49,13 +51,13 @@ def make_step(job: Job) -> Callable:
     @functools.partial(jax.jit, donate_argnums=0)
     def step(states: TrainState, batches: Any, hypers: Any, going: jax.Array) -> tuple:
         after, numbers = jax.vmap(alone)(states, batches, hypers)
-        moves = going & (numbers["skipped"] == 0)
 
         def chosen(new: jax.Array, old: jax.Array) -> jax.Array:
-            return jnp.where(moves.reshape(-1, *[1] * (new.ndim - 1)), new, old)
+            return jnp.where(going.reshape(-1, *[1] * (new.ndim - 1)), new, old)
 
         states = jax.tree.map(chosen, after, states)
-        return states, numbers, moves & (states.step < hypers["num_steps"])
+        going &= numbers["skipped"] <= hypers["max_skipped_steps"]
+        return states, numbers, going & (states.step < hypers["num_steps"])
 
     return step
 
@@ -125,14 +127,19 @@ class Follower:
         self.writer = metrics.MetricsWriter(run, 0)
 
     def read(self, step: int, numbers: dict[str, float], tokens_per_second: float) -> None:
-        """Write the numbers of a step; a non-finite one ends the trial."""
+        """Write the numbers of a step; one left out too many ends the trial."""
         train = self.job.cfg.train
-        if numbers.pop("skipped"):
+        skipped, why = numbers.pop("skipped"), why_left_out(numbers, numbers.pop("norm_limit"))
+        if skipped > self.job.cfg.optim.max_skipped_steps:
             self.message = (
-                f"step {step}: loss {numbers['loss']}, gradient norm {numbers['grad_norm']}, at "
-                f"learning rate {numbers['learning_rate']:.2e}; frozen there, not saved"
+                f"step {step}: {why}; loss {numbers['loss']}, gradient norm "
+                f"{numbers['grad_norm']}, at learning rate {numbers['learning_rate']:.2e}; "
+                "frozen there, not saved"
             )
             self.close()
+        elif skipped:
+            with open(self.run / "log.txt", "a") as log:
+                print(f"step {step}: {why}; its update was left out", file=log)
         elif due(step, train.log_every_steps) or step == train.num_steps:
             self.writer.write(step, **numbers, tokens_per_second=round(tokens_per_second, 1))
 
@@ -152,7 +159,7 @@ class Follower:
         if last:
             keep = checkpoint.Keep(1, 0, 1, lambda: losses)
             saving = checkpoint.Checkpoints(self.run / "checkpoints", keep)
-            saving.save(step, state().params, state().opt_state)
+            saving.save(step, state().items())
             saving.close()
             self.close()
 
@@ -171,13 +178,14 @@ def train_together(jobs: list[Job], runs: list[Path]) -> list[str]:
         followers = [Follower(job, run) for job, run in zip(jobs, runs, strict=True)]
         hypers, going = stack([make_hyper(job.cfg) for job in jobs]), jnp.ones(len(jobs), bool)
         last = max(job.cfg.train.num_steps for job in jobs)
-        cfg, began = jobs[0].cfg, 0.0
-        tokens, ahead = cfg.train.batch_size * cfg.model.seq_len, cfg.data.prefetch_batches
+        cfg, began, ramp = jobs[0].cfg, 0.0, train_ramp(jobs[0].cfg)
+        ahead = cfg.data.prefetch_batches
         for number, batches in enumerate(fetch_ahead(make_batches(jobs), 0, last, ahead), 1):
             states, numbers, going = step(states, batches, hypers, going)
             read = {name: np.asarray(values).tolist() for name, values in numbers.items()}
             began = time.monotonic() if number == 1 else began  # what compiling took is no measure
-            rate = (number - 1) * tokens / max(time.monotonic() - began, 1e-9)
+            tokens = (ramp.before(number) - ramp.before(1)) * cfg.model.seq_len
+            rate = tokens / max(time.monotonic() - began, 1e-9)
             for index, follower in enumerate(followers):
                 if not follower.ended:
                     follower.read(number, {name: v[index] for name, v in read.items()}, rate)

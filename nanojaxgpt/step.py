@@ -1,0 +1,203 @@
+"""From a config to the pure training step: its state, its loss, its numbers, jitted on a mesh."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from nanojaxgpt import checkpoint, optim, sharding
+from nanojaxgpt.data.rows import Batch
+from nanojaxgpt.loss import loss_sum
+from nanojaxgpt.model import ModelConfig, Multipliers, Transformer, init_params
+from nanojaxgpt.optim import Hyper
+
+# In the order of model.Multipliers.
+MULTIPLIERS = ("embed_multiplier", "attention_multiplier", "logit_multiplier")
+
+LossFn = Callable[[Any, Batch, Hyper, jax.Array], jax.Array]
+
+
+class TrainState(NamedTuple):
+    """All that training carries from step to step; `step` counts the updates done.
+
+    `params` are what is evaluated and sampled. Where they are an average, the parameters that
+    the optimizer moves are in its state, see optim.average.
+    """
+
+    step: jax.Array
+    params: Any
+    opt_state: Any
+    recent: optim.Recent
+
+    def items(self) -> dict[str, Any]:
+        """Return what a checkpoint holds of it by name: all but the step."""
+        return {name: item for name, item in self._asdict().items() if name != "step"}
+
+
+def make_loss(model: Transformer, loss_chunks: int) -> LossFn:
+    """Return loss(params, batch, hyper, rng) -> the sum of weighted token losses in nats."""
+
+    def loss(params: Any, batch: Batch, hyper: Hyper, rng: jax.Array) -> jax.Array:
+        (x_BTD, head), _ = model.apply(
+            {"params": params}, batch.tokens_BT, batch.positions_BT, batch.segments_BT,
+            deterministic=model.cfg.dropout == 0, logits=False, rngs={"dropout": rng},
+            multipliers=Multipliers(*(hyper[name] for name in MULTIPLIERS)),
+        )  # fmt: skip
+        return loss_sum(
+            head, x_BTD, batch.targets_BT, batch.weights_BT, hyper["z_loss"], loss_chunks
+        )
+
+    return loss
+
+
+def make_hyper(cfg: ConfigDict) -> dict[str, Any]:
+    """Return the numbers that the step takes as arguments: other values don't recompile it.
+
+    All are scalars; of `rate_multipliers` a tuple of the factors, their patterns are compiled.
+    """
+    numbers = {k: v for k, v in cfg.optim.items() if isinstance(v, int | float)}
+    numbers |= {"num_steps": cfg.train.num_steps, "z_loss": cfg.train.z_loss}
+    numbers |= {name: cfg.model[name] for name in MULTIPLIERS}
+    hyper: dict[str, Any] = {name: np.float32(value) for name, value in numbers.items()}
+    entries = optim.rate_multipliers(cfg.optim.rate_multipliers, cfg.optim.optimizer, 1)
+    hyper["rate_multipliers"] = tuple(np.float32(factor) for _, factor in entries)
+    return hyper | {"seed": np.uint32(cfg.train.seed)}
+
+
+def traced_multipliers(cfg: ConfigDict) -> Multipliers:
+    """Return the model's multipliers as numbers that a jitted function takes as arguments."""
+    return Multipliers(*(np.float32(cfg.model[name]) for name in MULTIPLIERS))
+
+
+def make_init(cfg: ConfigDict) -> Callable[..., TrainState]:
+    """Return init(rng, scale) -> the state at step 0, its leaves boxed with their logical axes.
+
+    `scale` (default: init.scale), which may be traced, multiplies the matrices.
+    """
+    model_cfg = ModelConfig(**cfg.model)
+
+    def init(rng: jax.Array, scale: jax.Array | float = cfg.init.scale) -> TrainState:
+        params = optim.scale_paths(init_params(model_cfg, rng), [(optim.MATRICES, scale)])
+        return first_state(cfg, params)
+
+    return init
+
+
+def first_state(cfg: ConfigDict, params: Any) -> TrainState:
+    """Return the state at step 0 of these parameters, boxed like them or plain like them."""
+    name, ema = cfg.optim.optimizer, cfg.optim.ema_decay > 0
+    optimizer = optim.make_optimizer(name, make_hyper(cfg), 0.0, "", ema=ema)
+    return TrainState(jnp.int32(0), params, optimizer.init(params), optim.init_recent())
+
+
+def make_train_step(
+    loss_fn: LossFn, optim_cfg: ConfigDict, accumulation_steps: int = 1, width: float = 1.0
+) -> Callable[[TrainState, Batch, Hyper], tuple[TrainState, dict[str, jax.Array]]]:
+    """Return the pure train_step(state, batch, hyper) -> (state, metrics).
+
+    An update that is not finite, or whose gradient is longer than `norm_limit`, is left out: the
+    state keeps its numbers, and `skipped` counts how many were left out in a row. `width` is
+    muP's, see optim.rate_multipliers.
+    """
+    name, schedule, ema = optim_cfg.optimizer, optim_cfg.schedule, optim_cfg.ema_decay > 0
+    decay_pattern = optim_cfg.decay_pattern
+    entries = optim.rate_multipliers(optim_cfg.rate_multipliers, name, width)
+
+    def train_step(
+        state: TrainState, batch: Batch, hyper: Hyper
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        rng = jax.random.fold_in(jax.random.key(hyper["seed"]), state.step)
+        factors = hyper["rate_multipliers"]
+        multipliers = [(pattern, f) for (pattern, _), f in zip(entries, factors, strict=False)]
+        multipliers += entries[len(factors) :]  # muP's are the width's
+        point = optim.gradient_point(name, hyper, state.params, state.opt_state)
+        loss, grads = accumulate(loss_fn, point, batch, hyper, rng, accumulation_steps)
+        grads = optim.frozen_gradients(grads, multipliers)
+        weight = jnp.maximum(jnp.sum(batch.weights_BT), 1e-9)
+        norm = optax.global_norm(grads) / weight
+        scale = optim.clip_factor(norm, hyper["clip_norm"]) / weight
+        grads = jax.tree.map(lambda grad: grad * scale.astype(grad.dtype), grads)
+        rate = optim.learning_rate(schedule, state.step, hyper)
+        optimizer = optim.make_optimizer(name, hyper, rate, decay_pattern, multipliers, ema)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        checks = [jnp.isfinite(x).all() for x in (loss, norm, *jax.tree.leaves(params))]
+        limit = state.recent.norm_limit(hyper["spike_factor"])
+        made = functools.reduce(jnp.logical_and, checks, norm <= limit)
+        params, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(made, new, old),
+            (params, opt_state),
+            (state.params, state.opt_state),
+        )
+        recent = state.recent.remember(norm, made)
+        numbers = {"loss": loss / weight, "grad_norm": norm, "learning_rate": rate}
+        numbers |= {"norm_limit": limit, "skipped": recent.skipped}
+        return TrainState(state.step + 1, params, opt_state, recent), numbers
+
+    return train_step
+
+
+def accumulate(
+    loss_fn: LossFn, params: Any, batch: Batch, hyper: Hyper, rng: jax.Array, parts: int
+) -> tuple[jax.Array, Any]:
+    """Return loss and gradient sums over the batch, made in `parts` micro-batches."""
+    value_and_grad = jax.value_and_grad(loss_fn)
+    if parts == 1:
+        return value_and_grad(params, batch, hyper, rng)
+
+    def split(x: jax.Array) -> jax.Array:
+        # Rows are dealt out like cards, so that each device's rows stay on that device.
+        micro = jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 0, 1)
+        return sharding.constrain(micro, None, "batch", "sequence")
+
+    def add(total: tuple, part: tuple) -> tuple[tuple, None]:
+        micro, index = part
+        found = value_and_grad(params, micro, hyper, jax.random.fold_in(rng, index))
+        return jax.tree.map(jnp.add, total, found), None
+
+    zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
+    return jax.lax.scan(add, zero, (jax.tree.map(split, batch), jnp.arange(parts)))[0]
+
+
+class Step(NamedTuple):
+    """The jitted train_step of a config on a mesh, and the state that it takes, without arrays."""
+
+    shardings: TrainState
+    abstract: TrainState
+    init: Callable[..., TrainState]
+    train_step: Callable
+
+
+def make_step(cfg: ConfigDict, mesh: Mesh, loss_fn: LossFn | None = None) -> Step:
+    """Return the step on a mesh, whose devices need not be here. Raises ConfigError."""
+    shape = cfg.train
+    sharding.check_batch(
+        "train.batch_size", shape.batch_size, shape.accumulation_steps, cfg.model.seq_len, mesh
+    )
+    if shape.ramp_batch_size:  # what divides for the first batch does so for its doublings
+        first = shape.ramp_batch_size, shape.accumulation_steps
+        sharding.check_batch("train.ramp_batch_size", *first, cfg.model.seq_len, mesh)
+    model = Transformer(ModelConfig(**cfg.model))
+    # The key is made in the trace, too: a device that is not here can make none.
+    boxed = jax.eval_shape(lambda: make_init(cfg)(jax.random.key(0)))
+    shardings, plain = sharding.tree_shardings(boxed, mesh), sharding.unbox(boxed)
+    optim.path_mask(plain.params, cfg.optim.decay_pattern, "optim.decay_pattern")
+    for pattern, _ in optim.rate_multipliers(cfg.optim.rate_multipliers, cfg.optim.optimizer, 1):
+        optim.path_mask(plain.params, pattern, "optim.rate_multipliers")
+    abstract = checkpoint.with_shardings(plain, shardings)
+    loss_fn = loss_fn or make_loss(model, shape.loss_chunks)
+    init = jax.jit(
+        lambda rng, scale: sharding.unbox(make_init(cfg)(rng, scale)), out_shardings=shardings
+    )
+    train_step = jax.jit(
+        make_train_step(loss_fn, cfg.optim, shape.accumulation_steps, model.cfg.width),
+        donate_argnums=0,
+        out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),
+    )
+    return Step(shardings, abstract, init, train_step)
