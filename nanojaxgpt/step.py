@@ -1,6 +1,5 @@
 """From a config to the pure training step: its state, its loss, its numbers, jitted on a mesh."""
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -101,9 +100,10 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch, Hyper], tuple[TrainState, dict[str, jax.Array]]]:
     """Return the pure train_step(state, batch, hyper) -> (state, metrics).
 
-    An update that is not finite, or whose gradient is longer than `norm_limit`, is left out: the
-    state keeps its numbers, and `skipped` counts how many were left out in a row. `width` is
-    muP's, see optim.rate_multipliers.
+    An update whose loss or gradient is not finite, or whose gradient is longer than `norm_limit`,
+    is left out: the state keeps its numbers, and `skipped` counts how many were left out in a row.
+    Of any other, a number that would overflow stays what it is, so the state is always finite.
+    `width` is muP's, see optim.rate_multipliers.
     """
     name, schedule, ema = optim_cfg.optimizer, optim_cfg.schedule, optim_cfg.ema_decay > 0
     decay_pattern = optim_cfg.decay_pattern
@@ -127,11 +127,12 @@ def make_train_step(
         optimizer = optim.make_optimizer(name, hyper, rate, decay_pattern, multipliers, ema)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        checks = [jnp.isfinite(x).all() for x in (loss, norm, *jax.tree.leaves(params))]
         limit = state.recent.norm_limit(hyper["spike_factor"])
-        made = functools.reduce(jnp.logical_and, checks, norm <= limit)
+        made = jnp.isfinite(loss) & jnp.isfinite(norm) & (norm <= limit)
+        # Number by number, this is part of the update's own pass over the state; to leave out the
+        # whole update for one overflow took a second and a third (1.04x of a step on CPU).
         params, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(made, new, old),
+            lambda new, old: jnp.where(made & jnp.isfinite(new), new, old),
             (params, opt_state),
             (state.params, state.opt_state),
         )
