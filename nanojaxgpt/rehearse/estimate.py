@@ -95,12 +95,16 @@ def link_speed(places: np.ndarray, chip: Chip, shape: tuple[int, ...]) -> float:
     """Return bytes/s into a device from a group of one slice, whose coordinates are given [n, d].
 
     Every torus dimension that the group spans gives a link, or two where it closes to a ring.
+    Optical switches close the rings of a 3-D torus, and only where whole cubes are joined.
     """
     if not chip.torus:
         return chip.link_speed
+    closed = [size % chip.wraps == 0 for size in shape]
+    if chip.torus == 3:
+        closed = [all(closed)] * 3
     links = 0
-    for at, size in zip(places.T, shape, strict=True):
-        ring = chip.wraps and size % chip.wraps == 0 and len(set(at)) == size
+    for at, size, wraps in zip(places.T, shape, closed, strict=True):
+        ring = wraps and len(set(at)) == size
         links += (2 if ring else 1) if len(set(at)) > 1 else 0
     return chip.link_speed * max(links, 1)
 
