@@ -393,6 +393,12 @@ def test_advice_names_what_takes_most():
     assert "mesh.fsdp=4 mesh.data=2" in estimate.advice(cfg, memory)
     assert "remat=full" in estimate.advice(cfg, memory._replace(available=1e9))
     assert not memory.fits
+    small = {"mesh.data": "3", "mesh.slice": "2", "train.batch_size": "90", "model.remat": "full"}
+    cfg, room = config(**small), memory._replace(available=1e9)
+    assert "accumulation_steps=3" in estimate.advice(cfg, room)  # 15 rows a device
+    assert estimate.device_tokens(cfg) == 15 * 16
+    cfg = config(**small | {"train.accumulation_steps": "15"})
+    assert "mesh.fsdp=3 mesh.data=1" in estimate.advice(cfg, room)
 
 
 def test_the_search_is_bounded():

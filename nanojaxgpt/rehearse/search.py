@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from nanojaxgpt.errors import ConfigError
 from nanojaxgpt.rehearse.chips import Chip
-from nanojaxgpt.rehearse.estimate import Memory
+from nanojaxgpt.rehearse.estimate import Memory, device_tokens
 from nanojaxgpt.rehearse.step import (
     Rehearsal,
     abstract_batch,
@@ -70,7 +70,7 @@ def expected_seconds(cfg: ConfigDict, chip: Chip) -> float:
     mesh, model, train = cfg.mesh, cfg.model, cfg.train
     layer = 4 * model.embed_dim**2 + 3 * model.embed_dim * (model.mlp_dim or 4 * model.embed_dim)
     weights = 2 * model.num_layers * layer / mesh.tensor
-    tokens = train.batch_size * model.seq_len / mesh.data / mesh.fsdp
+    tokens = device_tokens(cfg) * train.accumulation_steps
     sent = 3 * train.accumulation_steps * weights * (1 - 1 / mesh.fsdp)
     sent += 4 * weights / mesh.fsdp * (1 - 1 / mesh.data)
     sums = 4 * model.num_layers * tokens * model.embed_dim * 2
@@ -80,13 +80,12 @@ def expected_seconds(cfg: ConfigDict, chip: Chip) -> float:
 
 def kept_activations(cfg: ConfigDict, policy: str) -> float:
     """Return the fewest bytes of activations a device keeps, for pruning: never too many."""
-    mesh, model, train = cfg.mesh, cfg.model, cfg.train
-    tokens = train.batch_size / train.accumulation_steps / mesh.data / mesh.fsdp * model.seq_len
+    mesh, model = cfg.mesh, cfg.model
     width = model.embed_dim
     if policy != "full":
         width += (2 * model.embed_dim + (model.mlp_dim or 4 * model.embed_dim)) / mesh.tensor
     item = 2 if model.compute_dtype == "bfloat16" else 4
-    return model.num_layers * tokens * width * item
+    return model.num_layers * device_tokens(cfg) * width * item
 
 
 def search(
