@@ -291,6 +291,8 @@ def test_a_ring_is_twice_as_fast_as_a_line():
     ("name", "slices", "words"),
     [
         ("v5f:4x4", 1, "did you mean v5p or v5e"),
+        ("", 1, "name the hardware, --topology=v5e:4x4"),
+        ("V5E:4x4", 1, "no chip 'V5E'; did you mean v5e"),
         ("xyz", 1, "no chip 'xyz'; there are v4"),
         ("v5e", 1, "write v5e:4x4"),
         ("v5p:4x4", 1, "write v5p:4x4x4"),
@@ -314,6 +316,8 @@ def test_without_libtpu_the_title_says_so(monkeypatch):
     assert target.places(target.devices)[:, 0].tolist() == [0] * 4 + [1] * 4
     with pytest.raises(ConfigError, match="16 fake devices needed, but 8"):
         targets.open_target(parse_topology("h100:16"))
+    with pytest.raises(ConfigError, match="2,048 fake devices are too many, 1,024 at most"):
+        targets.open_target(parse_topology("h100:2048"))
 
 
 def test_the_kernel_follows_the_devices_of_the_mesh():
@@ -430,6 +434,8 @@ def test_the_door(monkeypatch, tmp_path, capsys):
     assert {row["network"] for row in found["collectives"]} == {"NVLink"}
     assert main([*base, "--topology=h10:8"]) == 2
     assert "did you mean h100" in capsys.readouterr().err
+    assert main([*base, "--topology=h100:8", f"--json={tmp_path}/no/out.json"]) == 2
+    assert f"there is no folder {tmp_path}/no" in capsys.readouterr().err
 
 
 def test_a_step_that_does_not_fit_is_exit_2(monkeypatch, capsys, parallel):

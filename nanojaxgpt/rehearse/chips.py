@@ -93,9 +93,11 @@ def parse_topology(name: str, slices: int = 1) -> Topology:
 
     Raises ConfigError, with the nearest name where there is one.
     """
+    if not name:
+        raise ConfigError(f"name the hardware, --topology=v5e:4x4; the chips: {', '.join(CHIPS)}")
     kind, colon, text = name.partition(":")
     if kind not in CHIPS:
-        near = difflib.get_close_matches(kind, CHIPS, 2, 0.4)
+        near = difflib.get_close_matches(kind.lower(), CHIPS, 2, 0.4)
         hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(CHIPS)}"
         raise ConfigError(f"--topology={name}: no chip {kind!r}; {hint}")
     chip = CHIPS[kind]
