@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 
 import jax
 import numpy as np
@@ -10,7 +11,7 @@ from conftest import ROOT
 
 from nanojaxgpt import attention, sharding
 from nanojaxgpt.__main__ import main
-from nanojaxgpt.config import base_config, override_config
+from nanojaxgpt.config import base_config, load_config, override_config
 from nanojaxgpt.errors import ConfigError
 from nanojaxgpt.hosts import process
 from nanojaxgpt.metrics import forward_flops
@@ -403,6 +404,28 @@ def test_advice_names_what_takes_most():
     assert estimate.device_tokens(cfg) == 15 * 16
     cfg = config(**small | {"train.accumulation_steps": "15"})
     assert "mesh.fsdp=3 mesh.data=1" in estimate.advice(cfg, room)
+
+
+COMMAND = re.compile(r"rehearse --config=(experiments/\S+) --topology=(\S+)(?: --slices=(\d+))?")
+COMMANDS = [
+    c for p in sorted(ROOT.glob("experiments/*.py")) for c in COMMAND.findall(p.read_text())
+]
+
+
+def test_large_experiments_have_a_command():
+    assert {name.split("/")[1].split(":")[0] for name, *_ in COMMANDS} >= {
+        "gpt2.py", "gpt3.py", "llama3.py",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("experiment", "topology", "slices"), COMMANDS)
+def test_the_commands_of_experiments_divide(experiment, topology, slices):
+    """What they promise was compiled once; here the sizes only have to go on dividing."""
+    cfg = load_config(f"{ROOT}/{experiment}")
+    chips = parse_topology(topology, int(slices or 1))
+    assert (cfg.mesh.slice, cfg.mesh.data, cfg.mesh.fsdp) == (chips.slices, 1, -1)
+    assert cfg.train.batch_size % (cfg.train.accumulation_steps * chips.count) == 0
+    assert cfg.model.embed_dim % (chips.count // chips.slices) == 0
 
 
 def test_the_search_is_bounded():
