@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from nanojaxgpt.errors import ConfigError
 from nanojaxgpt.rehearse.chips import Chip
 from nanojaxgpt.rehearse.estimate import Memory, device_tokens
+from nanojaxgpt.rehearse.report import mesh_name
 from nanojaxgpt.rehearse.step import (
     Rehearsal,
     abstract_batch,
@@ -26,8 +27,11 @@ SEARCHED = ("data", "fsdp", "tensor")  # other axes stay as the config has them
 POLICIES = ("none", "dots_no_batch", "full")  # from the fastest to the smallest
 
 
-def candidates(cfg: ConfigDict, target: Target) -> list[ConfigDict]:
-    """Return configs whose mesh divides and whose state fits, the least traffic first."""
+def candidates(cfg: ConfigDict, target: Target) -> list[tuple[ConfigDict, float]]:
+    """Return configs whose mesh divides and whose state fits, the least traffic first.
+
+    Each with the bytes that are left on a device.
+    """
     found = []
     for shape in meshes(cfg, target.topology.count, target.topology.slices):
         trial = fit_target(cfg, target)
@@ -37,8 +41,8 @@ def candidates(cfg: ConfigDict, target: Target) -> list[ConfigDict]:
         except ConfigError:
             continue  # something does not divide
         if memory.total <= memory.available:
-            found.append(trial)
-    return sorted(found, key=lambda trial: expected_seconds(trial, target.topology.chip))
+            found.append((trial, memory.available - memory.total))
+    return sorted(found, key=lambda trial: expected_seconds(trial[0], target.topology.chip))
 
 
 def meshes(cfg: ConfigDict, count: int, slices: int) -> Iterator[dict[str, int]]:
@@ -89,7 +93,7 @@ def kept_activations(cfg: ConfigDict, policy: str) -> float:
 
 
 def search(
-    cfg: ConfigDict, target: Target, report: Callable[[str], None], limit: int = MAX_COMPILES
+    cfg: ConfigDict, target: Target, say: Callable[[str], None], limit: int = MAX_COMPILES
 ) -> list[Rehearsal]:
     """Return at most `limit` rehearsals: for each mesh the fastest policy that fits.
 
@@ -101,17 +105,16 @@ def search(
             f"no mesh of {target.topology.count} x {target.topology.chip.kind} divides the batch "
             "and the model and holds its parameters, gradients and optimizer state"
         )
-    report(f"{len(trials)} meshes hold the state; at most {limit} programs are compiled")
-    for trial in trials:
-        room = target.topology.chip.memory - exact_memory(trial, target).total
+    say(f"{len(trials)} meshes hold the state; at most {limit} programs are compiled")
+    for trial, room in trials:
         for policy in POLICIES:
             if kept_activations(trial, policy) > room:
                 continue
             if len(found) == limit:
                 return found
             trial.model.remat = policy
-            sizes = " ".join(f"{axis}={size}" for axis, size in trial.mesh.items())
-            report(f"compiling {len(found) + 1} of at most {limit}: {sizes}, remat {policy}")
+            sizes = mesh_name(trial.mesh)
+            say(f"compiling {len(found) + 1} of at most {limit}: {sizes}, remat {policy}")
             found.append(rehearse_step(trial, target))
             if found[-1].memory.fits:
                 break
