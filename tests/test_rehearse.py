@@ -129,12 +129,14 @@ def test_data_parallelism_sums_every_gradient_once(parallel):
     assert one.unknown_loops == 0
 
 
-def test_fsdp_gathers_every_layer_twice(parallel):
+def test_fsdp_gathers_every_layer_twice_and_sums_its_gradient(parallel):
     one = parallel["fsdp"]
     layers = 4 * 3 * 12 * 128 * 128  # the kernels, in float32
     assert one.memory.parameters < 4 * one.num_params / 7
     gathered = sent(one, "all-gather", "fsdp")
     assert gathered == pytest.approx(2 * layers * 7 / 8, rel=0.05)
+    summed = sent(one, "all-reduce", "fsdp") + 2 * sent(one, "reduce-scatter", "fsdp")
+    assert summed == pytest.approx(2 * 4 * one.num_params * 7 / 8, rel=0.05)
     assert one.memory.fits
     assert one.unknown_loops == 0
 
