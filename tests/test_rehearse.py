@@ -441,6 +441,24 @@ def test_the_search_is_bounded():
     assert any("MFU at most" in line for line in report.search_lines("x.py", four, found))
 
 
+def test_the_search_asks_once_for_too_much(monkeypatch, parallel):
+    tried = []
+
+    def rehearsed(cfg, target):
+        tried.append((cfg.model.remat, cfg.mesh.tensor))
+        wanted = 0 if cfg.model.remat == "full" else 2**40
+        return parallel["data"]._replace(
+            memory=parallel["data"].memory._replace(temporaries=wanted)
+        )
+
+    monkeypatch.setattr(search, "rehearse_step", rehearsed)
+    found = search.search(config(), targets.open_target(parse_topology("cpu:4")), print, 99)
+    assert sum(one.memory.fits for one in found) == 6
+    assert {policy: sum(name == policy for name, _ in tried) for policy in search.POLICIES} == {
+        "none": 3, "dots_no_batch": 3, "full": 6,
+    }  # fmt: skip
+
+
 def test_the_door(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(process, "keep_freed_memory", lambda: None)
     shrink = [f"--config.{k}" for k in ("model.vocab_size=64", "model.seq_len=16")]

@@ -130,7 +130,7 @@ def search_lines(name: str, target: Target, found: list[Rehearsal]) -> list[str]
                 f"{one.memory.total / GIB:>8.2f}{'-':>10}  does not fit"
             )
     beaten = sum(one.memory.fits for one in found) - len(best)
-    return [*table, f"  {beaten} more fit, but need more memory and more time"] if beaten else table
+    return [*table, f"  {beaten} more fit, but save neither memory nor time"] if beaten else table
 
 
 def pareto(found: list[Rehearsal]) -> list[Rehearsal]:
