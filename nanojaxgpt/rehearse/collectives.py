@@ -88,9 +88,10 @@ def read_collectives(text: str) -> Program:
         """Count the computation; `begun`, in a fusion, are what its neighbours already hold."""
         parts: set[tuple[str, str]] = set()
         for index, line in enumerate(computations.get(name, ())):
-            if line.opcode.removesuffix("-start") in KINDS or between_slices(line):
+            kind = line.opcode.removesuffix("-start")
+            if kind in KINDS or between_slices(line):
                 channel = re.search(r"channel_id=(\d+)", line.rest)
-                part = (line.opcode, channel[1] if channel else line.name)
+                part = (kind, channel[1] if channel else line.name)
                 if begun is None or part not in begun:
                     times[name, index] += repeats
                 if begun is not None:
@@ -143,7 +144,7 @@ def trip_count(
         return 0
     counters = [re.search(r"index=(\d+)", i.rest) for i in condition]
     counter = next((int(found[1]) for found in counters if found), 0)
-    left = next(iter(bounds.values())) - begin(around, operands(loop)[0], counter)
+    left = next(iter(bounds.values())) - start_value(around, operands(loop)[0], counter)
     return -(-left // stride(body, counter))
 
 
@@ -168,7 +169,7 @@ def element(computation: list[Instruction], state: str, index: int) -> Instructi
     return found
 
 
-def begin(around: list[Instruction], state: str, counter: int) -> int:
+def start_value(around: list[Instruction], state: str, counter: int) -> int:
     """Return where element `counter` of a loop's first state begins; 0 if not plain.
 
     At 1 where libtpu has drawn the first pass before the loop.
