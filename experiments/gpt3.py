@@ -9,7 +9,8 @@ Attention is dense in every layer; the paper's alternates with locally banded sp
     nanojaxgpt rehearse --config=experiments/gpt3.py:6.7b --topology=v5p:4x4x4
     nanojaxgpt train --config=experiments/gpt3.py:1.3b --config.data.source=text:PATH
 
-Not yet rehearsed with libtpu: the topologies are where the exact bytes fit many times over.
+Rehearsed with libtpu 0.0.42.1: 1.3b fits 64 v5e (mesh fsdp=64, 9.1 of 16 GiB), 6.7b 64 v5p
+(fsdp=64, 45.1 of 95 GiB).
 Steps, batches, warmup (375 M tokens), decay and weight decay are the paper's. Not trained with
 this code, so no figure is claimed here.
 """

@@ -8,8 +8,9 @@ training began.
     nanojaxgpt rehearse --config=experiments/llama3.py:70b --topology=v5p:4x4x8 --slices=2
     nanojaxgpt train --config=experiments/llama3.py:8b --config.data.source=jsonl:PATH
 
-Rehearsed with libtpu 0.0.42.1: 8b fits 64 v5p (mesh fsdp=64, 52.5 of 95 GiB), 70b fits two slices
-of 128 v5p (data=2 fsdp=128, 49.5 of 95 GiB).
+Rehearsed with libtpu 0.0.42.1: 8b fits 64 v5p (mesh fsdp=64, 52.5 of 95 GiB) and, with
+--config.train.accumulation_steps=2, 256 v6e (29.2 of 32 GiB); 70b fits two slices of 128 v5p
+(slice=2 fsdp=128, 49.6 of 95 GiB).
 Not trained with this code, so no figure is claimed here.
 """
 

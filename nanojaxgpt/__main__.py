@@ -135,6 +135,8 @@ def rehearse(arguments: list[str]) -> None:
         "json": {"default": "", "help": "write everything to this file, too"},
     }
     parsed, cfg = open_experiment("rehearse", rehearse.__doc__, arguments, options)
+    if parsed.json and not Path(parsed.json).parent.is_dir():
+        raise ConfigError(f"--json={parsed.json}: there is no folder {Path(parsed.json).parent}")
     from nanojaxgpt.rehearse.chips import parse_topology
 
     topology = parse_topology(parsed.topology, parsed.slices)

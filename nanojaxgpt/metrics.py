@@ -9,21 +9,23 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from nanojaxgpt.model import GATED, ModelConfig
+from nanojaxgpt.rehearse.chips import CHIPS
 
-# Dense bfloat16 peak of one device in FLOP/s, from the makers' data sheets, by device_kind.
+# Dense bfloat16 peak of one device in FLOP/s, by how device_kind begins. A device of TPU v2 and
+# v3 is a core, half of a chip: 123 TFLOP/s a chip of v3, says Google Cloud's page; v2's figure is
+# as remembered, and not compared with a source.
 PEAK_FLOPS = {
     "TPU v2": 22.5e12,
     "TPU v3": 61.5e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
+    "TPU v4": CHIPS["v4"].flops,
+    "TPU v5 lite": CHIPS["v5e"].flops,
+    "TPU v5e": CHIPS["v5e"].flops,
+    "TPU v5": CHIPS["v5p"].flops,
+    "TPU v6 lite": CHIPS["v6e"].flops,
+    "TPU v6e": CHIPS["v6e"].flops,
+    "NVIDIA A100": CHIPS["a100"].flops,
+    "NVIDIA H100": CHIPS["h100"].flops,
+    "NVIDIA H200": CHIPS["h200"].flops,
 }
 
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 
 import jax
 import numpy as np
@@ -10,7 +11,7 @@ from conftest import ROOT
 
 from nanojaxgpt import attention, sharding
 from nanojaxgpt.__main__ import main
-from nanojaxgpt.config import base_config, override_config
+from nanojaxgpt.config import base_config, load_config, override_config
 from nanojaxgpt.errors import ConfigError
 from nanojaxgpt.hosts import process
 from nanojaxgpt.metrics import forward_flops
@@ -128,12 +129,14 @@ def test_data_parallelism_sums_every_gradient_once(parallel):
     assert one.unknown_loops == 0
 
 
-def test_fsdp_gathers_every_layer_twice(parallel):
+def test_fsdp_gathers_every_layer_twice_and_sums_its_gradient(parallel):
     one = parallel["fsdp"]
     layers = 4 * 3 * 12 * 128 * 128  # the kernels, in float32
     assert one.memory.parameters < 4 * one.num_params / 7
     gathered = sent(one, "all-gather", "fsdp")
     assert gathered == pytest.approx(2 * layers * 7 / 8, rel=0.05)
+    summed = sent(one, "all-reduce", "fsdp") + 2 * sent(one, "reduce-scatter", "fsdp")
+    assert summed == pytest.approx(2 * 4 * one.num_params * 7 / 8, rel=0.05)
     assert one.memory.fits
     assert one.unknown_loops == 0
 
@@ -168,13 +171,25 @@ HloModule jit_step, num_partitions=8
   ROOT %part = f32[2,8] dynamic-slice(%whole), dynamic_slice_sizes={2,8}
 }
 
+%piece.1 (p.1: bf16[8]) -> (bf16[8], bf16[32]) {
+  ROOT %start = (bf16[8], bf16[32]) all-gather-start(%p.1), channel_id=1, replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}
+}
+
+%piece.2 (p.2: bf16[8]) -> (bf16[8], bf16[32]) {
+  ROOT %again = (bf16[8], bf16[32]) all-gather-start(%p.2), channel_id=1, replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}
+}
+
 ENTRY %main (x.1: f32[4,8]) -> f32[4,8] {
   %x.1 = f32[4,8] parameter(0)
-  %start = (bf16[8], bf16[32]) all-gather-start(%x.1), channel_id=1, replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}
-  %again = bf16[32] all-gather(%x.1), channel_id=1, replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}
+  %begun = (bf16[8], bf16[32]) fusion(%x.1), kind=kCustom, calls=%piece.1
+  %ended = (bf16[8], bf16[32]) fusion(%begun), kind=kCustom, calls=%piece.2
   %both = (f32[16], f32[]) all-reduce(%x.1, %x.1), replica_groups={}, to_apply=%add
   %alone = f32[16] all-reduce(%x.1), channel_id=9, replica_groups={{0},{1},{2},{3},{4},{5},{6},{7}}, to_apply=%add
   %scattered = f32[2,8] fusion(%x.1), kind=kCustom, calls=%all-reduce-scatter.1
+  %first = f32[4,8]{1,0} collective-permute(%x.1), channel_id=2, source_target_pairs={{0,1},{1,0}}
+  %second = u32[] constant(2)
+  %from = u32[] copy(%second)
+  %init = (u32[], f32[4,8]) tuple(%from, %first)
   %loop = (u32[], f32[4,8]) while(%init), condition=%condition, body=%body
   %known = (u32[], f32[4,8]) while(%init), condition=%strange, body=%other, backend_config={"known_trip_count":{"n":"12"}}
   %swapped = f32[16] all-to-all(%x.1), channel_id=7, replica_groups=[4,2]<=[2,4]T(1,0), dimensions={0}
@@ -190,13 +205,15 @@ def test_collectives_are_read_from_the_text():
     program = read_collectives(HLO)
     found = {one.kind: one for one in program.collectives if one.kind != "reduce-scatter"}
     first, second = [one for one in program.collectives if one.kind == "reduce-scatter"]
-    assert len(program.collectives) == 6  # one channel counts once, a group of one not at all
+    assert len(program.collectives) == 7  # two pieces count once, a group of one not at all
     assert program.unknown_loops == 0
     assert found["all-gather"][1:] == (64, ((0, 1, 2, 3), (4, 5, 6, 7)), 1)
     assert found["all-gather"].sent == 48
     assert found["all-reduce"][1:] == (68, (tuple(range(8)),), 1)
     assert found["all-reduce"].sent == 2 * 68 * 7 / 8
-    assert found["collective-permute"][1:] == (128, ((0, 1),), 3)  # counts to 6 by twos
+    permutes = [one for one in program.collectives if one.kind == "collective-permute"]
+    # The first pass is drawn out, with its channel; then the loop counts from 2 to 6 by twos.
+    assert [one[1:] for one in permutes] == [(128, ((0, 1),), 1), (128, ((0, 1),), 2)]
     assert found["all-to-all"].groups == ((0, 4), (1, 5), (2, 6), (3, 7))
     assert first[1:] == (256, ((0, 1, 2, 3), (4, 5, 6, 7)), 1)  # an all-reduce with its slice
     assert second[1:] == (24, ((0, 1), (2, 3), (4, 5), (6, 7)), 12)
@@ -268,12 +285,17 @@ def test_a_ring_is_twice_as_fast_as_a_line():
     assert estimate.link_speed(row[:8], chip, (16, 16)) == 45e9
     assert estimate.link_speed(row[:8], chip, (8, 8)) == 45e9
     assert estimate.link_speed(row, CHIPS["h100"], (16,)) == 450e9
+    cubes = np.array([[0, 0, z] for z in range(4)])
+    assert estimate.link_speed(cubes, CHIPS["v5p"], (4, 4, 4)) == 2 * 90e9
+    assert estimate.link_speed(cubes, CHIPS["v5p"], (2, 2, 4)) == 90e9  # no whole cube
 
 
 @pytest.mark.parametrize(
     ("name", "slices", "words"),
     [
         ("v5f:4x4", 1, "did you mean v5p or v5e"),
+        ("", 1, "name the hardware, --topology=v5e:4x4"),
+        ("V5E:4x4", 1, "no chip 'V5E'; did you mean v5e"),
         ("xyz", 1, "no chip 'xyz'; there are v4"),
         ("v5e", 1, "write v5e:4x4"),
         ("v5p:4x4", 1, "write v5p:4x4x4"),
@@ -297,6 +319,8 @@ def test_without_libtpu_the_title_says_so(monkeypatch):
     assert target.places(target.devices)[:, 0].tolist() == [0] * 4 + [1] * 4
     with pytest.raises(ConfigError, match="16 fake devices needed, but 8"):
         targets.open_target(parse_topology("h100:16"))
+    with pytest.raises(ConfigError, match="2,048 fake devices are too many, 1,024 at most"):
+        targets.open_target(parse_topology("h100:2048"))
 
 
 def test_the_kernel_follows_the_devices_of_the_mesh():
@@ -315,19 +339,48 @@ def test_the_kernel_follows_the_devices_of_the_mesh():
     assert sharding.platform() == jax.default_backend()
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs libtpu: .[tpu]")
-def test_libtpu_compiles_the_step():
-    target = targets.open_target(parse_topology("v5e:2x2"))
-    one = rehearse_step(config(**{"mesh.data": "1", "mesh.fsdp": "4"}), target)
+LIBTPU = pytest.mark.skipif(
+    not importlib.util.find_spec("libtpu"), reason="needs libtpu: pip install -e .[tpu]"
+)
+
+
+@LIBTPU
+@pytest.mark.parametrize(
+    ("mesh", "slices"), [({"mesh.data": "4"}, 1), ({"mesh.data": "1", "mesh.fsdp": "4"}, 2)]
+)
+def test_libtpu_sends_what_the_closed_form_says(mesh, slices):
+    """On v5e, in float32: libtpu gathers weights in bfloat16, for the matmul units round to it."""
+    wide = {
+        "model.embed_dim": "256", "model.num_layers": "3", "model.num_heads": "2",
+        "model.seq_len": "128", "model.vocab_size": "128", "model.positions": "none",
+        "model.bias": "false", "train.batch_size": "8",
+    }  # fmt: skip
+    target = targets.open_target(parse_topology("v5e:2x2", slices))
+    one = rehearse_step(config(**wide | mesh), target)
     assert not target.fake
     assert one.memory.fits
-    assert {row.axes for row in one.traffic} == {"fsdp"}
+    assert one.unknown_loops == 0
+    assert abs(one.flops.difference) < 0.01
+    gradients, layers = 4 * one.num_params, 4 * 3 * 12 * 256 * 256
+    if slices == 1:
+        assert one.memory.parameters == gradients
+        assert sent(one, "all-reduce", "data") == pytest.approx(2 * gradients * 3 / 4, rel=0.05)
+        assert {row.kind for row in one.traffic} == {"all-reduce"}
+        return
+    gathered, scattered = sent(one, "all-gather", "fsdp"), sent(one, "reduce-scatter", "fsdp")
+    assert gathered == pytest.approx(2 * layers / 2 * 3 / 4, rel=0.05)
+    assert scattered == pytest.approx(layers * 3 / 4, rel=0.05)
+    assert sent(one, "all-reduce", "slice") == pytest.approx(gradients / 4, rel=0.05)
+    assert {row.network for row in one.traffic if row.axes == "slice"} == {"DCN"}
+
+
+@LIBTPU
+def test_the_first_axis_crosses_the_slices():
     two = targets.open_target(parse_topology("v5p:2x2x2", 2))
-    mesh = sharding.make_mesh(2, 8, 1, two.devices)
-    places = two.places(list(mesh.devices.flat))
-    assert places[:, 0].tolist() == [0] * 8 + [1] * 8  # the first axis crosses the slices
-    with pytest.raises(ConfigError, match="divides by the 2 slices"):
-        sharding.arrange([1, 1, 15], two.devices)
+    mesh = sharding.make_mesh({"slice": 2, "data": 1, "fsdp": 8}, two.devices)
+    assert two.places(list(mesh.devices.flat))[:, 0].tolist() == [0] * 8 + [1] * 8
+    with pytest.raises(ConfigError, match=r"set mesh\.slice=2"):
+        sharding.make_mesh({"data": 16}, two.devices)
 
 
 def test_running_out_of_memory_is_read(eight):
@@ -347,6 +400,34 @@ def test_advice_names_what_takes_most():
     assert "mesh.fsdp=4 mesh.data=2" in estimate.advice(cfg, memory)
     assert "remat=full" in estimate.advice(cfg, memory._replace(available=1e9))
     assert not memory.fits
+    small = {"mesh.data": "3", "mesh.slice": "2", "train.batch_size": "90", "model.remat": "full"}
+    cfg, room = config(**small), memory._replace(available=1e9)
+    assert "accumulation_steps=3" in estimate.advice(cfg, room)  # 15 rows a device
+    assert estimate.device_tokens(cfg) == 15 * 16
+    cfg = config(**small | {"train.accumulation_steps": "15"})
+    assert "mesh.fsdp=3 mesh.data=1" in estimate.advice(cfg, room)
+
+
+COMMAND = re.compile(r"rehearse --config=(experiments/\S+) --topology=(\S+)(?: --slices=(\d+))?")
+COMMANDS = [
+    c for p in sorted(ROOT.glob("experiments/*.py")) for c in COMMAND.findall(p.read_text())
+]
+
+
+def test_large_experiments_have_a_command():
+    assert {name.split("/")[1].split(":")[0] for name, *_ in COMMANDS} >= {
+        "gpt2.py", "gpt3.py", "llama3.py",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("experiment", "topology", "slices"), COMMANDS)
+def test_the_commands_of_experiments_divide(experiment, topology, slices):
+    """What they promise was compiled once; here the sizes only have to go on dividing."""
+    cfg = load_config(f"{ROOT}/{experiment}")
+    chips = parse_topology(topology, int(slices or 1))
+    assert (cfg.mesh.slice, cfg.mesh.data, cfg.mesh.fsdp) == (chips.slices, 1, -1)
+    assert cfg.train.batch_size % (cfg.train.accumulation_steps * chips.count) == 0
+    assert cfg.model.embed_dim % (chips.count // chips.slices) == 0
 
 
 def test_the_search_is_bounded():
@@ -358,6 +439,24 @@ def test_the_search_is_bounded():
         (4, 1, 1), (2, 2, 1), (2, 1, 2), (1, 4, 1), (1, 2, 2), (1, 1, 4),
     }  # fmt: skip
     assert any("MFU at most" in line for line in report.search_lines("x.py", four, found))
+
+
+def test_the_search_asks_once_for_too_much(monkeypatch, parallel):
+    tried = []
+
+    def rehearsed(cfg, target):
+        tried.append((cfg.model.remat, cfg.mesh.tensor))
+        wanted = 0 if cfg.model.remat == "full" else 2**40
+        return parallel["data"]._replace(
+            memory=parallel["data"].memory._replace(temporaries=wanted)
+        )
+
+    monkeypatch.setattr(search, "rehearse_step", rehearsed)
+    found = search.search(config(), targets.open_target(parse_topology("cpu:4")), print, 99)
+    assert sum(one.memory.fits for one in found) == 6
+    assert {policy: sum(name == policy for name, _ in tried) for policy in search.POLICIES} == {
+        "none": 3, "dots_no_batch": 3, "full": 6,
+    }  # fmt: skip
 
 
 def test_the_door(monkeypatch, tmp_path, capsys):
@@ -378,6 +477,8 @@ def test_the_door(monkeypatch, tmp_path, capsys):
     assert {row["network"] for row in found["collectives"]} == {"NVLink"}
     assert main([*base, "--topology=h10:8"]) == 2
     assert "did you mean h100" in capsys.readouterr().err
+    assert main([*base, "--topology=h100:8", f"--json={tmp_path}/no/out.json"]) == 2
+    assert f"there is no folder {tmp_path}/no" in capsys.readouterr().err
 
 
 def test_a_step_that_does_not_fit_is_exit_2(monkeypatch, capsys, parallel):

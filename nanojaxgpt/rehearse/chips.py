@@ -20,16 +20,22 @@ class Chip(NamedTuple):
     link_speed: float  # of one torus link; where torus is 0, of a device into its switch
     network_speed: float  # a device's share of its host's network
     torus: int  # dimensions of the torus that the links make; 0: a switch
-    wraps: int  # a dimension closes to a ring where it divides by this; 0: never
+    wraps: int  # a dimension closes to a ring where it (in 3-D: each) divides by this; 0: never
     source: str
 
 
-_BOOK = "the link and network speeds: How to Scale Your Model, ch. 2, How to Think About TPUs"
 _CLOUD = "Google Cloud documentation,"
-_NVIDIA = "400 Gb/s InfiniBand a GPU as in the DGX data sheet"
+_BOOK = "How to Scale Your Model, ch. 2 (links, network)"
+_GPUS = "How to Scale Your Model, ch. 12; NVIDIA's data sheet as others quote it"
 
-# FLOP/s and memory of v5e, v5p and v6e were compared with their source; the other figures are as
-# remembered from theirs, and still have to be.
+# Compared in November 2026 with stored copies of the sources:
+# - A TPU's FLOP/s, memory, its speed and the torus stand on Google Cloud's pages on v4, v5e, v5p
+#   and v6e, and so does the network of v5e (2 x 100 Gb/s for 8 chips) and v5p (50 Gb/s a chip).
+# - Its links, where they close to rings, and the network of v4 and v6e are the book's. For the
+#   links of v5e, v5p and v6e Google's pages have 11 % more (50, 100 and 100 GB/s).
+# - NVIDIA's pages were not at hand. The book agrees with all figures of GPUs, to two digits; the
+#   others are quoted from the data sheets alike in several places. FLOP/s of H100 and H200 are
+#   half of what those state, which is with sparsity.
 CHIPS: dict[str, Chip] = {
     "v4": Chip(
         "TPU v4", "tpu", 275e12, 32 * GIB, 1.2e12, 45e9, 6.25e9, 3, 4,
@@ -44,20 +50,20 @@ CHIPS: dict[str, Chip] = {
         f"{_CLOUD} TPU v5p; {_BOOK}",
     ),
     "v6e": Chip(
-        "TPU v6e", "tpu", 918e12, 32 * GIB, 1.6e12, 90e9, 12.5e9, 2, 16,
+        "TPU v6e", "tpu", 918e12, 32 * GIB, 1.638e12, 90e9, 12.5e9, 2, 16,
         f"{_CLOUD} TPU v6e; {_BOOK}",
     ),
     "a100": Chip(
         "NVIDIA A100 80GB SXM", "gpu", 312e12, 80e9, 2.039e12, 300e9, 25e9, 0, 0,
-        "NVIDIA A100 Tensor Core GPU data sheet; 200 Gb/s InfiniBand a GPU as in DGX A100",
+        f"{_GPUS}; 200 Gb/s InfiniBand a GPU as in DGX A100",
     ),
     "h100": Chip(
         "NVIDIA H100 80GB SXM", "gpu", 989e12, 80e9, 3.35e12, 450e9, 50e9, 0, 0,
-        f"NVIDIA H100 Tensor Core GPU data sheet; {_NVIDIA}",
+        f"{_GPUS}; 400 Gb/s InfiniBand a GPU as in DGX H100",
     ),
     "h200": Chip(
         "NVIDIA H200 SXM", "gpu", 989e12, 141e9, 4.8e12, 450e9, 50e9, 0, 0,
-        f"NVIDIA H200 Tensor Core GPU data sheet; {_NVIDIA}",
+        f"{_GPUS}; 400 Gb/s InfiniBand a GPU as in DGX H200",
     ),
     "cpu": Chip(
         "CPU", "cpu", 1e11, 4 * GIB, 1e10, 1e10, 1e9, 0, 0,
@@ -87,9 +93,11 @@ def parse_topology(name: str, slices: int = 1) -> Topology:
 
     Raises ConfigError, with the nearest name where there is one.
     """
+    if not name:
+        raise ConfigError(f"name the hardware, --topology=v5e:4x4; the chips: {', '.join(CHIPS)}")
     kind, colon, text = name.partition(":")
     if kind not in CHIPS:
-        near = difflib.get_close_matches(kind, CHIPS, 2, 0.4)
+        near = difflib.get_close_matches(kind.lower(), CHIPS, 2, 0.4)
         hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(CHIPS)}"
         raise ConfigError(f"--topology={name}: no chip {kind!r}; {hint}")
     chip = CHIPS[kind]

@@ -76,38 +76,42 @@ def parse_computations(text: str) -> tuple[dict[str, list[Instruction]], str]:
 def read_collectives(text: str) -> Program:
     """Return the collectives of a compiled module.
 
-    Every branch of a conditional counts. What XLA splits into a start, a middle and an end keeps
-    one channel: the channel counts once.
+    Every branch of a conditional counts. What XLA splits into the fusions of a start, a middle and
+    an end keeps one channel: within one computation it counts once.
     """
     computations, entry = parse_computations(text)
     partitions = int(next(iter(re.findall(r"num_partitions=(\d+)", text)), "1"))
     times: collections.Counter[tuple[str, int]] = collections.Counter()
     unknown = set()
 
-    def visit(name: str, repeats: int) -> None:
-        for index, instruction in enumerate(computations.get(name, ())):
-            if instruction.opcode.removesuffix("-start") in KINDS or between_slices(instruction):
-                times[name, index] += repeats
-            elif instruction.opcode == "while":
-                body = re.search(r"body=%?([\w.-]+)", instruction.rest)[1]
-                trips = trip_count(instruction, computations)
+    def visit(name: str, repeats: int, begun: set[tuple[str, str]] | None = None) -> None:
+        """Count the computation; `begun`, in a fusion, are what its neighbours already hold."""
+        parts: set[tuple[str, str]] = set()
+        for index, line in enumerate(computations.get(name, ())):
+            kind = line.opcode.removesuffix("-start")
+            if kind in KINDS or between_slices(line):
+                channel = re.search(r"channel_id=(\d+)", line.rest)
+                part = (kind, channel[1] if channel else line.name)
+                if begun is None or part not in begun:
+                    times[name, index] += repeats
+                if begun is not None:
+                    begun.add(part)
+            elif line.opcode == "while":
+                body = re.search(r"body=%?([\w.-]+)", line.rest)[1]
+                trips = trip_count(line, computations[name], computations)
                 if not trips:
                     unknown.add(body)
                 visit(body, repeats * (trips or 1))
-            for called in CALLED.findall(instruction.rest):
+            for called in CALLED.findall(line.rest):
                 for inner in re.findall(r"%([\w.-]+)", called):
-                    visit(inner, repeats)
+                    visit(inner, repeats, parts if line.opcode == "fusion" else None)
 
     visit(entry, 1)
-    found: dict[tuple, Collective] = {}
-    for (name, index), repeats in times.items():
-        instruction = computations[name][index]
-        one = read_collective(instruction, name, repeats, partitions)
-        channel = re.search(r"channel_id=(\d+)", instruction.rest)
-        key = (instruction.opcode.removesuffix("-start"), channel[1]) if channel else (name, index)
-        if key not in found or found[key].times < repeats:
-            found[key] = one
-    return Program(tuple(c for c in found.values() if len(c.groups[0]) > 1), len(unknown))
+    found = [
+        read_collective(computations[name][index], name, repeats, partitions)
+        for (name, index), repeats in times.items()
+    ]
+    return Program(tuple(one for one in found if len(one.groups[0]) > 1), len(unknown))
 
 
 def between_slices(line: Instruction) -> str:
@@ -123,11 +127,13 @@ def between_slices(line: Instruction) -> str:
     return kind if kind in KINDS else "collective-permute"
 
 
-def trip_count(loop: Instruction, computations: dict[str, list[Instruction]]) -> int:
-    """Return how often a while loop runs; 0 where the text does not say.
+def trip_count(
+    loop: Instruction, around: list[Instruction], computations: dict[str, list[Instruction]]
+) -> int:
+    """Return how often a while loop, in the computation `around`, runs; 0 if the text hides it.
 
-    XLA writes known_trip_count on some backends; else a counter, which scans and collective
-    matmuls begin at 0, is compared with a constant and goes up by another.
+    XLA writes known_trip_count on some backends; else a counter, which begins at a constant, is
+    compared with another and goes up by a third.
     """
     if known := re.search(r'known_trip_count":\{"n":"(\d+)"', loop.rest):
         return int(known[1])
@@ -138,7 +144,8 @@ def trip_count(loop: Instruction, computations: dict[str, list[Instruction]]) ->
         return 0
     counters = [re.search(r"index=(\d+)", i.rest) for i in condition]
     counter = next((int(found[1]) for found in counters if found), 0)
-    return -(-next(iter(bounds.values())) // stride(body, counter))
+    left = next(iter(bounds.values())) - start_value(around, operands(loop)[0], counter)
+    return -(-left // stride(body, counter))
 
 
 def constants(computation: list[Instruction]) -> dict[str, int]:
@@ -152,17 +159,32 @@ def constants(computation: list[Instruction]) -> dict[str, int]:
     }
 
 
+def element(computation: list[Instruction], state: str, index: int) -> Instruction | None:
+    """Return what makes element `index` of the tuple `state`, behind copies; None if not plain."""
+    lines = {i.name: i for i in computation}
+    names = operands(lines[state]) if state in lines and lines[state].opcode == "tuple" else []
+    found = lines.get(names[index]) if index < len(names) else None
+    while found and found.opcode == "copy":
+        found = lines.get(operands(found)[0])
+    return found
+
+
+def start_value(around: list[Instruction], state: str, counter: int) -> int:
+    """Return where element `counter` of a loop's first state begins; 0 if not plain.
+
+    At 1 where libtpu has drawn the first pass before the loop.
+    """
+    found = element(around, state, counter)
+    return constants(around).get(found.name, 0) if found else 0
+
+
 def stride(body: list[Instruction], counter: int) -> int:
     """Return by how much a loop's body raises element `counter` of its state; 1 if not plain."""
-    lines, numbers = {i.name: i for i in body}, constants(body)
-    if not body or body[-1].opcode != "tuple":
+    raised = element(body, body[-1].name, counter) if body else None
+    if not raised or raised.opcode != "add":
         return 1
-    state = operands(body[-1])
-    raised = lines.get(state[counter]) if counter < len(state) else None
-    while raised and raised.opcode == "copy":
-        raised = lines.get(operands(raised)[0])
-    steps = [numbers[name] for name in operands(raised) if name in numbers] if raised else []
-    return steps[0] if steps and raised.opcode == "add" and steps[0] else 1
+    numbers = constants(body)
+    return next((numbers[name] for name in operands(raised) if numbers.get(name)), 1)
 
 
 def operands(line: Instruction) -> list[str]:

@@ -95,12 +95,16 @@ def link_speed(places: np.ndarray, chip: Chip, shape: tuple[int, ...]) -> float:
     """Return bytes/s into a device from a group of one slice, whose coordinates are given [n, d].
 
     Every torus dimension that the group spans gives a link, or two where it closes to a ring.
+    Optical switches close the rings of a 3-D torus, and only where whole cubes are joined.
     """
     if not chip.torus:
         return chip.link_speed
+    closed = [size % chip.wraps == 0 for size in shape]
+    if chip.torus == 3:
+        closed = [all(closed)] * 3
     links = 0
-    for at, size in zip(places.T, shape, strict=True):
-        ring = chip.wraps and size % chip.wraps == 0 and len(set(at)) == size
+    for at, size, wraps in zip(places.T, shape, closed, strict=True):
+        ring = wraps and len(set(at)) == size
         links += (2 if ring else 1) if len(set(at)) > 1 else 0
     return chip.link_speed * max(links, 1)
 
@@ -162,23 +166,32 @@ def roofline(
     return Roofline(compute, moved / chip.memory_speed, seconds_sent, mfu)
 
 
+def device_tokens(cfg: ConfigDict) -> float:
+    """Return the tokens of one micro-batch on one device."""
+    mesh, train = cfg.mesh, cfg.train
+    shards = mesh.slice * mesh.data * mesh.fsdp * mesh.sequence
+    return train.batch_size * cfg.model.seq_len / train.accumulation_steps / shards
+
+
 def advice(cfg: ConfigDict, memory: Memory) -> str:
     """Return what to change first where a step does not fit, by what takes most."""
     state = memory.parameters + memory.optimizer + memory.gradients
     mesh, train, model = cfg.mesh, cfg.train, cfg.model
-    shards = mesh.data * mesh.fsdp
-    rows = train.batch_size // train.accumulation_steps // shards
-    logits = rows * model.seq_len // train.loss_chunks * model.vocab_size * 4 // mesh.tensor
+    factor = next((n for n in range(2, mesh.data + 1) if mesh.data % n == 0), 1)
+    sharded = f"mesh.fsdp={mesh.fsdp * factor} mesh.data={mesh.data // factor}"
+    rows = train.batch_size // (mesh.slice * mesh.data * mesh.fsdp)
+    parts = [n for n in range(train.accumulation_steps + 1, rows + 1) if rows % n == 0]
+    logits = device_tokens(cfg) / train.loss_chunks * model.vocab_size * 4 / mesh.tensor
     if state > memory.available / 2 and mesh.data > 1:
-        return f"more shards of the state: mesh.fsdp={mesh.fsdp * 2} mesh.data={mesh.data // 2}"
+        return f"more shards of the state: {sharded}"
     if state > memory.available * 0.8:
         return f"more chips: the state alone is {state / memory.available:.0%} of a device"
     if logits > memory.available / 8 and model.seq_len % (train.loss_chunks * 4) == 0:
         return f"fewer logits at once: train.loss_chunks={train.loss_chunks * 4}"
     if model.remat != "full":
         return "fewer activations kept: model.remat=full"
-    if rows > 1:
-        return f"smaller micro-batches: train.accumulation_steps={train.accumulation_steps * 2}"
+    if parts:
+        return f"smaller micro-batches: train.accumulation_steps={parts[0]}"
     if mesh.data > 1:
-        return f"more shards of the state: mesh.fsdp={mesh.fsdp * 2} mesh.data={mesh.data // 2}"
+        return f"more shards of the state: {sharded}"
     return f"mesh.tensor={mesh.tensor * 2}, or more chips"

@@ -62,12 +62,12 @@ def traffic_lines(one: Rehearsal) -> list[str]:
     if not one.memory.compiled:
         return [*lines, "  unknown: the compiler ran out of the chip's memory"]
     if one.traffic:
-        lines.append(f"  {'kind':<19}{'axes':<18}{'over':<17}{'times':>6}{'MB':>12}{'seconds':>9}")
+        lines.append(f"  {'kind':<19}{'axes':<18}{'over':<17}{'times':>6}{'MB':>12}{'seconds':>10}")
     for row in one.traffic:
         over = f"{row.network} x {row.devices}"
         lines.append(
             f"  {row.kind:<19}{row.axes:<18}{over:<17}{row.times:>6}"
-            f"{row.sent / 1e6:>12,.3f}{row.seconds:>9.4f}"
+            f"{row.sent / 1e6:>12,.3f}{row.seconds:>10.4g}"
         )
     if not one.traffic:
         lines.append("  none")
@@ -84,9 +84,9 @@ def roofline_lines(one: Rehearsal, target: Target) -> list[str]:
     tokens = cfg.train.batch_size * cfg.model.seq_len / bound.seconds
     return [
         "roofline, predicted, in seconds a step",
-        f"  compute {bound.compute:.4f}, memory {bound.memory:.4f}, "
-        f"communication {bound.communication:.4f}: bound by {bound.bound}",
-        f"  at best {bound.seconds:.4f} s, {tokens:,.0f} tokens/s, MFU {bound.mfu:.1%}",
+        f"  compute {bound.compute:.4g}, memory {bound.memory:.4g}, "
+        f"communication {bound.communication:.4g}: bound by {bound.bound}",
+        f"  at best {bound.seconds:.4g} s, {tokens:,.0f} tokens/s, MFU {bound.mfu:.1%}",
         f"  chip: {target.topology.chip.source}",
     ]
 
@@ -112,21 +112,25 @@ def lines(name: str, target: Target, one: Rehearsal) -> list[str]:
 def search_lines(name: str, target: Target, found: list[Rehearsal]) -> list[str]:
     """Return the table of a search: what fits and is beaten by none, fastest first; the rest."""
     best = pareto(found)
-    table = [*title(name, target), "", f"  {'mesh':<34}{'remat':<15}{'GiB':>8}{'s/step':>9}  bound"]
+    table = [
+        *title(name, target),
+        "",
+        f"  {'mesh':<34}{'remat':<15}{'GiB':>8}{'s/step':>10}  bound",
+    ]
     for one in best:
         table.append(
             f"  {mesh_name(one.mesh):<34}{one.cfg.model.remat:<15}"
-            f"{one.memory.total / GIB:>8.2f}{one.roofline.seconds:>9.4f}  "
+            f"{one.memory.total / GIB:>8.2f}{one.roofline.seconds:>10.4g}  "
             f"{one.roofline.bound}, MFU at most {one.roofline.mfu:.1%}"
         )
     for one in found:
         if not one.memory.fits:
             table.append(
                 f"  {mesh_name(one.mesh):<34}{one.cfg.model.remat:<15}"
-                f"{one.memory.total / GIB:>8.2f}        -  does not fit"
+                f"{one.memory.total / GIB:>8.2f}{'-':>10}  does not fit"
             )
     beaten = sum(one.memory.fits for one in found) - len(best)
-    return [*table, f"  {beaten} more fit, but need more memory and more time"] if beaten else table
+    return [*table, f"  {beaten} more fit, but save neither memory nor time"] if beaten else table
 
 
 def pareto(found: list[Rehearsal]) -> list[Rehearsal]:

@@ -14,6 +14,7 @@ from nanojaxgpt.rehearse.chips import GPUS_PER_NODE, Topology
 
 INSTALL = "pip install -e .[tpu]"
 NO_LIBTPU = f"libtpu is not installed ({INSTALL} compiles for the chip itself)"
+MAX_FAKE_DEVICES = 1024  # XLA's client for CPU takes memory for each: 10,000 x 10,000 took all
 FAKE = (
     "XLA for CPU partitioned the step: parameters and optimizer state are exact, temporaries and "
     "collectives are what the CPU's compiler makes of it, attention is the plain kernel"
@@ -88,7 +89,12 @@ def tpu_devices(topology: Topology) -> tuple[Any, ...]:
 
 
 def fake_devices(count: int) -> tuple[Any, ...]:
-    """Return so many CPU devices. Raises ConfigError where the backend started with fewer."""
+    """Return so many CPU devices. Raises ConfigError where they are too many, or fewer started."""
+    if count > MAX_FAKE_DEVICES:
+        raise ConfigError(
+            f"{count:,} fake devices are too many, {MAX_FAKE_DEVICES:,} at most; libtpu takes more "
+            f"for TPUs: {INSTALL}"
+        )
     try:
         known = jax.config.jax_num_cpu_devices
         jax.config.update("jax_num_cpu_devices", max(count, known))
