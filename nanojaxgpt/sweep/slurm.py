@@ -1,6 +1,7 @@
 """In: a sweep's command and how many workers. Out: a SLURM array of them, submitted by submitit."""
 
 import inspect
+import os
 import runpy
 import sys
 from pathlib import Path
@@ -60,6 +61,7 @@ def submit_workers(
     `options` are submitit's names of sbatch's (time in minutes). With `dry_run` the lines are the
     batch script. Raises ConfigError.
     """
+    os.environ["SUBMITIT_LOG_LEVEL"] = "NOCONFIG"  # else it closes the log handlers of others
     try:
         from submitit.slurm import slurm
     except ImportError:
