@@ -353,6 +353,21 @@ def test_vmap_spreads_the_trials_over_the_devices(write_experiment, fsdp):
             )
 
 
+def test_where_batches_grow_all_go_on_from_the_same_step(write_experiment, tmp_path):
+    path = write_experiment(f"choice('{SEED}', 0, 1)")
+    runs = [tmp_path / "a", tmp_path / "b"]
+    for run_folder, steps in zip(runs, ((2, 4, 6), (2, 4)), strict=True):
+        for step in steps:
+            (run_folder / "checkpoints" / str(step)).mkdir(parents=True)
+    for ramp, left in (({}, (6, 4)), ({"train.ramp_batch_size": "8", "train.ramp_steps": "2",
+                                       "train.batch_size": "16"}, (4, 4))):  # fmt: skip
+        cfg = load_trials(path, ramp)[0].cfg
+        job = together.Job(cfg, *[None] * 8)
+        together.align([job, job], runs)
+        newest = [checkpoint.saved_steps(run_folder / "checkpoints")[-1] for run_folder in runs]
+        assert tuple(newest) == left
+
+
 def test_devices_that_can_not_be_dealt_out(write_experiment, tmp_path):
     path = write_experiment(f"choice('{SEED}', 0, 1)")
     trials = load_trials(path, {"mesh.fsdp": "3"})

@@ -87,12 +87,11 @@ class Sweep(NamedTuple):
         outcome = {"state": state, "seconds": round(seconds, 3), "message": message}
         write_outcome(self.folder, trial.name, {"point": trial.point} | outcome)
         self.claims.release(trial.name)
-        total = len(self.trials()) + (self.search.left() if self.search else 0)
-        done = len(self.trials()) - len(self.missing())
+        known, left = len(self.trials()), self.search.left() if self.search else 0
         losses = metrics.validation_losses(run_path(self.folder, trial.name))
         loss = f", validation loss {losses[max(losses)]:.4f}" if losses else ""
         self.report(
-            f"{done}/{total} {trial.name} {state}{loss}, "
+            f"{known - len(self.missing())}/{known + left} {trial.name} {state}{loss}, "
             f"{metrics.duration(seconds)}: {show_point(trial.point)}"
         )
 

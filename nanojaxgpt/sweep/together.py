@@ -162,8 +162,9 @@ class Follower:
             jax.set_mesh(job.mesh),
         ):
             begin_run(job, run, print)
-            self.first = start_state(job, run, print)
-        self.start, self.ramp = int(self.first.step), train_ramp(job.cfg)
+            first = start_state(job, run, print)
+        self.first = jax.device_get(first)  # one device has no room for all of them
+        self.start, self.ramp = int(first.step), train_ramp(job.cfg)
         self.writer = metrics.MetricsWriter(run, self.start)
         self.losses = metrics.validation_losses(run)
         kept = job.cfg.checkpoint
@@ -172,7 +173,7 @@ class Follower:
         )
         self.checkpoints = checkpoint.Checkpoints(run / "checkpoints", keep)
         if self.start and self.start not in self.losses:  # stopped between saving and evaluating
-            self.validate(self.start, lambda: self.first)
+            self.validate(self.start, lambda: first)
         if self.start >= job.cfg.train.num_steps:
             self.close()
 
