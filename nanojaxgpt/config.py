@@ -55,6 +55,9 @@ def base_config() -> ConfigDict:
             tied_head=True,
             dropout=0.0,
             mup_base_dim=0,  # muP: the embed_dim at which it is the standard one; 0: off
+            embed_multiplier=1.0,  # of what enters the first layer
+            attention_multiplier=1.0,  # of the scores, beside attention_scale
+            logit_multiplier=1.0,
             init="gpt2",  # gpt2, fan_in (truncated normal), torch (its layers' defaults)
             attention="auto",  # auto (by backend), xla, cudnn, splash
             unroll=0,  # layers per scan iteration; 0: all on CPU, one elsewhere
@@ -144,6 +147,7 @@ def base_config() -> ConfigDict:
         dict(
             from_run="",  # start from the parameters of this run
             step=0,  # 0: its newest checkpoint
+            scale=1.0,  # of all matrices' random numbers, where there is no from_run
         )
     )
     cfg.sample = ConfigDict(

@@ -25,7 +25,7 @@ class DataError(UserError):
 
 
 class NonFiniteError(UserError):
-    """The loss or the gradient is no longer a finite number."""
+    """The loss or the gradient is no longer finite, or spikes more often in a row than it may."""
 
     exit_code = 4
 

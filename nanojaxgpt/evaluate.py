@@ -9,24 +9,25 @@ import jax.numpy as jnp
 import numpy as np
 
 from nanojaxgpt.loss import loss_sum
-from nanojaxgpt.model import Transformer
+from nanojaxgpt.model import Multipliers, Transformer
 from nanojaxgpt.sharding import constrain
 
 
 def make_eval_step(
     model: Transformer, token_bytes: np.ndarray, loss_chunks: int = 1
-) -> Callable[[Any, Any], jax.Array]:
-    """Return eval_step(params, batch) -> [sum of losses in nats, tokens, bytes], float32 [3].
+) -> Callable[..., jax.Array]:
+    """Return eval_step(params, batch, multipliers) -> [sum of losses in nats, tokens, bytes].
 
-    `token_bytes` [V] is how many bytes of text each token stands for.
+    It gives float32 [3]. `token_bytes` [V] is how many bytes of text each token stands for.
     """
     bytes_V = jnp.zeros(model.cfg.vocab_size, jnp.float32).at[: len(token_bytes)].set(token_bytes)
 
     @jax.jit
-    def eval_step(params: Any, batch: Any) -> jax.Array:
+    def eval_step(params: Any, batch: Any, multipliers: Multipliers) -> jax.Array:
         (x_BTD, head), _ = model.apply(
-            {"params": params}, batch.tokens_BT, batch.positions_BT, batch.segments_BT, logits=False
-        )
+            {"params": params}, batch.tokens_BT, batch.positions_BT, batch.segments_BT,
+            logits=False, multipliers=multipliers,
+        )  # fmt: skip
         weights_BT = batch.weights_BT
         loss = loss_sum(head, x_BTD, batch.targets_BT, weights_BT, chunks=loss_chunks)
         text = jnp.sum(bytes_V[batch.targets_BT] * weights_BT)

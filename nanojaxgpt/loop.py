@@ -37,7 +37,7 @@ class Job(NamedTuple):
     data: Data
     shardings: TrainState
     abstract: TrainState
-    init: Callable[[jax.Array], TrainState]
+    init: Callable[..., TrainState]
     train_step: Callable
     train_batch: Callable[[int], Batch]
     evaluate: Callable[..., dict[str, float]]

@@ -54,6 +54,9 @@ class ModelConfig:
     tied_head: bool
     dropout: float
     mup_base_dim: int
+    embed_multiplier: float
+    attention_multiplier: float
+    logit_multiplier: float
     init: str
     attention: str
     unroll: int
@@ -77,6 +80,19 @@ class ModelConfig:
         """The width over that at which muP is the standard parametrization; 1 without muP."""
         return self.embed_dim / self.mup_base_dim if self.mup_base_dim else 1.0
 
+    @property
+    def multipliers(self) -> "Multipliers":
+        """The numbers of the forward pass that can also be given traced."""
+        return Multipliers(self.embed_multiplier, self.attention_multiplier, self.logit_multiplier)
+
+
+class Multipliers(NamedTuple):
+    """Factors of the embeddings, of the attention's scores and of the logits; scalars."""
+
+    embed: jax.Array | float
+    attention: jax.Array | float
+    logit: jax.Array | float
+
 
 class Context(NamedTuple):
     """What every layer sees alike."""
@@ -84,6 +100,7 @@ class Context(NamedTuple):
     mask: Mask
     positions_BT: jax.Array
     deterministic: bool
+    score_multiplier: jax.Array | float
 
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -101,6 +118,11 @@ REMAT: dict[str, Callable | None] = {
     "dots": jax.checkpoint_policies.dots_saveable,
     "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
+
+
+def scaled(x: jax.Array, factor: jax.Array | float) -> jax.Array:
+    """Return `x` times a scalar, in the dtype of `x`."""
+    return x * jnp.asarray(factor, x.dtype)
 
 
 def uniform_init(bound: float) -> Callable:
@@ -207,6 +229,7 @@ class Block(Weights):
         if cfg.positions == "rotary":
             q_BTNH = rotate(q_BTNH, context.positions_BT, cfg.rotary_base)
             k_BTKH = rotate(k_BTKH, context.positions_BT, cfg.rotary_base)
+        q_BTNH = scaled(q_BTNH, context.score_multiplier)
         scaling = dict(scale=cfg.attention_scale, alibi=cfg.positions == "alibi")
         if cfg.smeared_keys:
             gate_K = self.weight("smear_K", nn.initializers.zeros, (cfg.num_kv_heads,), ("norm",))
@@ -289,15 +312,16 @@ class Transformer(Weights):
         cache: tuple[Cache, ...] | None = None,
         deterministic: bool = True,
         logits: bool = True,
+        multipliers: Multipliers | None = None,
     ) -> tuple[Any, tuple[Cache, ...] | None]:
         """Return (logits_BTV, cache), or, with `logits` off, ((x_BTD, head), cache).
 
         head(x_BTD) gives float32 logits [B, T, V]: so a loss can make them in parts.
         `positions_BT` (default: 0 to T - 1) count within a document, `segments_BT` number the
         documents of a row: tokens see only their own. Dropout needs `deterministic=False` and
-        an rng named "dropout".
+        an rng named "dropout". `multipliers` (default: the config's) may be traced.
         """
-        cfg = self.cfg
+        cfg, factors = self.cfg, multipliers or self.cfg.multipliers
         if cfg.positions == "learned" and tokens_BT.shape[1] > cfg.seq_len:
             raise ValueError(f"{tokens_BT.shape[1]} tokens, but {cfg.seq_len} learned positions")
         if positions_BT is None:
@@ -306,16 +330,19 @@ class Transformer(Weights):
             "embed_VD", embed_init(cfg), (cfg.vocab_size, cfg.embed_dim), ("vocab", "embed")
         )
         x_BTD = embed_VD[tokens_BT] + self.position_embedding(positions_BT)
+        x_BTD = scaled(x_BTD, factors.embed)
         x_BTD = nn.Dropout(cfg.dropout)(x_BTD, deterministic)
         x_BTD = constrain(x_BTD, "batch", "sequence", "features")
 
         if cache is None:
             order_1T = jnp.arange(tokens_BT.shape[1])[None]
             mask = Mask(order_1T, order_1T, segments_BT, segments_BT)
-            x_BTD = self.scan_layers(x_BTD, Context(mask, positions_BT, deterministic))
+            context = Context(mask, positions_BT, deterministic, factors.attention)
+            x_BTD = self.scan_layers(x_BTD, context)
         else:
             mask = Mask(positions_BT, jnp.arange(cache[0].k_BKSH.shape[2])[None])
-            x_BTD, cache = self.loop_layers(x_BTD, cache, Context(mask, positions_BT, True))
+            context = Context(mask, positions_BT, True, factors.attention)
+            x_BTD, cache = self.loop_layers(x_BTD, cache, context)
         if cfg.final_norm:
             x_BTD = self.normalize(x_BTD, "final_norm")
 
@@ -325,6 +352,7 @@ class Transformer(Weights):
             head_VD = self.kernel("head_VD", init, (cfg.vocab_size, cfg.embed_dim), axes)
 
         def head(x_BTD: jax.Array) -> jax.Array:
+            x_BTD = scaled(x_BTD, factors.logit)
             logits_BTV = project(x_BTD, head_VD, "TD,VD->TV", jnp.float32)
             if cfg.width != 1:
                 logits_BTV /= cfg.width

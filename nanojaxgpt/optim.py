@@ -13,7 +13,10 @@ from optax.contrib import MuonDimensionNumbers, scale_by_muon
 from nanojaxgpt.errors import ConfigError
 from nanojaxgpt.projection import INPUTS
 
-Hyper = Mapping[str, Any]  # the numbers of cfg.optim, num_steps, z_loss and seed; never a shape
+Hyper = Mapping[str, Any]  # what step.make_hyper gives: numbers, never a shape
+
+# The kernels, the tables and the head, in a tree boxed or plain.
+MATRICES = r"_[A-Z]{2,}\b"
 
 
 def _decay(hyper: Hyper, begin: jax.Array, step: jax.Array) -> jax.Array:
@@ -77,28 +80,30 @@ def path_mask(tree: Any, pattern: str, field: str) -> Any:
     return mask
 
 
-def decay_weights(weight_decay: jax.Array, pattern: str) -> optax.GradientTransformation:
-    """Return the transformation that adds weight_decay * p where the path of p has `pattern`."""
+def decay_weights(
+    hyper: Hyper, pattern: str, multipliers: Sequence[tuple[str, jax.Array | float]]
+) -> optax.GradientTransformation:
+    """Return the transformation that adds weight_decay * p where the path of p has `pattern`.
+
+    The learning rate then multiplies both. Independent decay is over the path's own peak rate, so
+    that what is left is the schedule's factor alone: p -= factor (learning_rate direction +
+    weight_decay p) (Wortsman 2023); what is frozen does not decay either.
+    """
 
     def add_decay(updates: Any, params: Any) -> Any:
         mask = path_mask(params, pattern, "optim.decay_pattern")
+        factors = scale_paths(jax.tree.map(lambda _: jnp.float32(1), params), multipliers)
 
-        def add(update: jax.Array, p: jax.Array, decays: bool) -> jax.Array:
-            return update + weight_decay.astype(p.dtype) * p if decays else update
+        def add(update: jax.Array, p: jax.Array, decays: bool, factor: jax.Array) -> jax.Array:
+            if not decays:
+                return update
+            independent = (hyper["independent_decay"] > 0) & (factor > 0)
+            peak = jnp.where(independent, hyper["learning_rate"] * factor, 1)
+            return update + (hyper["weight_decay"] / peak).astype(p.dtype) * p
 
-        return jax.tree.map(add, updates, params, mask)
+        return jax.tree.map(add, updates, params, mask, factors)
 
     return optax.stateless(add_decay)
-
-
-def decay_rate(hyper: Hyper) -> jax.Array:
-    """Return the weight decay that the learning rate multiplies.
-
-    Independent decay is over the peak, so that what is left is the schedule's factor alone:
-    p -= factor (learning_rate direction + weight_decay p) (Wortsman 2023).
-    """
-    peak = jnp.where(hyper["independent_decay"] > 0, hyper["learning_rate"], 1)
-    return hyper["weight_decay"] / peak
 
 
 def muon_dimensions(params: Any) -> Any:
@@ -166,19 +171,20 @@ def make_optimizer(
     hyper: Hyper,
     rate: jax.Array | float,
     decay_pattern: str,
-    multipliers: Sequence[tuple[str, float]] = (),
+    multipliers: Sequence[tuple[str, jax.Array | float]] = (),
     ema: bool = False,
 ) -> optax.GradientTransformation:
     """Return the optimizer at learning rate `rate`; `hyper` and `rate` may be traced.
 
     Its state's structure depends on `name` and `ema` alone, so it can be rebuilt inside every
     step. `multipliers` are (pattern, factor): the learning rate of the paths that have the pattern
-    is multiplied by the factor, and with it their decay; 0 freezes them. With `ema`, and for
+    is multiplied by the factor, and with it their decay if that is not independent; 0 freezes
+    them. With `ema`, and for
     schedule_free, the parameters are an average, see `average`.
     """
     optimizer = optax.chain(
         OPTIMIZERS[name](hyper),
-        decay_weights(decay_rate(hyper), decay_pattern),
+        decay_weights(hyper, decay_pattern, multipliers),
         optax.scale(-rate),
         optax.stateless(lambda updates, _: scale_paths(updates, multipliers)),
     )
@@ -234,23 +240,28 @@ def gradient_point(name: str, hyper: Hyper, params: Any, opt_state: Any) -> Any:
     )
 
 
-def scale_paths(tree: Any, multipliers: Sequence[tuple[str, float]]) -> Any:
-    """Return the tree with the leaves of each pattern's paths multiplied by its factor."""
+def scale_paths(tree: Any, multipliers: Sequence[tuple[str, jax.Array | float]]) -> Any:
+    """Return the tree with the leaves of each pattern's paths multiplied by its factor.
+
+    0 gives zeros, whatever was there.
+    """
     for pattern, factor in multipliers:
         mask = path_mask(tree, pattern, "optim.rate_multipliers")
-        tree = jax.tree.map(
-            lambda x, chosen, factor=factor: (
-                (x * factor if factor else jnp.zeros_like(x)) if chosen else x
-            ),
-            tree,
-            mask,
-        )
+
+        def scale(x: jax.Array, chosen: bool, factor: jax.Array | float = factor) -> jax.Array:
+            if not chosen:
+                return x
+            number = jnp.asarray(factor, x.dtype)
+            return jnp.where(number == 0, jnp.zeros_like(x), x * number)
+
+        tree = jax.tree.map(scale, tree, mask)
     return tree
 
 
-def frozen_gradients(grads: Any, multipliers: Sequence[tuple[str, float]]) -> Any:
+def frozen_gradients(grads: Any, multipliers: Sequence[tuple[str, jax.Array | float]]) -> Any:
     """Return the gradients, zero for what is frozen, so that clipping does not count them."""
-    return scale_paths(grads, [(pattern, 0.0) for pattern, factor in multipliers if not factor])
+    alive = [(pattern, jnp.where(factor == 0, 0.0, 1.0)) for pattern, factor in multipliers]
+    return scale_paths(grads, alive)
 
 
 # What muP calls hidden: the kernels whose input and output both grow with the width.

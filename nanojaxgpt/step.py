@@ -14,8 +14,11 @@ from ml_collections import ConfigDict
 from nanojaxgpt import checkpoint, optim, sharding
 from nanojaxgpt.data.rows import Batch
 from nanojaxgpt.loss import loss_sum
-from nanojaxgpt.model import ModelConfig, Transformer, init_params
+from nanojaxgpt.model import ModelConfig, Multipliers, Transformer, init_params
 from nanojaxgpt.optim import Hyper
+
+# In the order of model.Multipliers.
+MULTIPLIERS = ("embed_multiplier", "attention_multiplier", "logit_multiplier")
 
 LossFn = Callable[[Any, Batch, Hyper, jax.Array], jax.Array]
 
@@ -44,6 +47,7 @@ def make_loss(model: Transformer, loss_chunks: int) -> LossFn:
         (x_BTD, head), _ = model.apply(
             {"params": params}, batch.tokens_BT, batch.positions_BT, batch.segments_BT,
             deterministic=model.cfg.dropout == 0, logits=False, rngs={"dropout": rng},
+            multipliers=Multipliers(*(hyper[name] for name in MULTIPLIERS)),
         )  # fmt: skip
         return loss_sum(
             head, x_BTD, batch.targets_BT, batch.weights_BT, hyper["z_loss"], loss_chunks
@@ -52,18 +56,37 @@ def make_loss(model: Transformer, loss_chunks: int) -> LossFn:
     return loss
 
 
-def make_hyper(cfg: ConfigDict) -> dict[str, np.ndarray]:
-    """Return the numbers that the step takes as arguments: other values don't recompile it."""
+def make_hyper(cfg: ConfigDict) -> dict[str, Any]:
+    """Return the numbers that the step takes as arguments: other values don't recompile it.
+
+    All are scalars; of `rate_multipliers` a tuple of the factors, their patterns are compiled.
+    """
     numbers = {k: v for k, v in cfg.optim.items() if isinstance(v, int | float)}
     numbers |= {"num_steps": cfg.train.num_steps, "z_loss": cfg.train.z_loss}
-    hyper = {name: np.float32(value) for name, value in numbers.items()}
+    numbers |= {name: cfg.model[name] for name in MULTIPLIERS}
+    hyper: dict[str, Any] = {name: np.float32(value) for name, value in numbers.items()}
+    entries = optim.rate_multipliers(cfg.optim.rate_multipliers, cfg.optim.optimizer, 1)
+    hyper["rate_multipliers"] = tuple(np.float32(factor) for _, factor in entries)
     return hyper | {"seed": np.uint32(cfg.train.seed)}
 
 
-def make_init(cfg: ConfigDict) -> Callable[[jax.Array], TrainState]:
-    """Return init(rng) -> the state at step 0, its leaves boxed with their logical axes."""
+def traced_multipliers(cfg: ConfigDict) -> Multipliers:
+    """Return the model's multipliers as numbers that a jitted function takes as arguments."""
+    return Multipliers(*(np.float32(cfg.model[name]) for name in MULTIPLIERS))
+
+
+def make_init(cfg: ConfigDict) -> Callable[..., TrainState]:
+    """Return init(rng, scale) -> the state at step 0, its leaves boxed with their logical axes.
+
+    `scale` (default: init.scale), which may be traced, multiplies the matrices.
+    """
     model_cfg = ModelConfig(**cfg.model)
-    return lambda rng: first_state(cfg, init_params(model_cfg, rng))
+
+    def init(rng: jax.Array, scale: jax.Array | float = cfg.init.scale) -> TrainState:
+        params = optim.scale_paths(init_params(model_cfg, rng), [(optim.MATRICES, scale)])
+        return first_state(cfg, params)
+
+    return init
 
 
 def first_state(cfg: ConfigDict, params: Any) -> TrainState:
@@ -84,12 +107,15 @@ def make_train_step(
     """
     name, schedule, ema = optim_cfg.optimizer, optim_cfg.schedule, optim_cfg.ema_decay > 0
     decay_pattern = optim_cfg.decay_pattern
-    multipliers = optim.rate_multipliers(optim_cfg.rate_multipliers, name, width)
+    entries = optim.rate_multipliers(optim_cfg.rate_multipliers, name, width)
 
     def train_step(
         state: TrainState, batch: Batch, hyper: Hyper
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         rng = jax.random.fold_in(jax.random.key(hyper["seed"]), state.step)
+        factors = hyper["rate_multipliers"]
+        multipliers = [(pattern, f) for (pattern, _), f in zip(entries, factors, strict=False)]
+        multipliers += entries[len(factors) :]  # muP's are the width's
         point = optim.gradient_point(name, hyper, state.params, state.opt_state)
         loss, grads = accumulate(loss_fn, point, batch, hyper, rng, accumulation_steps)
         grads = optim.frozen_gradients(grads, multipliers)
@@ -144,7 +170,7 @@ class Step(NamedTuple):
 
     shardings: TrainState
     abstract: TrainState
-    init: Callable[[jax.Array], TrainState]
+    init: Callable[..., TrainState]
     train_step: Callable
 
 
@@ -166,7 +192,9 @@ def make_step(cfg: ConfigDict, mesh: Mesh, loss_fn: LossFn | None = None) -> Ste
         optim.path_mask(plain.params, pattern, "optim.rate_multipliers")
     abstract = checkpoint.with_shardings(plain, shardings)
     loss_fn = loss_fn or make_loss(model, shape.loss_chunks)
-    init = jax.jit(lambda rng: sharding.unbox(make_init(cfg)(rng)), out_shardings=shardings)
+    init = jax.jit(
+        lambda rng, scale: sharding.unbox(make_init(cfg)(rng, scale)), out_shardings=shardings
+    )
     train_step = jax.jit(
         make_train_step(loss_fn, cfg.optim, shape.accumulation_steps, model.cfg.width),
         donate_argnums=0,

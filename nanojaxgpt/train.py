@@ -31,7 +31,7 @@ from nanojaxgpt.hosts.joining import preflight
 from nanojaxgpt.hosts.process import StopRequest, stop_signals
 from nanojaxgpt.hosts.team import ALONE, Team
 from nanojaxgpt.loop import Job, Loop, due, train_ramp  # noqa: F401
-from nanojaxgpt.model import ModelConfig, Transformer
+from nanojaxgpt.model import ModelConfig, Multipliers, Transformer
 from nanojaxgpt.rundir import enter_run, own_run, write_identity
 from nanojaxgpt.step import (  # noqa: F401 - what a job is made of is found here
     LossFn,
@@ -44,6 +44,7 @@ from nanojaxgpt.step import (  # noqa: F401 - what a job is made of is found her
     make_loss,
     make_step,
     make_train_step,
+    traced_multipliers,
 )
 
 
@@ -76,7 +77,7 @@ def make_job(cfg: ConfigDict, data: Data, mesh: Mesh, loss_fn: LossFn | None = N
     """Return everything the loop needs. Raises ConfigError or DataError; allocates nothing."""
     step, train_batch = make_step(cfg, mesh, loss_fn), make_train_batch(cfg, data, mesh)
     job_eval = make_evaluation(cfg, data, mesh, Transformer(ModelConfig(**cfg.model)))
-    return Job(cfg, mesh, data, *step, train_batch, job_eval)
+    return share_job(Job(cfg, mesh, data, *step, train_batch, job_eval), cfg)
 
 
 def share_job(job: Job, cfg: ConfigDict) -> Job:
@@ -84,7 +85,12 @@ def share_job(job: Job, cfg: ConfigDict) -> Job:
 
     The configs must agree in all that is compiled: see `sweep.plan.program_key`.
     """
-    return job._replace(cfg=cfg, train_batch=make_train_batch(cfg, job.data, job.mesh))
+    return job._replace(
+        cfg=cfg,
+        init=functools.partial(job.init, scale=np.float32(cfg.init.scale)),
+        train_batch=make_train_batch(cfg, job.data, job.mesh),
+        evaluate=functools.partial(job.evaluate, multipliers=traced_multipliers(cfg)),
+    )
 
 
 def make_train_batch(cfg: ConfigDict, data: Data, mesh: Mesh) -> Callable[[int], Batch]:
@@ -106,7 +112,8 @@ def make_evaluation(
 ) -> Callable[..., dict[str, float]]:
     """Return evaluate(params) -> the numbers over the validation split, or its first batches.
 
-    A second argument is a function through which the batches go, a watchdog's say.
+    A second argument is a function through which the batches go, a watchdog's say; a third, the
+    multipliers of another config.
     """
     size, seq_len = cfg.eval.batch_size or cfg.train.batch_size, cfg.model.seq_len
     sharding.check_batch("eval.batch_size", size, 1, seq_len, mesh)
@@ -117,9 +124,13 @@ def make_evaluation(
     eval_step = make_eval_step(model, data.tokenizer.token_bytes(), cfg.train.loss_chunks)
 
     def run_evaluation(
-        params: Any, each: Callable[[Iterable[Batch]], Iterable[Batch]] = iter
+        params: Any,
+        each: Callable[[Iterable[Batch]], Iterable[Batch]] = iter,
+        multipliers: Multipliers | None = None,
     ) -> dict[str, float]:
-        return evaluate(eval_step, params, each(fetch_ahead(fetch, 0, count, ahead)))
+        numbers = dict(multipliers=multipliers or traced_multipliers(cfg))
+        batches = each(fetch_ahead(fetch, 0, count, ahead))
+        return evaluate(functools.partial(eval_step, **numbers), params, batches)
 
     return run_evaluation
 

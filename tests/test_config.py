@@ -178,6 +178,19 @@ def test_unknown_section_is_refused(name):
         ({"model.positions": "sinusoidal", "model.embed_dim": "3", "model.num_heads": "1"}, "even"),
         ({"mesh.data": "-1", "mesh.tensor": "-1"}, "only one mesh axis"),
         ({"mesh.data": "0"}, "no devices"),
+        ({"train.ramp_batch_size": "8"}, "train.ramp_steps=0"),
+        ({"train.ramp_steps": "8"}, "train.ramp_batch_size=0"),
+        ({"train.ramp_batch_size": "12", "train.ramp_steps": "9"}, "train.ramp_batch_size=12"),
+        ({"train.ramp_batch_size": "32", "train.ramp_steps": "9"}, "train.ramp_batch_size=32"),
+        ({"optim.optimizer": "schedule_free"}, "set optim.schedule=constant"),
+        (
+            {"optim.optimizer": "schedule_free", "optim.schedule": "constant"}
+            | {"optim.ema_decay": "0.9"},
+            "leave optim.ema_decay at 0",
+        ),
+        ({"optim.spike_factor": "3"}, "optim.max_skipped_steps"),
+        ({"optim.spike_factor": "0.5", "optim.max_skipped_steps": "3"}, "must be above 1"),
+        ({"optim.independent_decay": "1", "optim.learning_rate": "0"}, "optim.independent_decay"),
     ],
 )
 def test_fields_that_do_not_fit_together(changes, words):

@@ -1,5 +1,6 @@
 """The Transformer: counts, causality, packing, cache, scan and remat."""
 
+import dataclasses
 import functools
 
 import jax
@@ -9,7 +10,14 @@ import pytest
 from conftest import random_tokens, small_model
 
 from nanojaxgpt.attention import Mask, attend, init_cache
-from nanojaxgpt.model import ModelConfig, Transformer, count_params, init_params, sinusoids
+from nanojaxgpt.model import (
+    ModelConfig,
+    Multipliers,
+    Transformer,
+    count_params,
+    init_params,
+    sinusoids,
+)
 from nanojaxgpt.sharding import unbox
 
 VARIANTS = {
@@ -234,3 +242,23 @@ def test_bfloat16_compute_keeps_float32_parameters_and_logits():
     exact_BTV = forward(small_model(), params, random_tokens(2, 12))
     assert logits_BTV.dtype == np.float32
     assert 0 < np.abs(logits_BTV - exact_BTV).max() < 0.05
+
+
+def test_multipliers_scale_embeddings_scores_and_logits():
+    cfg, params = build(tied_head=False, positions="rotary")
+    tokens_BT = random_tokens(2, 16)
+    plain = forward(cfg, params, tokens_BT)
+
+    def changed(**fields):
+        return forward(dataclasses.replace(cfg, **fields), params, tokens_BT)
+
+    np.testing.assert_allclose(changed(logit_multiplier=0.5), 0.5 * plain, rtol=1e-4, atol=1e-6)
+    wider = params | {"embed_VD": 3 * params["embed_VD"]}
+    expected = forward(cfg, wider, tokens_BT)
+    np.testing.assert_allclose(changed(embed_multiplier=3.0), expected, rtol=1e-4, atol=1e-5)
+    sharp = changed(attention_scale=4 * cfg.attention_scale)
+    np.testing.assert_allclose(changed(attention_multiplier=4.0), sharp, rtol=1e-4, atol=1e-5)
+    assert min(np.abs(plain - other).max() for other in (expected, sharp)) > 1e-2
+    given = forward(cfg, params, tokens_BT, multipliers=Multipliers(3.0, 4.0, 0.5))
+    fields = dict(embed_multiplier=3.0, attention_multiplier=4.0, logit_multiplier=0.5)
+    np.testing.assert_allclose(given, changed(**fields), rtol=1e-5, atol=1e-6)

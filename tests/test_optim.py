@@ -83,6 +83,20 @@ def test_independent_decay_follows_the_schedule_and_not_the_rate():
         updates, _ = optimizer.update(grads, optimizer.init(params), params)
         return updates
 
+    def factored(independent):
+        """Return the updates of two matrices, one at a tenth of the rate, and one frozen."""
+        hyper = HYPER | {"independent_decay": jnp.float32(independent)}
+        tree = {name: jnp.array([[1.0, -2.0]]) for name in ("w_DF", "up_DF", "q_DF")}
+        multipliers = [("w_", jnp.float32(0.1)), ("q_", jnp.float32(0))]
+        optimizer = make_optimizer("adamw", hyper, 0.5, "_DF", multipliers)
+        zeros = jax.tree.map(jnp.zeros_like, tree)
+        return optimizer.update(zeros, optimizer.init(tree), tree)[0]
+
+    for independent, share in ((True, 1), (False, 0.1)):
+        found = factored(independent)
+        np.testing.assert_allclose(found["w_DF"], share * found["up_DF"], rtol=1e-6)
+        assert np.all(found["up_DF"])
+        assert not np.any(found["q_DF"])
     for peak in (1e-3, 0.5):
         found = decayed(True, peak)
         np.testing.assert_allclose(found["w_DF"], -0.25 * 0.1 * params["w_DF"], rtol=1e-6)

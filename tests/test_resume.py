@@ -93,8 +93,7 @@ def leaves(run) -> dict[str, np.ndarray]:
     """Return the arrays of the last step's checkpoint by their paths."""
     cfg = rundir.load_run(run)
     job = make_job(cfg, prepare_data(cfg, print), one_device_mesh())
-    wanted = {"params": job.abstract.params, "opt_state": job.abstract.opt_state}
-    step, items = checkpoint.restore(run / "checkpoints", wanted, NUM_STEPS)
+    step, items = checkpoint.restore(run / "checkpoints", job.abstract.items(), NUM_STEPS)
     assert step == NUM_STEPS
     found = jax.tree_util.tree_leaves_with_path(items)
     return {checkpoint.path_name(path): np.asarray(leaf) for path, leaf in found}
@@ -114,7 +113,7 @@ def assert_same_run(run, expected) -> None:
     assert [step for step, _ in losses(run, "validation_loss")] == [5, 10, 15, 20]
     found, wanted = leaves(run), leaves(expected)
     assert found.keys() == wanted.keys()
-    assert {name.split("/")[0] for name in wanted} == {"params", "opt_state"}
+    assert {name.split("/")[0] for name in wanted} == {"params", "opt_state", "recent"}
     assert any(np.any(leaf) for name, leaf in wanted.items() if name.startswith("opt_state"))
     for name, leaf in wanted.items():
         assert found[name].dtype == leaf.dtype

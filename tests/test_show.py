@@ -22,12 +22,13 @@ def show(small_config, tmp_path):
         for number in range(8):
             (tmp_path / name / f"{number}.txt").write_text(f"{name}{number}é")
 
-    def build(split="train", step=1, rows=2, batch_size=2, **changes):
+    def build(split="train", step=1, rows=2, batch_size=2, ramp=(), **changes):
         text = {"data.tokenizer": "bytes", "data.source": f"text:{tmp_path / 'a'}"}
         changes = {name: value.format(folder=tmp_path) for name, value in changes.items()}
         cfg = small_config(**(text | changes))
         data = open_data(DataConfig(**cfg.data), cache_dir(cfg), report=lambda _: None)
-        return list(show_step(data, split, step, cfg.model.seq_len, make_ramp(batch_size), 0, rows))
+        sizes = make_ramp(batch_size, *ramp)
+        return list(show_step(data, split, step, cfg.model.seq_len, sizes, 0, rows))
 
     return build
 
@@ -48,6 +49,13 @@ def test_a_packed_row_shows_its_documents_and_its_padding(show):
     ]
     assert lines[first + 5].startswith("-- row 0, segment 2: 4 places")
     assert lines[-1] == "-- row 1, padding: 4 places, 0 of them scored"
+
+
+def test_a_batch_that_grew_shows_as_many_rows(show):
+    packed = {"data.packing": "pack", "data.validation_documents": "1"}
+    grown = [show(step=step, ramp=(1, 3), **packed) for step in (1, 2, 3, 4)]
+    assert [lines[0].split()[3] for lines in grown] == ["1", "1", "1", "2"]
+    assert grown[1] == show(step=2, batch_size=1, **packed)
 
 
 def test_a_wrapped_row_shows_where_documents_end(show):

@@ -180,9 +180,24 @@ def test_what_shares_its_programs_is_what_make_hyper_traces(small_config):
         unseen = name.split(".")[0] in ("sample", "checkpoint", "init") or name in (
             "eval.every_steps", "train.log_every_steps",
         )  # fmt: skip
+        if (
+            name == "optim.ema_decay"
+        ):  # whether there is an average is compiled, how it fades is not
+            longer = cfg.copy_and_resolve_references()
+            longer.optim.ema_decay = 0.9
+            assert program_key(base) != program_key(cfg) == program_key(longer)
+            continue
         assert (program_key(cfg) == program_key(base)) == (traced or unseen), name
         seen[traced] += 1
     assert seen[True] > 8 < seen[False]
+
+
+def test_rates_by_path_share_their_programs_where_their_patterns_are_the_same(small_config):
+    def key(entries):
+        return program_key(small_config(**{"optim.rate_multipliers": repr(entries)}))
+
+    assert key(("embed_=0.5", "q_D=0")) == key(("embed_=2", "q_D=1"))
+    assert len({key(()), key(("embed_=1",)), key(("q_D=1",)), key(("embed_=1", "q_D=1"))}) == 4
 
 
 def test_the_plan_counts_trials_programs_parameters_and_flops(write_experiment, capsys):
@@ -218,7 +233,11 @@ def numbers(path) -> list[dict[str, float]]:
 SPACE = (
     f"zip_(choice('{RATE}', 1e-3, 1e-2, 1e25), choice('optim.beta2', 0.9, 0.95, 0.9), "
     f"choice('{SEED}', 0, 1, 0), choice('train.num_steps', 6, 5, 6), "
-    "choice('train.z_loss', 0.0, 1e-3, 0.0), choice('optim.warmup_steps', 1, 3, 0))"
+    "choice('train.z_loss', 0.0, 1e-3, 0.0), choice('optim.warmup_steps', 1, 3, 0), "
+    "choice('model.logit_multiplier', 1.0, 0.7, 1.0), choice('init.scale', 1.0, 1.5, 1.0), "
+    "choice('model.embed_multiplier', 1.0, 3.0, 1.0), "
+    "choice('model.attention_multiplier', 1.0, 0.3, 1.0), "
+    "choice('optim.rate_multipliers', ('embed_=1',), ('embed_=0.3',), ('embed_=1',)))"
 )
 
 

@@ -87,11 +87,42 @@ def test_other_numbers_do_not_recompile_and_do_act(cfg):
     state, step = step_of(cfg)
     hyper = make_hyper(cfg)
     base, _ = step(state, batch(), hyper)
-    for name in ("learning_rate", "beta1", "clip_norm", "weight_decay", "z_loss", "warmup_steps"):
+    names = ["learning_rate", "beta1", "clip_norm", "weight_decay", "z_loss", "warmup_steps"]
+    for name in (*names, "embed_multiplier", "attention_multiplier", "logit_multiplier"):
         other, _ = step(state, batch(), hyper | {name: np.float32(hyper[name] * 0.5 + 0.01)})
         moved = jax.tree.map(lambda a, b: jnp.abs(a - b).max(), base, other)
         assert max(map(float, jax.tree.leaves((moved.params, moved.opt_state)))) > 0, name
     assert step._cache_size() == 1
+
+
+def test_factors_of_rates_are_numbers_of_the_step(cfg):
+    cfg = cfg.copy_and_resolve_references().unlock()
+    cfg.optim.rate_multipliers = ("embed_=0.5", "q_D=1")
+    state, step = step_of(cfg)
+    hyper = make_hyper(cfg)
+    assert hyper["rate_multipliers"] == (0.5, 1)
+    half, _ = step(state, batch(), hyper)
+    whole, _ = step(state, batch(), hyper | {"rate_multipliers": (np.float32(1), np.float32(0))})
+    moved = [
+        jax.tree.map(lambda a, b: a - b, after.params, state.params) for after in (half, whole)
+    ]
+    np.testing.assert_allclose(2 * moved[0]["embed_VD"], moved[1]["embed_VD"], atol=1e-6)
+    assert np.any(moved[0]["layers"]["q_DNH"])
+    assert not np.any(moved[1]["layers"]["q_DNH"])
+    assert step._cache_size() == 1
+
+
+def test_the_scale_of_the_start_is_of_the_matrices_alone(cfg):
+    data = prepare_data(cfg, lambda _: None)
+    job = make_job(resolve(cfg, data), data, sharding.make_mesh({}, jax.devices()[:1]))
+    twice = cfg.copy_and_resolve_references().unlock()
+    twice.init.scale = 2.0
+    one, other = (
+        share_job(job, resolve(c, data)).init(jax.random.key(0)).params for c in (cfg, twice)
+    )
+    for name, factor in (("embed_VD", 2), ("position_TD", 2), ("final_norm_scale", 1)):
+        np.testing.assert_array_equal(other[name], factor * one[name])
+    np.testing.assert_array_equal(other["layers"]["down_DF"], 2 * one["layers"]["down_DF"])
 
 
 def test_an_update_that_is_not_finite_is_left_out(cfg):
@@ -210,6 +241,9 @@ def test_every_optimizer_learns_resumes_bit_for_bit_and_shards(
         assert losses[devices][-1] < losses[devices][0] - 0.1
         for leaf, wanted in zip(*map(jax.tree.leaves, (state, job.shardings)), strict=True):
             assert leaf.sharding.is_equivalent_to(wanted, leaf.ndim)
+        fast = getattr(state.opt_state, "fast", state.params)
+        same = jax.tree.map(lambda z, p: z.sharding == p.sharding, fast, state.params)
+        assert jax.tree.all(same)
     forget(run, 8)
     jax.tree.map(np.testing.assert_array_equal, fit(cfg, run, report=lambda _: None), state)
     np.testing.assert_allclose(losses[8], losses[1], atol=2e-4)

@@ -19,7 +19,9 @@ SEED = "train.seed"
 EXAMPLES = 16  # points of a search that are checked ahead
 
 # What the compiled programs take as arguments (step.make_hyper), and what they never see.
-TRACED = re.compile(r"train\.(num_steps|z_loss|seed)")
+TRACED = re.compile(
+    r"train\.(num_steps|z_loss|seed)|model\.(embed|attention|logit)_multiplier|optim\..*"
+)
 UNSEEN = re.compile(r"(checkpoint|sample|init)\..*|eval\.every_steps|train\.log_every_steps")
 
 
@@ -129,10 +131,11 @@ def program_key(cfg: ConfigDict) -> str:
     cfg = cfg.copy_and_resolve_references().unlock()
     for name, value in list(config.fields(cfg)):
         section, field = name.split(".")
-        traced = TRACED.fullmatch(name) or (section == "optim" and not isinstance(value, str))
         if name == "optim.ema_decay":
             cfg.optim.ema_decay = float(value > 0)  # an average is in the state, or there is none
-        elif traced or UNSEEN.fullmatch(name):
+        elif name == "optim.rate_multipliers":
+            cfg.optim.rate_multipliers = tuple(entry.rpartition("=")[0] for entry in value)
+        elif UNSEEN.fullmatch(name) or (TRACED.fullmatch(name) and not isinstance(value, str)):
             del cfg[section][field]
     return config.config_hash(cfg)
 
