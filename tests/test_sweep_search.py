@@ -245,7 +245,7 @@ def test_a_real_search_by_the_verbs(write_experiment, tmp_path, capsys, monkeypa
     )
     assert "16 random points fit the config" in out
     assert main(["sweep", "status", *arguments]) == 0
-    assert "5 of 5 still to be drawn" in capsys.readouterr().out
+    assert "5 of 5 to be drawn" in capsys.readouterr().out
     assert not folder.exists()
     assert main(["sweep", "run", *arguments]) == 0
     said = [line for line in capsys.readouterr().out.split("\n") if "/5 " in line]

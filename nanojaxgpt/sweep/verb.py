@@ -9,7 +9,7 @@ from typing import Any
 from nanojaxgpt import config
 from nanojaxgpt.arguments import parse
 from nanojaxgpt.errors import ConfigError
-from nanojaxgpt.sweep.plan import Plan, default_folder, describe, load_plan
+from nanojaxgpt.sweep.plan import Plan, Trial, default_folder, describe, load_plan
 
 ACTIONS = ("plan", "run", "status", "resume", "report")
 MODES = ("map", "vmap", "auto")
@@ -42,25 +42,14 @@ def sweep(arguments: list[str]) -> None:
         raise ConfigError("--slurm_options and --dry_run go with --slurm=WORKERS")
     plan = load_plan(parsed.config, parsed.overrides)
     folder = Path(parsed.dir) if parsed.dir else default_folder(parsed.config)
-    lines = []
     if parsed.run == "plan":
         lines = plan_lines(parsed, plan, folder)
-    elif parsed.run in ("run", "resume"):
-        lines = run(parsed, plan, folder, arguments)
-    elif parsed.run == "status":
-        from nanojaxgpt.sweep.report import status_lines
-
-        search = open_search(plan, folder)
-        lines = status_lines(folder, search.trials() if search else plan.trials)
-        lines += [f"{search.left()} of {plan.tpe.num} still to be drawn"] if search else []
     else:
-        from nanojaxgpt.sweep.report import write_report
-
         search = open_search(plan, folder)
-        metric = parsed.metric or (plan.tpe.metric if plan.tpe else "validation_loss")
-        maximize = parsed.maximize or bool(plan.tpe and plan.tpe.maximize)
         trials = search.trials() if search else plan.trials
-        lines = write_report(folder, trials, metric, maximize)
+        lines = {"status": status, "report": report}.get(parsed.run, run)(
+            parsed, arguments, folder, trials, search
+        )
     for line in lines:
         print(line)
 
@@ -95,9 +84,31 @@ def plan_lines(parsed: Any, plan: Plan, folder: Path) -> list[str]:
     return [*lines, f"  nanojaxgpt sweep run {shlex.join(command)}"]
 
 
-def run(parsed: Any, plan: Plan, folder: Path, arguments: list[str]) -> list[str]:
+def status(
+    parsed: Any, arguments: list[str], folder: Path, trials: list[Trial], search: Any
+) -> list[str]:
+    """Return how the trials stand, and how many a search has still to draw."""
+    from nanojaxgpt.sweep.report import status_lines
+
+    lines = status_lines(folder, trials)
+    return [*lines, f"{search.left()} of {search.tpe.num} to be drawn"] if search else lines
+
+
+def report(
+    parsed: Any, arguments: list[str], folder: Path, trials: list[Trial], search: Any
+) -> list[str]:
+    """Write the report; return its text."""
+    from nanojaxgpt.sweep.report import write_report
+
+    metric = parsed.metric or (search.tpe.metric if search else "validation_loss")
+    maximize = parsed.maximize or bool(search and search.tpe.maximize)
+    return write_report(folder, trials, metric, maximize)
+
+
+def run(
+    parsed: Any, arguments: list[str], folder: Path, trials: list[Trial], search: Any
+) -> list[str]:
     """Run what is missing here, in as many processes as were asked for, or by SLURM."""
-    search = open_search(plan, folder)  # without Optuna it is said here, not by each worker
     if parsed.slurm:
         from nanojaxgpt.sweep.slurm import submit_workers
 
@@ -115,5 +126,5 @@ def run(parsed: Any, plan: Plan, folder: Path, arguments: list[str]) -> list[str
     from nanojaxgpt.sweep.run import run_trials
 
     say = functools.partial(print, flush=True)
-    run_trials(folder, plan.trials, parsed.mode, parsed.width, say, search)
+    run_trials(folder, trials, parsed.mode, parsed.width, say, search)
     return []
