@@ -241,7 +241,7 @@ def test_a_real_search_by_the_verbs(write_experiment, tmp_path, capsys, monkeypa
     out = capsys.readouterr().out
     assert out.startswith(
         "5 trials, chosen as it goes by TPE for the lowest validation_loss; "
-        "ASHA lets 1 in 2 go on from steps 2, 4, 8, ..."
+        "ASHA lets 1 in 2 go on from steps 2, 4\n"
     )
     assert "16 random points fit the config" in out
     assert main(["sweep", "status", *arguments]) == 0

@@ -167,7 +167,8 @@ def summary(
         states = {result.state for result in group.results}
         point = {k: v for k, v in group.results[0].trial.point.items() if k != SEED or seeds == 1}
         spread = f"{group.spread:.4f}" if len(group.results) > 1 else "-"
-        row = (f"{group.mean:.4f}", spread, str(len(group.results)), ", ".join(sorted(states)))
+        mean = "-" if states == {"pruned"} else f"{group.mean:.4f}"
+        row = (mean, spread, str(len(group.results)), ", ".join(sorted(states)))
         rows.append((*row, show_point(point)))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [

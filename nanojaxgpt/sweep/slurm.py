@@ -66,6 +66,7 @@ def submit_workers(
         from submitit.slurm import slurm
     except ImportError:
         raise ConfigError("--slurm needs submitit: pip install 'nanojaxgpt[slurm]'") from None
+    folder = folder.absolute()
     known = list(inspect.signature(slurm._make_sbatch_string).parameters)
     free = [name for name in known if name not in ("command", "folder", "map_count", *SETTINGS)]
     settings = {"job_name": folder.parent.name} | SETTINGS
@@ -73,7 +74,7 @@ def submit_workers(
     if dry_run:
         command = f"{sys.executable} -u -m submitit.core._submit {folder}"
         many = {"map_count": workers} if workers > 1 else {}
-        text = slurm._make_sbatch_string(command, folder.absolute(), **many, **settings)
+        text = slurm._make_sbatch_string(command, folder, **many, **settings)
         return [text, f"# each of {workers}: nanojaxgpt {' '.join(arguments)}"]
     try:
         executor = slurm.SlurmExecutor(folder)

@@ -67,13 +67,13 @@ def plan_lines(parsed: Any, plan: Plan, folder: Path) -> list[str]:
     """Return what a sweep would do, and the command that does it."""
     lines = describe(plan.trials, functools.partial(print, file=sys.stderr, flush=True))
     if tpe := plan.tpe:
-        every = plan.base.eval.every_steps
-        pruned = f"; ASHA lets 1 in {tpe.reduction} go on" if tpe.reduction and every else ""
-        rungs = [every * tpe.reduction**rung for rung in range(3)] if pruned else []
-        steps = f" from steps {', '.join(map(str, rungs))}, ..." if pruned else ""
+        every, last = plan.base.eval.every_steps, plan.base.train.num_steps
+        rungs = [every * tpe.reduction**rung for rung in range(9)] if tpe.reduction else []
+        rungs = [str(step) for step in rungs if 0 < step < last]
+        pruned = f"; ASHA lets 1 in {tpe.reduction} go on from steps {', '.join(rungs)}"
         lines = [
             f"{tpe.num} trials, chosen as it goes by TPE for the "
-            f"{'highest' if tpe.maximize else 'lowest'} {tpe.metric}{pruned}{steps}",
+            f"{'highest' if tpe.maximize else 'lowest'} {tpe.metric}{pruned if rungs else ''}",
             "",
             f"{len(plan.trials)} random points fit the config; if these were all:",
             *lines,
