@@ -3,9 +3,7 @@
 jax is imported by the verbs, after the config is read: a mistake in it is answered at once.
 """
 
-import functools
 import json
-import shlex
 import sys
 import traceback
 from collections.abc import Callable, Iterable
@@ -16,6 +14,7 @@ from nanojaxgpt import __version__, config, rundir
 from nanojaxgpt.arguments import open_experiment, open_run, parse
 from nanojaxgpt.errors import INTERNAL, INTERRUPTED, OK, ConfigError, DataError, Stopped, UserError
 from nanojaxgpt.hosts import process
+from nanojaxgpt.sweep.verb import sweep
 
 USAGE = """\
 nanojaxgpt VERB ...
@@ -228,67 +227,6 @@ def sample(arguments: list[str]) -> None:
     texts = print_samples(chunks, tokenizer, prompt, how.num_samples)
     samples = [{"prompt": how.prompt, "text": text, "sampling": how.to_dict()} for text in texts]
     save_samples(run, samples)
-
-
-def sweep(arguments: list[str]) -> None:
-    """Plan, run, watch or report the runs that an experiment's sweep() declares.
-
-    `resume` is `run`: both run what is missing, however many processes do so at once.
-    """
-    modes = ("map", "vmap", "auto")
-    options = {
-        "config": {"default": "", "help": "the experiment: FILE.py or FILE.py:VARIANT"},
-        "dir": {"default": "", "help": "the sweep's folder; default: sweeps/EXPERIMENT"},
-        "workers": {"default": 1, "type": int, "help": "processes side by side; default: 1"},
-        "mode": {"default": "", "choices": ("", *modes), "help": f"{', '.join(modes)}; see docs"},
-        "width": {"default": 16, "type": int, "help": "trials in one step of vmap; default: 16"},
-        "metric": {"default": "validation_loss", "help": "of the report; default: %(default)s"},
-        "maximize": {"action": "store_true", "help": "the metric is better when larger"},
-    }
-    actions = ("plan", "run", "status", "resume", "report")
-    parsed = parse("sweep", sweep.__doc__, arguments, options, ("ACTION", ", ".join(actions)))
-    if parsed.run not in actions:
-        known = config.unknown_name("action", parsed.run or "", list(actions))
-        raise ConfigError(f"{known}; nanojaxgpt sweep {'|'.join(actions)} --config=EXPERIMENT.py")
-    if not parsed.config or min(parsed.workers, parsed.width) < 1:
-        raise ConfigError("sweep needs --config=EXPERIMENT.py, and at least 1 worker and width 1")
-    from nanojaxgpt.sweep import plan
-
-    trials = plan.load_trials(parsed.config, parsed.overrides)
-    folder = Path(parsed.dir) if parsed.dir else plan.default_folder(parsed.config)
-    if parsed.run == "plan":
-        lines = plan.describe(trials, warn)
-        command = [f"--config={parsed.config}", f"--dir={folder}"]
-        command += [f"--config.{field}={text}" for field, text in parsed.overrides.items()]
-        lines += ["", "on as many machines that share the folder as you like:"]
-        lines += [f"  nanojaxgpt sweep run {shlex.join(command)}"]
-    elif parsed.run == "report":
-        from nanojaxgpt.sweep.report import write_report
-
-        lines = write_report(folder, trials, parsed.metric, parsed.maximize)
-    elif parsed.run == "status":
-        from nanojaxgpt.sweep.report import status_lines
-
-        lines = status_lines(folder, trials)
-    else:
-        run_sweep(parsed, folder, trials, arguments)
-        lines = []
-    for line in lines:
-        print(line)
-
-
-def run_sweep(parsed: Any, folder: Path, trials: list[Any], arguments: list[str]) -> None:
-    """Run what is missing of a sweep, here or in as many processes as were asked for."""
-    if parsed.workers > 1:
-        from nanojaxgpt.sweep.launch import launch_workers
-
-        command = [sys.executable, "-m", "nanojaxgpt", "sweep", *arguments, "--workers=1"]
-        launch_workers(command, parsed.workers)
-    else:
-        from nanojaxgpt.sweep.run import run_trials
-
-        say = functools.partial(print, flush=True)
-        run_trials(folder, trials, parsed.mode, parsed.width, say)
 
 
 def print_samples(chunks: Iterable[Any], tokenizer: Any, prompt: Any, count: int) -> list[str]:

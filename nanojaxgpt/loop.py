@@ -21,8 +21,16 @@ from nanojaxgpt.optim import Averaged
 from nanojaxgpt.step import TrainState, make_hyper
 
 
+def ignore(step: int) -> None:
+    """Do nothing after an evaluation."""
+
+
 class Job(NamedTuple):
-    """What one run needs, built from its config; `shardings` and `abstract` describe the state."""
+    """What one run needs, built from its config; `shardings` and `abstract` describe the state.
+
+    `evaluated` is called with the step of each evaluation that was written; what it raises ends
+    the training.
+    """
 
     cfg: ConfigDict
     mesh: Mesh
@@ -33,6 +41,7 @@ class Job(NamedTuple):
     train_step: Callable
     train_batch: Callable[[int], Batch]
     evaluate: Callable[..., dict[str, float]]
+    evaluated: Callable[[int], None] = ignore
 
 
 class Loop:
@@ -183,6 +192,7 @@ class Loop:
             f"step {step}: validation loss {found['loss']:.4f}{average}, "
             f"{found['bits_per_byte']:.4f} bits per byte over {found['tokens']:,} tokens"
         )
+        self.job.evaluated(step)
 
 
 def train_ramp(cfg: ConfigDict) -> Ramp:

@@ -5,8 +5,9 @@
     python scripts/launch.py slurm start my-job --nodes=4 --gpus=8 -- --config=C.py --run=/shared/r
     python scripts/launch.py gke   start my-job --hosts=4 ... -- --config=C.py --run=/shared/r
 
-What stands after -- goes to `nanojaxgpt train --multihost`. A run that ends with exit code 75
-(preempted, its state saved) is started again. docs/hosts.md tells the whole.
+What stands after -- goes to `nanojaxgpt train --multihost`, with --sweep to `nanojaxgpt sweep run`,
+a worker on each machine. A run that ends with exit code 75 (preempted, its state saved) is
+started again. docs/hosts.md tells the whole.
 """
 
 import argparse
@@ -136,9 +137,10 @@ spec:
 """
 
 
-def train_command(args: argparse.Namespace, program: str, *flags: str) -> str:
-    """Return the shell's line that trains on one machine."""
-    return shlex.join([program, "train", "--multihost", *flags, *args.train])
+def train_command(args: argparse.Namespace, *flags: str) -> Command:
+    """Return what trains on one machine, as one of many or as a worker of a sweep."""
+    words = ["sweep", "run"] if args.sweep else ["train", "--multihost", *flags]
+    return [args.program, *words, *args.train]
 
 
 def script(args: argparse.Namespace, *flags: str) -> str:
@@ -149,19 +151,20 @@ def script(args: argparse.Namespace, *flags: str) -> str:
         return SETUP.format(folder=folder, archive=ARCHIVE, package=package)
     if args.verb == "tail":
         return f"tail -n 20 -f {folder}/launch/log"
-    loop = LOOP.format(train=train_command(args, args.program, *flags))
+    loop = LOOP.format(train=shlex.join(train_command(args, *flags)))
     text = {"start": START, "status": STATUS, "stop": STOP, "kill": KILL}[args.verb]
     return text.format(folder=folder, loop=shlex.quote(loop))
 
 
 def tpu(args: argparse.Namespace) -> list[list[Command]]:
-    """Return gcloud's commands, in stages, for all workers of a TPU VM."""
+    """Return gcloud's commands, in stages, for all workers of a TPU VM, or of each of a list."""
     place = [f"--{key}={value}" for key in ("zone", "project") if (value := getattr(args, key))]
     place.append("--worker=0" if args.verb == "tail" else "--worker=all")
     gcloud = ["gcloud", "compute", "tpus", "tpu-vm"]
-    stages = [[[*gcloud, "ssh", args.name, *place, f"--command={script(args)}"]]]
+    names = args.name.split(",")
+    stages = [[[*gcloud, "ssh", name, *place, f"--command={script(args)}"] for name in names]]
     if args.verb == "setup":
-        stages.insert(0, [[*gcloud, "scp", ARCHIVE, f"{args.name}:{ARCHIVE}", *place]])
+        stages.insert(0, [[*gcloud, "scp", ARCHIVE, f"{n}:{ARCHIVE}", *place] for n in names])
     return stages
 
 
@@ -187,7 +190,7 @@ def slurm(args: argparse.Namespace) -> str:
         vars(args)
         | quoted
         | {
-            "train": train_command(args, args.program),
+            "train": shlex.join(train_command(args)),
             "devices": ",".join(map(str, range(args.gpus))),
             "preempted": PREEMPTED,
         }
@@ -201,10 +204,10 @@ def gke(args: argparse.Namespace) -> str:
         [
             "xpk", "workload", "create", f"--workload={args.name}", f"--cluster={args.cluster}",
             f"--tpu-type={args.tpu_type}", f"--docker-image={args.image}", "--max-restarts=1000",
-            f"--command={train_command(args, args.program)}",
+            f"--command={shlex.join(train_command(args))}",
         ]
     )  # fmt: skip
-    settings = vars(args) | {"command": [args.program, "train", "--multihost", *args.train]}
+    settings = vars(args) | {"command": train_command(args)}
     quoted = {key: json.dumps(value) for key, value in settings.items()}  # JSON is YAML too
     return "# " + line.replace("\n", "\n# ") + "\n" + JOBSET.format(**quoted, preempted=PREEMPTED)
 
@@ -260,6 +263,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         one.add_argument("verb", choices=verbs)
         one.add_argument("name", help="HOST,HOST,..." if target == "ssh" else "of the pod or job")
         one.add_argument("--dry-run", action="store_true", help="print the commands")
+        one.add_argument("--sweep", action="store_true", help="workers of a sweep instead")
         one.add_argument("--folder", default="nanojaxgpt", help="of the package, over there")
         one.add_argument(
             "--program", default="nanojaxgpt" if target == "gke" else ".venv/bin/nanojaxgpt"

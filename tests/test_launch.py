@@ -152,6 +152,20 @@ def test_manifest(capfd):
     assert "            onExitCodes: {operator: NotIn, values: [75]}" in manifest
 
 
+def test_workers_of_a_sweep_know_nothing_of_each_other(capfd):
+    sweep = ["--config=C.py", "--dir=/shared/s"]
+    out = printed(capfd, "tpu", "start", "a,b", "--zone=z", "--sweep", train=sweep)
+    assert out.count("gcloud compute tpus tpu-vm ssh") == 2
+    assert "ssh a --zone=z --worker=all" in out
+    assert "ssh b --zone=z --worker=all" in out
+    assert out.count("/nanojaxgpt sweep run --config=C.py --dir=/shared/s") == 2
+    out += printed(capfd, "ssh", "start", "a,b", "--sweep", train=sweep)
+    out += printed(capfd, "slurm", "start", "job", "--sweep", train=sweep)
+    assert out.count("nanojaxgpt sweep run --config=C.py --dir=/shared/s") == 5
+    assert "--multihost" not in out
+    assert "--coordinator" not in out
+
+
 def test_what_to_train_must_be_said(capfd):
     with pytest.raises(SystemExit):
         do("ssh", "start", "a,b")

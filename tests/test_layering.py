@@ -18,9 +18,9 @@ FLOORS = {
         "data.shards", "data.store", "data.packing", "data.loader", "data.show",
         "checks", "paper"},
     2: {"train", "coordcheck", "sweep.plan", "sweep.claims", "sweep.launch", "sweep.together",
-        "sweep.run", "sweep.report", "rehearse", "rehearse.flops", "rehearse.targets",
-        "rehearse.estimate", "rehearse.step", "rehearse.search", "rehearse.report",
-        "step", "loop", "reproduce"},
+        "sweep.run", "sweep.report", "sweep.search", "sweep.slurm", "sweep.verb",
+        "rehearse", "rehearse.flops", "rehearse.targets", "rehearse.estimate", "rehearse.step",
+        "rehearse.search", "rehearse.report", "step", "loop", "reproduce"},
     3: {"__main__"},
 }  # fmt: skip
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}

@@ -4,6 +4,7 @@ import csv
 import json
 import random
 import re
+import signal
 
 import jax
 import numpy as np
@@ -12,10 +13,10 @@ from conftest import ROOT, write_tiny
 
 from nanojaxgpt import checkpoint, config, rundir, sharding
 from nanojaxgpt.__main__ import main
-from nanojaxgpt.errors import ConfigError, NonFiniteError
+from nanojaxgpt.errors import ConfigError, NonFiniteError, Stopped
 from nanojaxgpt.hosts import process
 from nanojaxgpt.metrics import read_metrics
-from nanojaxgpt.sweep import run
+from nanojaxgpt.sweep import run, together
 from nanojaxgpt.sweep.claims import read_outcome, run_path
 from nanojaxgpt.sweep.plan import Trial, group_trials, load_trials, program_key
 from nanojaxgpt.sweep.report import Group, Result, group_seeds, seeds_needed, write_report
@@ -30,7 +31,7 @@ from nanojaxgpt.sweep.space import (
     uniform,
     zip_,
 )
-from nanojaxgpt.train import fit, make_hyper, make_job, prepare_data
+from nanojaxgpt.train import fit, make_hyper, make_job, prepare_data, resolve, share_job
 
 RATE, SEED = "optim.learning_rate", "train.seed"
 
@@ -286,41 +287,124 @@ def test_what_is_done_is_not_done_again(trials, mapped):
     assert lines == []
 
 
-def test_vmap_agrees_to_rounding_and_freezes_what_is_not_finite(
-    trials, mapped, tmp_path, one_device
-):
-    run_trials(tmp_path, trials, "vmap", 16, quiet)
+def assert_agrees(trials, mapped, folder) -> None:
+    """Compare what trials left with the runs of the first, 1e-4 apart; the third is non-finite."""
     for trial in trials[:2]:
-        one, other = (run_path(folder, trial.name) for folder in (mapped[0], tmp_path))
+        one, other = (run_path(place, trial.name) for place in (mapped[0], folder))
         assert [sorted(r) for r in numbers(one)] == [sorted(r) for r in numbers(other)]
         for left, right in zip(numbers(one), numbers(other), strict=True):
             np.testing.assert_allclose([*left.values()], [*right.values()], rtol=1e-4)
-        ours, theirs = leaves(one), leaves(other)
-        for name, leaf in ours.items():
-            np.testing.assert_allclose(leaf, theirs[name], rtol=1e-3, atol=1e-4)
-    outcomes = [read_outcome(folder, trials[2].name) for folder in (mapped[0], tmp_path)]
+        assert read_outcome(folder, trial.name)["state"] == "finished"
+    outcomes = [read_outcome(place, trials[2].name) for place in (mapped[0], folder)]
     assert [outcome["state"] for outcome in outcomes] == ["non-finite"] * 2
     step = [outcome["message"].split(":")[0] for outcome in outcomes]
     assert step[0] == step[1]
 
 
-def test_vmap_on_several_devices_is_refused(trials, tmp_path):
-    with pytest.raises(ConfigError, match="choose --mode=map"):
+def test_vmap_agrees_to_rounding_and_freezes_what_is_not_finite(
+    trials, mapped, tmp_path, one_device
+):
+    run_trials(tmp_path, trials, "vmap", 16, quiet)
+    assert_agrees(trials, mapped, tmp_path)
+    for trial in trials[:2]:
+        ours, theirs = (leaves(run_path(place, trial.name)) for place in (mapped[0], tmp_path))
+        for name, leaf in ours.items():
+            np.testing.assert_allclose(leaf, theirs[name], rtol=1e-3, atol=1e-4)
+
+
+def test_vmap_that_is_stopped_goes_on(trials, mapped, tmp_path, monkeypatch):
+    read, steps = together.Follower.read, {trial.name: [] for trial in trials}
+
+    def stops(self, step, *rest):
+        steps[self.run.name].append(step)
+        if step == 3 and self.run.name == trials[0].name:
+            signal.raise_signal(signal.SIGTERM)
+        read(self, step, *rest)
+
+    monkeypatch.setattr(together.Follower, "read", stops)
+    with pytest.raises(Stopped, match="saved what was trained together"):
+        run_trials(tmp_path, trials, "vmap", 16, quiet)
+    assert not any(read_outcome(tmp_path, trial.name) for trial in trials)
+    first = [steps[trial.name].copy() for trial in trials]
+    assert first[0] == first[1] == [1, 2, 3, 4]
+    run_trials(tmp_path, trials, "vmap", 16, quiet)
+    assert_agrees(trials, mapped, tmp_path)
+    assert [steps[trial.name] for trial in trials] == [
+        [1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5], first[2] * 2,  # which had nothing saved
+    ]  # fmt: skip
+    assert "going on from step 4" in (run_path(tmp_path, trials[0].name) / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("fsdp", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_vmap_spreads_the_trials_over_the_devices(write_experiment, fsdp):
+    trials = load_trials(write_experiment(f"choice('{SEED}', *range(7))"), {})
+    with trials[0].cfg.unlocked():
+        trials[0].cfg.mesh.fsdp = fsdp
+    job = together.open_group(trials[0].cfg, quiet)
+    assert job.mesh.size == fsdp
+    jobs = [share_job(job, resolve(trial.cfg, job.data)) for trial in trials]
+    stack = together.Stack(job, len(jobs))
+    with jax.set_mesh(job.mesh):
+        first = [own.init(jax.random.key(own.cfg.train.seed)) for own in jobs]
+    states, step = stack.place(first, stack.states), stack.make_step()
+    batches = together.make_batches(jobs, [0] * 7, stack)
+    hypers = stack.place([make_hyper(own.cfg) for own in jobs], stack.numbers)
+    going = stack.place([np.True_] * 7, stack.numbers)
+    found = []
+    for number in range(2):
+        states, metrics, going = step(states, batches(number), hypers, going)
+        found.append(np.asarray(metrics["loss"])[:7])
+    leaf = states.params["embed_VD"]
+    assert {shard.device for shard in leaf.addressable_shards} == set(jax.devices())
+    shapes = {shard.data.shape for shard in leaf.addressable_shards}
+    assert shapes == {(fsdp, leaf.shape[1], leaf.shape[2] // fsdp)}  # one trial, or two halves
+    assert len(set(found[1])) == 7
+    with jax.set_mesh(job.mesh):
+        for index, own in enumerate(jobs):
+            state = own.init(jax.random.key(own.cfg.train.seed))
+            for number in range(2):
+                state, alone = own.train_step(state, own.train_batch(number), make_hyper(own.cfg))
+                np.testing.assert_allclose(found[number][index], alone["loss"], rtol=1e-5)
+            kept = stack.take(states, index)
+            assert kept.params["embed_VD"].sharding == state.params["embed_VD"].sharding
+            np.testing.assert_allclose(
+                kept.params["embed_VD"], state.params["embed_VD"], rtol=1e-3, atol=1e-4
+            )
+
+
+def test_where_batches_grow_all_go_on_from_the_same_step(write_experiment, tmp_path):
+    path = write_experiment(f"choice('{SEED}', 0, 1)")
+    runs = [tmp_path / "a", tmp_path / "b"]
+    for run_folder, steps in zip(runs, ((2, 4, 6), (2, 4)), strict=True):
+        for step in steps:
+            (run_folder / "checkpoints" / str(step)).mkdir(parents=True)
+    for ramp, left in (({}, (6, 4)), ({"train.ramp_batch_size": "8", "train.ramp_steps": "2",
+                                       "train.batch_size": "16"}, (4, 4))):  # fmt: skip
+        cfg = load_trials(path, ramp)[0].cfg
+        job = together.Job(cfg, *[None] * 8)
+        together.align([job, job], runs)
+        newest = [checkpoint.saved_steps(run_folder / "checkpoints")[-1] for run_folder in runs]
+        assert tuple(newest) == left
+
+
+def test_devices_that_can_not_be_dealt_out(write_experiment, tmp_path):
+    path = write_experiment(f"choice('{SEED}', 0, 1)")
+    trials = load_trials(path, {"mesh.fsdp": "3"})
+    with pytest.raises(ConfigError, match="8 devices can't be dealt out to trials of 3 each"):
         run_trials(tmp_path, trials, "vmap", 16, quiet)
 
 
-def test_auto_takes_the_faster_mode_and_says_so(trials, monkeypatch):
-    lines = []
-    monkeypatch.setattr(run, "measure_modes", lambda job, width: {"map": width, "vmap": 1.5})
-    monkeypatch.setattr(run, "obstacle", lambda jobs: "")
-    assert run.choose_mode(None, "", 2, lines.append) == "map"  # the default on a CPU
-    assert run.choose_mode(None, "auto", 1, lines.append) == "map"
+def test_auto_takes_the_faster_mode_and_says_so(trials, tmp_path, monkeypatch):
+    lines, cfg = [], trials[0].cfg
+    measures = {"map": lambda job, width: width, "vmap": lambda job, width: 1.5}
+    monkeypatch.setattr(run, "MEASURES", measures)
+    monkeypatch.setattr(run.Sweep, "open", lambda self, cfg, mode: None)
+    sweep = run.Sweep(tmp_path, trials, None, None, lines.append, None, {})
+    assert run.choose_mode(sweep, cfg, "", 2) == "map"  # the default on a CPU
+    assert run.choose_mode(sweep, cfg, "auto", 1) == "map"
     assert lines == []
-    assert run.choose_mode(None, "auto", 2, lines.append) == "vmap"
+    assert run.choose_mode(sweep, cfg, "auto", 2) == "vmap"
     assert lines == ["mode vmap: a step of 2 trials takes map 2000.0 ms, vmap 1500.0 ms"]
-    monkeypatch.setattr(run, "obstacle", lambda jobs: "many devices")
-    assert run.choose_mode(None, "auto", 2, lines.append) == "map"
-    assert lines[1:] == ["mode map: many devices"]
 
 
 @pytest.mark.slow
@@ -360,7 +444,7 @@ def test_a_report_has_a_table_the_best_and_plots(write_experiment, tmp_path, cap
     target = tmp_path / "s" / "report"
     assert (target / "report.txt").read_text() == out
     lines = out.splitlines()
-    assert lines[0].startswith("8 of 8 trials ended, 7 of them finite; 12 s")
+    assert lines[0].startswith("8 of 8 trials ended: 7 finished, 1 non-finite; 12 s")
     assert lines[3].split() == [
         "2.1000",
         "0.1414",

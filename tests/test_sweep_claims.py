@@ -71,6 +71,26 @@ with claims.Claims(Path("{tmp_path}")) as held:
     assert "a was taken over" in process.stderr.read()
 
 
+def test_who_gave_up_was_not_taken_over(tmp_path):
+    code = f"""
+import threading, time
+from pathlib import Path
+from nanojaxgpt.sweep import claims
+claims.BEAT_SECONDS, newest = 0, claims.newest_claim
+def late(*arguments):  # the heart beats slowly, and others take what was given up
+    time.sleep(0.01 * (threading.current_thread() is not threading.main_thread()))
+    return newest(*arguments)
+claims.newest_claim = late
+with claims.Claims(Path("{tmp_path}")) as one, claims.Claims(Path("{tmp_path}")) as other:
+    for holder in (one, other) * 25:
+        assert holder.take("a")
+        time.sleep(0.005)
+        holder.release("a")
+"""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == 0
+
+
 def test_many_at_once_never_share_a_claim(tmp_path):
     code = f"""
 import random, sys, time

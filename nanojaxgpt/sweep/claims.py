@@ -59,6 +59,7 @@ class Claims:
         except OSError as error:
             raise ConfigError(f"can't write to the sweep's folder {folder}: {error}") from error
         self.held: dict[str, tuple[Path, TextIO]] = {}
+        self.lock = threading.Lock()  # of `held`: what is given up is not taken over
         self.ended = threading.Event()
         self.thread = threading.Thread(target=self.beat, daemon=True)
 
@@ -97,24 +98,27 @@ class Claims:
 
     def release(self, name: str) -> None:
         """Give a claim up, whether or not its trial is done."""
-        path, file = self.held.pop(name)
+        with self.lock:
+            path, file = self.held.pop(name)
         os.utime(path, (0, 0))
         file.close()
 
     def beat(self) -> None:
         """Touch what is held; end the process where somebody took it over."""
         while not self.ended.wait(BEAT_SECONDS):
-            for name, (path, _) in list(self.held.items()):
-                if newest_claim(self.folder, name) != path:
-                    print(
-                        f"error: {name} was taken over while this process stood still; "
-                        "start it again",
-                        file=sys.stderr,
-                        flush=True,
-                    )
-                    os._exit(PREEMPTED)  # at once: two processes must not write to one run
-                if name in self.held:
-                    os.utime(path)
+            for name in list(self.held):
+                with self.lock:
+                    path, _ = self.held.get(name, (None, None))
+                    if path and newest_claim(self.folder, name) != path:
+                        print(
+                            f"error: {name} was taken over while this process stood still; "
+                            "start it again",
+                            file=sys.stderr,
+                            flush=True,
+                        )
+                        os._exit(PREEMPTED)  # at once: two processes must not write to one run
+                    if path:
+                        os.utime(path)
 
 
 def generation(claim: Path) -> int:

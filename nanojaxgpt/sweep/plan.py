@@ -13,9 +13,10 @@ from ml_collections import ConfigDict
 
 from nanojaxgpt import config
 from nanojaxgpt.errors import ConfigError
-from nanojaxgpt.sweep.space import Point, Space
+from nanojaxgpt.sweep.space import Point, Space, Tpe, draws
 
 SEED = "train.seed"
+EXAMPLES = 16  # points of a search that are checked ahead
 
 # What the compiled programs take as arguments (step.make_hyper), and what they never see.
 TRACED = re.compile(
@@ -32,14 +33,23 @@ class Trial(NamedTuple):
     cfg: ConfigDict
 
 
-def load_trials(experiment: str, overrides: dict[str, str]) -> list[Trial]:
-    """Return the trials of an experiment's sweep in order, each point once.
+class Plan(NamedTuple):
+    """What a sweep tries: `trials`, or what `tpe` draws of `base` as it goes, these for example."""
+
+    base: ConfigDict
+    trials: list[Trial]
+    tpe: Tpe | None
+
+
+def load_plan(experiment: str, overrides: dict[str, str]) -> Plan:
+    """Return what the sweep of an experiment tries, in order, each point once.
 
     `overrides` (from the command line) change every trial. Raises ConfigError, naming the
-    point that does not fit the config.
+    point that does not fit the config; of a `tpe` some random points are looked at.
     """
-    base = config.load_config(experiment, overrides)
-    points = load_space(experiment).points()
+    base, found = config.load_config(experiment, overrides), load_sweep(experiment)
+    tpe = found if isinstance(found, Tpe) else None
+    points = (draws(tpe.space, EXAMPLES, tpe.seed) if tpe else found).points()
     if not points:
         raise ConfigError(f"the sweep of {experiment} is an empty space")
     if twice := overrides.keys() & {field for point in points for field in point}:
@@ -47,16 +57,19 @@ def load_trials(experiment: str, overrides: dict[str, str]) -> list[Trial]:
     trials: dict[str, Trial] = {}
     for number, point in enumerate(points, 1):
         try:
-            cfg = set_point(base, point)
+            trial = make_trial(base, point)
         except ConfigError as error:
-            raise ConfigError(f"point {number} ({show_point(point)}): {error}") from None
-        values = dict(config.fields(cfg))
-        name = config.config_hash(cfg)
-        trials.setdefault(name, Trial(name, {field: values[field] for field in point}, cfg))
-    return list(trials.values())
+            raise ConfigError(f"point {number} {error}") from None
+        trials.setdefault(trial.name, trial)
+    return Plan(base, list(trials.values()), tpe)
 
 
-def load_space(experiment: str) -> Space:
+def load_trials(experiment: str, overrides: dict[str, str]) -> list[Trial]:
+    """Return the trials of an experiment's sweep. Raises what `load_plan` raises."""
+    return load_plan(experiment, overrides).trials
+
+
+def load_sweep(experiment: str) -> Space | Tpe:
     """Return what `sweep()` or `sweep(variant)` of an experiment file gives. Raises ConfigError."""
     path, _, variant = experiment.partition(":")
     module = config.load_module(path)
@@ -64,14 +77,24 @@ def load_space(experiment: str) -> Space:
         raise ConfigError(f"{path} has no function sweep() -> Space; docs/sweeps.md shows one")
     takes_variant = variant and inspect.signature(module.sweep).parameters
     try:
-        space = module.sweep(variant) if takes_variant else module.sweep()
+        found = module.sweep(variant) if takes_variant else module.sweep()
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
     except Exception as error:
         raise ConfigError(f"{path}: sweep(): {config.explain(error)}") from error
-    if not isinstance(space, Space):
-        raise ConfigError(f"{path}: sweep returns a {type(space).__name__}, not a Space")
-    return space
+    if not isinstance(found, Space | Tpe):
+        raise ConfigError(f"{path}: sweep returns a {type(found).__name__}, not a Space")
+    return found
+
+
+def make_trial(base: ConfigDict, point: Point) -> Trial:
+    """Return the trial of a point. Raises ConfigError, which names the point."""
+    try:
+        cfg = set_point(base, point)
+    except ConfigError as error:
+        raise ConfigError(f"({show_point(point)}): {error}") from None
+    values = dict(config.fields(cfg))
+    return Trial(config.config_hash(cfg), {field: values[field] for field in point}, cfg)
 
 
 def set_point(base: ConfigDict, point: Point) -> ConfigDict:

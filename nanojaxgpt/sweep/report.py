@@ -1,9 +1,11 @@
 """In: a sweep's trials and folder. Out: how they stand, a table, the best config, plots."""
 
+import collections
 import csv
 import itertools
 import math
 import statistics
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,19 +43,23 @@ class Group(NamedTuple):
 
 def status_lines(folder: Path, trials: list[Trial]) -> list[str]:
     """Return how each trial stands, and a first line that counts them."""
-    counts: dict[str, int] = {}
-    lines = []
+    states, lines = [], []
     for trial in trials:
         state = read_outcome(folder, trial.name).get("state", "")
         records = [] if state else metrics.read_metrics(run_path(folder, trial.name))
         if not state:
             running = is_running(folder, trial.name)
             state = "running" if running else "stopped" if records else "missing"
-        counts[state] = counts.get(state, 0) + 1
+        states.append(state)
         step = f" at step {records[-1]['step']}/{trial.cfg.train.num_steps}" if records else ""
         lines.append(f"{trial.name}  {state}{step}  {show_point(trial.point)}")
-    total = ", ".join(f"{number} {state}" for state, number in counts.items())
-    return [f"{count(len(trials), 'trial')}: {total}", *lines]
+    return [f"{count(len(trials), 'trial')}: {count_states(states)}", *lines]
+
+
+def count_states(states: Iterable[str]) -> str:
+    """Return `3 finished, 1 pruned`."""
+    counts = collections.Counter(states)
+    return ", ".join(f"{number} {state}" for state, number in counts.items()) or "none yet"
 
 
 def read_results(folder: Path, trials: list[Trial], metric: str) -> list[Result]:
@@ -61,26 +67,30 @@ def read_results(folder: Path, trials: list[Trial], metric: str) -> list[Result]
 
     Raises ConfigError where none has ended, or where none ever logged the metric.
     """
-    results, logged = [], set()
-    for trial in trials:
-        outcome = read_outcome(folder, trial.name)
-        if not outcome:
-            continue
-        records = metrics.read_metrics(run_path(folder, trial.name))
-        logged |= {name for record in records for name in record}
-        curve = [(r["step"], r[metric]) for r in records if metric in r]
+    outcomes = [(trial, read_outcome(folder, trial.name)) for trial in trials]
+    ended = [(trial, outcome) for trial, outcome in outcomes if outcome]
+    if not ended:
+        raise ConfigError(f"no trial in {folder} has ended yet; nanojaxgpt sweep run runs them")
+    runs = [run_path(folder, trial.name) for trial, _ in ended]
+    results = []
+    for (trial, outcome), curve in zip(ended, read_curves(runs, metric), strict=True):
         finite = outcome["state"] == "finished" and curve
         value = curve[-1][1] if finite else math.nan
         results.append(Result(trial, outcome["state"], outcome["seconds"], value, curve))
-    if not results:
-        raise ConfigError(f"no trial in {folder} has ended yet; nanojaxgpt sweep run runs them")
-    if not any(result.curve for result in results):
-        names = sorted(logged - {"step"})
+    return results
+
+
+def read_curves(runs: list[Path], metric: str) -> list[list[tuple[int, float]]]:
+    """Return the metric by step of every run. Raises ConfigError where none ever logged it."""
+    records = [metrics.read_metrics(run) for run in runs]
+    curves = [[(r["step"], r[metric]) for r in own if metric in r] for own in records]
+    if not any(curves):
+        names = sorted({name for own in records for record in own for name in record} - {"step"})
         raise ConfigError(
             f"{config.unknown_name('metric', metric, names)}; the trials logged {', '.join(names)}"
             " (validation_loss needs data that is held out)"
         )
-    return results
+    return curves
 
 
 def group_seeds(results: list[Result], maximize: bool) -> list[Group]:
@@ -157,12 +167,13 @@ def summary(
         states = {result.state for result in group.results}
         point = {k: v for k, v in group.results[0].trial.point.items() if k != SEED or seeds == 1}
         spread = f"{group.spread:.4f}" if len(group.results) > 1 else "-"
-        row = (f"{group.mean:.4f}", spread, str(len(group.results)), ", ".join(sorted(states)))
+        mean = "-" if states == {"pruned"} else f"{group.mean:.4f}"
+        row = (mean, spread, str(len(group.results)), ", ".join(sorted(states)))
         rows.append((*row, show_point(point)))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
-        f"{len(results)} of {count(len(trials), 'trial')} ended, "
-        f"{sum(result.state == 'finished' for result in results)} of them finite; "
+        f"{len(results)} of {count(len(trials), 'trial')} ended: "
+        f"{count_states(result.state for result in results)}; "
         f"{metrics.duration(sum(result.seconds for result in results))} of training",
         "",
     ]

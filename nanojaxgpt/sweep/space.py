@@ -1,7 +1,7 @@
 """Spaces of points to try: plain functions that combine values of dotted config fields.
 
 A point is a dict from dotted config fields to values. Every space is a list of points (a grid)
-or something to draw from, or both; `sweep()` of an experiment file returns one:
+or something to draw from, or both; `sweep()` of an experiment file returns one, or `tpe` of one:
 
     def sweep():
         return product(
@@ -13,18 +13,85 @@ or something to draw from, or both; `sweep()` of an experiment file returns one:
 import math
 import random
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from nanojaxgpt.errors import ConfigError
 
 Point = dict[str, Any]
+EMPTY = "the sweep draws from an empty space"
+
+
+class Range(NamedTuple):
+    """Numbers from `low` to `high`, ends included, even on a line or in their logarithms."""
+
+    low: float
+    high: float
+    log: bool
+    whole: bool
+
+    def value(self, fraction: float) -> float:
+        """Return the number at a fraction of the way, 0 to 1; the ends are exact."""
+        if self.log and fraction in (0.0, 1.0):
+            return self.high if fraction else self.low
+        if self.log:
+            return self.tidy(self.low * (self.high / self.low) ** fraction)
+        return self.tidy(self.low + fraction * (self.high - self.low))
+
+    def tidy(self, found: float) -> float:
+        """Return a number as a point has it: six digits, which people can type, of a logarithm."""
+        if self.whole:
+            return round(found)
+        return float(f"{found:.6g}") if self.log and self.low < found < self.high else found
+
+
+class Chance(Protocol):
+    """What points are drawn by: dice, or a search that learns (sweep/search.py)."""
+
+    def number(self, field: str, numbers: Range) -> float:
+        """Return a number of the range."""
+
+    def pick(self, name: str, labels: Sequence[str]) -> int:
+        """Return the index of one of the labels."""
+
+    def within(self, branch: str) -> "Chance":
+        """Return the chance of what is drawn in a branch alone, where names may come again."""
+
+
+class Dice:
+    """Draws alike for the same seed, and without learning."""
+
+    def __init__(self, seed: int) -> None:
+        self.rng = random.Random(seed)
+
+    def number(self, field: str, numbers: Range) -> float:
+        """Return a number of the range."""
+        return numbers.value(self.rng.random())
+
+    def pick(self, name: str, labels: Sequence[str]) -> int:
+        """Return the index of one of the labels."""
+        return self.rng.randrange(len(labels))
+
+    def within(self, branch: str) -> "Dice":
+        """Return the same dice."""
+        return self
 
 
 class Space(NamedTuple):
-    """What can be tried: `points()` lists all of it in order, `draw(rng)` gives one at random."""
+    """What can be tried: `points()` lists all of it in order, `draw(chance)` gives one of it."""
 
     points: Callable[[], list[Point]]
-    draw: Callable[[random.Random], Point]
+    draw: Callable[[Chance], Point]
+
+
+class Tpe(NamedTuple):
+    """A search that learns from the trials that have ended; see `tpe`."""
+
+    space: Space
+    num: int
+    metric: str
+    maximize: bool
+    reduction: int
+    seed: int
 
 
 def fixed(field: str, value: Any) -> Space:
@@ -44,12 +111,7 @@ def uniform(field: str, low: float, high: float, num: int = 0, whole: bool = Fal
     """
     if not -math.inf < low < high < math.inf:
         raise ConfigError(f"{field}: no range from {low} to {high}")
-
-    def value(fraction: float) -> float:
-        found = low + fraction * (high - low)
-        return round(found) if whole else found
-
-    return _range(field, value, num)
+    return _range(field, Range(low, high, False, whole), num)
 
 
 def log_uniform(field: str, low: float, high: float, num: int = 0, whole: bool = False) -> Space:
@@ -59,14 +121,7 @@ def log_uniform(field: str, low: float, high: float, num: int = 0, whole: bool =
     """
     if not 0 < low < high < math.inf:
         raise ConfigError(f"{field}: no logarithmic range from {low} to {high}")
-
-    def value(fraction: float) -> float:
-        if fraction in (0.0, 1.0):
-            return high if fraction else low
-        found = low * (high / low) ** fraction
-        return round(found) if whole else float(f"{found:.6g}")
-
-    return _range(field, value, num)
+    return _range(field, Range(low, high, True, whole), num)
 
 
 def product(*spaces: Space) -> Space:
@@ -82,7 +137,7 @@ def product(*spaces: Space) -> Space:
             found = [_merge([first, second]) for first in found for second in listed]
         return found if spaces else []
 
-    return Space(points, lambda rng: _merge([space.draw(rng) for space in spaces]))
+    return Space(points, lambda chance: _merge([space.draw(chance) for space in spaces]))
 
 
 def zip_(*spaces: Space) -> Space:
@@ -97,7 +152,7 @@ def zip_(*spaces: Space) -> Space:
             raise ConfigError(f"zip_ of spaces of different sizes: {[len(c) for c in columns]}")
         return [_merge(row) for row in zip(*columns, strict=True)]
 
-    return Space(points, lambda rng: _pick(rng, points()))
+    return Space(points, lambda chance: _pick(chance, points()))
 
 
 def chain(*spaces: Space) -> Space:
@@ -106,37 +161,62 @@ def chain(*spaces: Space) -> Space:
     def points() -> list[Point]:
         return [point for space in spaces for point in space.points()]
 
-    return Space(points, lambda rng: _pick(rng, spaces).draw(rng))
+    def draw(chance: Chance) -> Point:
+        if not spaces:
+            raise ConfigError(EMPTY)
+        branch = chance.pick("chain", [str(number) for number in range(len(spaces))])
+        return spaces[branch].draw(chance.within(f"chain {branch}"))
+
+    return Space(points, draw)
 
 
 def draws(space: Space, num: int, seed: int = 0) -> Space:
     """Return `num` random points of a space, the same for the same seed (random search)."""
     if num < 1:
         raise ConfigError(f"draws of {num} points")
-    rng = random.Random(seed)
-    found = [space.draw(rng) for _ in range(num)]
-    return _listed(found)
+    dice = Dice(seed)
+    return _listed([space.draw(dice) for _ in range(num)])
+
+
+def tpe(
+    space: Space,
+    num: int,
+    metric: str = "validation_loss",
+    maximize: bool = False,
+    reduction: int = 4,
+    seed: int = 0,
+) -> Tpe:
+    """Return a search over `num` points, each chosen by what those before it gave (by Optuna).
+
+    Trials are pruned as they go (ASHA): after 1, `reduction`, `reduction`^2, ... times
+    eval.every_steps one goes on if it is among the best 1 / `reduction` that came so far; 0: all
+    go on. Sources: Bergstra et al. 2011 (TPE), Li et al. 2020 (ASHA). Raises ConfigError.
+    """
+    if num < 1 or reduction == 1 or reduction < 0:
+        raise ConfigError(f"tpe of {num} points, reduction {reduction}: at least 1; 0, 2 or more")
+    return Tpe(space, num, metric, maximize, reduction, seed)
 
 
 def _listed(found: list[Point]) -> Space:
-    return Space(lambda: list(found), lambda rng: _pick(rng, found))
+    return Space(lambda: list(found), lambda chance: _pick(chance, found))
 
 
-def _pick(rng: random.Random, found: Sequence[Any]) -> Any:
+def _pick(chance: Chance, found: list[Point]) -> Point:
     if not found:
-        raise ConfigError("the sweep draws from an empty space")
-    return rng.choice(found)
+        raise ConfigError(EMPTY)
+    labels = [", ".join(map(str, point.values())) for point in found]
+    return found[chance.pick("+".join(found[0]), labels)]
 
 
-def _range(field: str, value: Callable[[float], float], num: int) -> Space:
+def _range(field: str, numbers: Range, num: int) -> Space:
     def points() -> list[Point]:
         if num < 1:
             raise ConfigError(
                 f"{field} is a range without end: give it num=, or take draws(space, num)"
             )
-        return [{field: value(i / (num - 1) if num > 1 else 0.5)} for i in range(num)]
+        return [{field: numbers.value(i / (num - 1) if num > 1 else 0.5)} for i in range(num)]
 
-    return Space(points, lambda rng: {field: value(rng.random())})
+    return Space(points, lambda chance: {field: chance.number(field, numbers)})
 
 
 def _merge(parts: Sequence[Point]) -> Point:

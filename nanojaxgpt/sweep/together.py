@@ -1,11 +1,13 @@
 """In: jobs that share their programs. Out: all of them trained by one vectorized step.
 
-The results agree with those of the runs alone up to rounding. A trial that is no longer finite,
-or is at its last step, is frozen while its neighbours go on. Only the last step is saved, so
-what was stopped begins again.
+The stacked trials are spread over the devices, by the mesh axis `trial` before those of
+`sharding.AXES`: an axis that the config gives a size stays inside each trial, what is left (-1)
+goes to the trials. The results agree with those of the runs alone up to rounding. A trial that
+is no longer finite, or is at its last step, is frozen while its neighbours go on.
 """
 
 import functools
+import math
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, redirect_stdout
@@ -15,119 +17,168 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
 
-from nanojaxgpt import checkpoint, metrics
+from nanojaxgpt import checkpoint, metrics, sharding
 from nanojaxgpt.data.loader import fetch_ahead
 from nanojaxgpt.errors import ConfigError
+from nanojaxgpt.hosts.process import StopRequest
 from nanojaxgpt.loop import Job, due, train_ramp, why_left_out
 from nanojaxgpt.model import ModelConfig, Transformer
 from nanojaxgpt.rundir import own_run
 from nanojaxgpt.step import TrainState, make_hyper, make_loss, make_train_step
-from nanojaxgpt.train import begin_run
+from nanojaxgpt.train import begin_run, make_job, prepare_data, resolve, start_state
 
 MEASURED_STEPS = 5
 
 
-def stack(trees: list[Any]) -> Any:
-    """Return one tree whose leaves have a leading axis of trials."""
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+def open_group(cfg: ConfigDict, report: Callable[[str], None]) -> Job:
+    """Return the job of one trial on the first devices, as many as one trial takes.
 
-
-def take(tree: Any, index: int) -> Any:
-    """Return the tree of one trial."""
-    return jax.tree.map(lambda leaf: leaf[index], tree)
-
-
-def make_step(job: Job) -> Callable:
-    """Return step(states, batches, hypers, going) -> states, metrics, going; compiled at first use.
-
-    `going` [trials] tells who trains; one ends at its last step, or where it leaves out too many.
+    Raises ConfigError, DataError.
     """
-    shape = job.cfg.train
-    model = Transformer(ModelConfig(**job.cfg.model))
-    loss = make_loss(model, shape.loss_chunks)
-    alone = make_train_step(loss, job.cfg.optim, shape.accumulation_steps, model.cfg.width)
-
-    @functools.partial(jax.jit, donate_argnums=0)
-    def step(states: TrainState, batches: Any, hypers: Any, going: jax.Array) -> tuple:
-        after, numbers = jax.vmap(alone)(states, batches, hypers)
-
-        def chosen(new: jax.Array, old: jax.Array) -> jax.Array:
-            return jnp.where(going.reshape(-1, *[1] * (new.ndim - 1)), new, old)
-
-        states = jax.tree.map(chosen, after, states)
-        going &= numbers["skipped"] <= hypers["max_skipped_steps"]
-        return states, numbers, going & (states.step < hypers["num_steps"])
-
-    return step
+    sizes = {axis: 1 if size == -1 else size for axis, size in cfg.mesh.items()}
+    devices, count = jax.devices(), math.prod(sizes.values())
+    if len(devices) % count:
+        raise ConfigError(f"{len(devices)} devices can't be dealt out to trials of {count} each")
+    data = prepare_data(cfg, report)
+    return make_job(resolve(cfg, data), data, sharding.make_mesh(sizes, devices[:count]))
 
 
-def make_batches(jobs: list[Job]) -> Callable[[int], Any]:
-    """Return batches(step) -> the batch of every trial, stacked; read once for equal seeds."""
-    seeds = [job.cfg.train.seed for job in jobs]
+class Stack:
+    """Trees of many trials as one, spread over the devices by the mesh axis `trial`.
 
-    def batches(step: int) -> Any:
-        found = {
-            seed: job.train_batch(step) for seed, job in dict(zip(seeds, jobs, strict=True)).items()
-        }
-        return stack([found[seed] for seed in seeds])
+    Where the trials don't fill the axis, copies of the last one do, which are never looked at.
+    """
+
+    def __init__(self, job: Job, count: int) -> None:
+        names, shape = job.mesh.axis_names, job.mesh.devices.shape
+        devices = np.array(jax.devices()).reshape(-1, *shape)
+        kinds = (AxisType.Auto,) * (1 + len(names))
+        self.job, self.mesh = job, Mesh(devices, ("trial", *names), axis_types=kinds)
+        self.states = jax.tree.map(self.spread, job.shardings)
+        self.batches = self.spread(sharding.batch_sharding(job.mesh))
+        self.numbers = self.spread(NamedSharding(job.mesh, PartitionSpec()))
+        self.copies = -count % len(devices)
+
+    def spread(self, one: NamedSharding) -> NamedSharding:
+        """Return the layout of many trials' arrays that each have the layout `one`."""
+        return NamedSharding(self.mesh, PartitionSpec("trial", *one.spec))
+
+    def place(self, trees: list[Any], layout: Any) -> Any:
+        """Return one tree, whose leaves have a leading axis of trials, on the devices."""
+        trees = jax.device_get([*trees, *[trees[-1]] * self.copies])
+        return jax.device_put(jax.tree.map(lambda *leaves: np.stack(leaves), *trees), layout)
+
+    def take(self, states: TrainState, index: int) -> TrainState:
+        """Return the state of one trial, where its job has it."""
+        with jax.set_mesh(self.mesh):
+            return jax.device_put(jax.tree.map(lambda x: x[index], states), self.job.shardings)
+
+    def make_step(self) -> Callable:
+        """Return step(states, batches, hypers, going) -> states, metrics, going; it compiles late.
+
+        `going` [trials] tells who trains; one ends at its last step, or where it leaves out too
+        many.
+        """
+        shape = self.job.cfg.train
+        model = Transformer(ModelConfig(**self.job.cfg.model))
+        loss = make_loss(model, shape.loss_chunks)
+        alone = make_train_step(loss, self.job.cfg.optim, shape.accumulation_steps, model.cfg.width)
+
+        def step(states: TrainState, batches: Any, hypers: Any, going: jax.Array) -> tuple:
+            after, numbers = jax.vmap(alone, spmd_axis_name="trial")(states, batches, hypers)
+
+            def chosen(new: jax.Array, old: jax.Array) -> jax.Array:
+                return jnp.where(going.reshape(-1, *[1] * (new.ndim - 1)), new, old)
+
+            states = jax.tree.map(chosen, after, states)
+            going &= numbers["skipped"] <= hypers["max_skipped_steps"]
+            return states, numbers, going & (states.step < hypers["num_steps"])
+
+        layouts = self.states, self.numbers, self.numbers
+        compiled = jax.jit(step, donate_argnums=0, out_shardings=layouts)
+
+        def run_step(*arguments: Any) -> tuple:
+            with jax.set_mesh(self.mesh):
+                return compiled(*arguments)
+
+        return run_step
+
+
+def make_batches(jobs: list[Job], starts: list[int], stack: Stack) -> Callable[[int], Any]:
+    """Return batches(number) -> every trial's batch, so many steps after its start, stacked.
+
+    What has the same seed and start is read once.
+    """
+    keys = [(job.cfg.train.seed, start) for job, start in zip(jobs, starts, strict=True)]
+    fetches = {key: job.train_batch for key, job in zip(keys, jobs, strict=True)}
+
+    def batches(number: int) -> Any:
+        found = {key: fetch(key[1] + number) for key, fetch in fetches.items()}
+        return stack.place([found[key] for key in keys], stack.batches)
 
     return batches
 
 
-def obstacle(jobs: list[Job]) -> str:
-    """Return why these jobs can't be stacked; "" where they can."""
-    if jobs[0].mesh.size > 1:
-        return "vmap takes one device per process, by mesh.data=1 or --workers"
-    if any(job.cfg.init.from_run for job in jobs):
-        return "vmap begins from scratch, not from init.from_run"
-    return ""
-
-
-def start_states(jobs: list[Job]) -> TrainState:
-    """Return the states at step 0, each as its run alone would begin. Raises ConfigError."""
-    if why := obstacle(jobs):
-        raise ConfigError(f"{why}; or choose --mode=map")
-    return stack([job.init(jax.random.key(job.cfg.train.seed)) for job in jobs])
-
-
-def measure_modes(job: Job, width: int) -> dict[str, float]:
-    """Return the seconds of one step of `width` trials by map and by vmap, compiling left out."""
+def measure_alone(job: Job, width: int) -> float:
+    """Return the seconds of one step of `width` trials one after the other, without compiling."""
     with jax.set_mesh(job.mesh):
-        batch, hyper = job.train_batch(0), make_hyper(job.cfg)
-        state, states = job.init(jax.random.key(0)), start_states([job] * width)
-        batches, hypers, going = (
-            stack([batch] * width),
-            stack([hyper] * width),
-            jnp.ones(width, bool),
-        )
-        step, seconds = make_step(job), {}
-        for number in range(-1, MEASURED_STEPS):  # the first of each compiles
+        state, batch = job.init(jax.random.key(0)), job.train_batch(0)
+        hyper, seconds = make_hyper(job.cfg), []
+        for _ in range(1 + MEASURED_STEPS):
             began = time.perf_counter()
             state, numbers = job.train_step(state, batch, hyper)
             jax.block_until_ready(numbers)
-            middle = time.perf_counter()
-            states, numbers, _ = step(states, batches, hypers, going)
-            jax.block_until_ready(numbers)
-            if number >= 0:
-                took = {"map": width * (middle - began), "vmap": time.perf_counter() - middle}
-                seconds = {name: min(t, seconds.get(name, t)) for name, t in took.items()}
-    return seconds
+            seconds.append(time.perf_counter() - began)
+    return width * min(seconds[1:])
+
+
+def measure_together(job: Job, width: int) -> float:
+    """Return the seconds of one vectorized step of `width` trials, compiling left out."""
+    stack, seconds = Stack(job, width), []
+    with jax.set_mesh(job.mesh):
+        states = stack.place([job.init(jax.random.key(0))] * width, stack.states)
+        batches = stack.place([job.train_batch(0)] * width, stack.batches)
+    hypers = stack.place([make_hyper(job.cfg)] * width, stack.numbers)
+    going, step = stack.place([np.True_] * width, stack.numbers), stack.make_step()
+    for _ in range(1 + MEASURED_STEPS):
+        began = time.perf_counter()
+        states, numbers, _ = step(states, batches, hypers, going)
+        jax.block_until_ready(numbers)
+        seconds.append(time.perf_counter() - began)
+    return min(seconds[1:])
 
 
 class Follower:
-    """The run directory of one trial among others: its metrics, its last checkpoint, its end."""
+    """The run directory of one trial among others: its metrics, its checkpoints, its end."""
 
     def __init__(self, job: Job, run: Path) -> None:
-        self.job, self.run, self.message = job, run, ""
-        self.ended = False
-        checkpoint.set_aside(run / "checkpoints", 0)
-        with open(run / "log.txt", "a") as log, redirect_stdout(log):
+        self.job, self.run, self.message, self.ended = job, run, "", False
+        with (
+            open(run / "log.txt", "a", buffering=1) as log,
+            redirect_stdout(log),
+            jax.set_mesh(job.mesh),
+        ):
             begin_run(job, run, print)
-        self.writer = metrics.MetricsWriter(run, 0)
+            first = start_state(job, run, print)
+        self.first = jax.device_get(first)  # one device has no room for all of them
+        self.start, self.ramp = int(first.step), train_ramp(job.cfg)
+        self.writer = metrics.MetricsWriter(run, self.start)
+        self.losses = metrics.validation_losses(run)
+        kept = job.cfg.checkpoint
+        keep = checkpoint.Keep(
+            kept.keep_last, kept.keep_every_steps, kept.keep_best, lambda: self.losses
+        )
+        self.checkpoints = checkpoint.Checkpoints(run / "checkpoints", keep)
+        if self.start and self.start not in self.losses:  # stopped between saving and evaluating
+            self.validate(self.start, lambda: first)
+        if self.start >= job.cfg.train.num_steps:
+            self.close()
 
-    def read(self, step: int, numbers: dict[str, float], tokens_per_second: float) -> None:
-        """Write the numbers of a step; one left out too many ends the trial."""
+    def read(self, step: int, numbers: dict[str, float], seconds: float) -> None:
+        """Write the numbers of a step, `seconds` after the first; too many left out end it."""
         train = self.job.cfg.train
         skipped, why = numbers.pop("skipped"), why_left_out(numbers, numbers.pop("norm_limit"))
         if skipped > self.job.cfg.optim.max_skipped_steps:
@@ -141,56 +192,97 @@ class Follower:
             with open(self.run / "log.txt", "a") as log:
                 print(f"step {step}: {why}; its update was left out", file=log)
         elif due(step, train.log_every_steps) or step == train.num_steps:
-            self.writer.write(step, **numbers, tokens_per_second=round(tokens_per_second, 1))
+            rows = self.ramp.before(step) - self.ramp.before(self.start + 1)
+            rate = rows * self.job.cfg.model.seq_len / max(seconds, 1e-9)
+            self.writer.write(step, **numbers, tokens_per_second=round(rate, 1))
 
-    def between(self, step: int, state: Callable[[], TrainState]) -> None:
-        """Evaluate where it is time; at the last step save too."""
-        last = step == self.job.cfg.train.num_steps
-        if not last and not due(step, self.job.cfg.eval.every_steps):
+    def between(self, step: int, state: Callable[[], TrainState], stopping: bool) -> None:
+        """Evaluate and save where it is time; end at the last step, or where all are stopping."""
+        cfg = self.job.cfg
+        last = step == cfg.train.num_steps
+        state = functools.cache(state)
+        self.validate(step, state)
+        if last or stopping or due(step, cfg.checkpoint.every_steps):
+            with jax.set_mesh(self.job.mesh):
+                self.checkpoints.save(step, state().items())
+        if last or stopping:
+            self.close()
+
+    def validate(self, step: int, state: Callable[[], TrainState]) -> None:
+        """Evaluate at the last step, and where it is time."""
+        cfg = self.job.cfg
+        if step < cfg.train.num_steps and not due(step, cfg.eval.every_steps):
             return
-        found, losses = self.job.evaluate(state().params), {}
+        with jax.set_mesh(self.job.mesh):
+            found = self.job.evaluate(state().params)
         if found["tokens"]:
-            losses[step] = found["loss"]
+            self.losses[step] = found["loss"]
             self.writer.write(
                 step,
                 validation_loss=found["loss"],
                 validation_bits_per_byte=found["bits_per_byte"],
             )
-        if last:
-            keep = checkpoint.Keep(1, 0, 1, lambda: losses)
-            saving = checkpoint.Checkpoints(self.run / "checkpoints", keep)
-            saving.save(step, state().items())
-            saving.close()
-            self.close()
 
     def close(self) -> None:
-        """End the trial."""
-        self.ended = True
-        self.writer.close()
+        """End the trial; what is being saved is waited for."""
+        if not self.ended:
+            self.ended = True
+            self.writer.close()
+            self.checkpoints.close()
 
 
-def train_together(jobs: list[Job], runs: list[Path]) -> list[str]:
-    """Train the jobs in their run directories; return why each ended early, "" where it did not."""
-    with ExitStack() as owned, jax.set_mesh(jobs[0].mesh):
+def align(jobs: list[Job], runs: list[Path]) -> None:
+    """Set aside what was saved after the last step that all have, where batches grow.
+
+    Then all must be at the same step; else each goes on from its own.
+    """
+    if train_ramp(jobs[0].cfg).steps:
+        saved = [set(checkpoint.saved_steps(run / "checkpoints")) for run in runs]
+        for run in runs:
+            checkpoint.set_aside(run / "checkpoints", max({0} | set.intersection(*saved)))
+
+
+def train_together(jobs: list[Job], runs: list[Path], stop: StopRequest) -> list[str]:
+    """Train the jobs in their run directories; return why each ended early, "" where it did not.
+
+    Each goes on from its own newest checkpoint. Raises Stopped after a signal, all saved.
+    """
+    with ExitStack() as owned:
         for run in runs:
             owned.enter_context(own_run(run))
-        states, step = start_states(jobs), make_step(jobs[0])
-        followers = [Follower(job, run) for job, run in zip(jobs, runs, strict=True)]
-        hypers, going = stack([make_hyper(job.cfg) for job in jobs]), jnp.ones(len(jobs), bool)
-        last = max(job.cfg.train.num_steps for job in jobs)
-        cfg, began, ramp = jobs[0].cfg, 0.0, train_ramp(jobs[0].cfg)
-        ahead = cfg.data.prefetch_batches
-        for number, batches in enumerate(fetch_ahead(make_batches(jobs), 0, last, ahead), 1):
+        align(jobs, runs)
+        followers = []
+        for job, run in zip(jobs, runs, strict=True):
+            followers.append(Follower(job, run))
+            owned.callback(followers[-1].close)
+        owned.callback(setattr, stop, "deferred", False)
+        stop.deferred = True
+        stack = Stack(jobs[0], len(jobs))
+        states = stack.place([follower.first for follower in followers], stack.states)
+        hypers = stack.place([make_hyper(job.cfg) for job in jobs], stack.numbers)
+        going = stack.place([np.bool_(not f.ended) for f in followers], stack.numbers)
+        starts = [follower.start for follower in followers]
+        rounds = max(
+            job.cfg.train.num_steps - start for job, start in zip(jobs, starts, strict=True)
+        )
+        step, began = stack.make_step(), 0.0
+        fetch = make_batches(jobs, starts, stack)
+        for number, batches in enumerate(
+            fetch_ahead(fetch, 0, rounds, jobs[0].cfg.data.prefetch_batches), 1
+        ):
             states, numbers, going = step(states, batches, hypers, going)
             read = {name: np.asarray(values).tolist() for name, values in numbers.items()}
-            began = time.monotonic() if number == 1 else began  # what compiling took is no measure
-            tokens = (ramp.before(number) - ramp.before(1)) * cfg.model.seq_len
-            rate = tokens / max(time.monotonic() - began, 1e-9)
+            began = began or time.monotonic()  # what compiling took is no measure
+            seconds, stopping = time.monotonic() - began, bool(stop.signal)
             for index, follower in enumerate(followers):
+                own = follower.start + number
                 if not follower.ended:
-                    follower.read(number, {name: v[index] for name, v in read.items()}, rate)
+                    follower.read(own, {name: v[index] for name, v in read.items()}, seconds)
                 if not follower.ended:
-                    follower.between(number, functools.partial(take, states, index))
+                    take = functools.partial(stack.take, states, index)
+                    follower.between(own, take, stopping)
+            if stopping:
+                raise stop.stopped("saved what was trained together; the same command goes on")
             if all(follower.ended for follower in followers):
                 break
         return [follower.message for follower in followers]
