@@ -93,6 +93,7 @@ def base_config() -> ConfigDict:
             beta2=0.95,
             eps=1e-8,
             weight_decay=0.1,
+            independent_decay=False,  # times the schedule's factor, not times the learning rate
             decay_pattern=r"_[A-Z]{2,}$",  # paths that decay; default: matrices, tables included
             rate_multipliers=(),  # of the learning rate by path: ("embed_VD=0.1",); 0 freezes
             clip_norm=1.0,  # global norm of the gradient; 0: off
@@ -419,6 +420,8 @@ def partner_problems(cfg: ConfigDict) -> list[str]:
         problems.append(f"only one mesh axis can be -1 (the rest): {dict(cfg.mesh)}")
     if 0 in cfg.mesh.values():
         problems.append(f"a mesh axis has no devices: {dict(cfg.mesh)}; 1 leaves it unused")
+    if cfg.optim.independent_decay and not cfg.optim.learning_rate:
+        problems.append("optim.independent_decay needs an optim.learning_rate above 0")
     try:
         re.compile(cfg.optim.decay_pattern)
     except re.error as error:

@@ -91,6 +91,16 @@ def decay_weights(weight_decay: jax.Array, pattern: str) -> optax.GradientTransf
     return optax.stateless(add_decay)
 
 
+def decay_rate(hyper: Hyper) -> jax.Array:
+    """Return the weight decay that the learning rate multiplies.
+
+    Independent decay is over the peak, so that what is left is the schedule's factor alone:
+    p -= factor (learning_rate direction + weight_decay p) (Wortsman 2023).
+    """
+    peak = jnp.where(hyper["independent_decay"] > 0, hyper["learning_rate"], 1)
+    return hyper["weight_decay"] / peak
+
+
 def muon_dimensions(params: Any) -> Any:
     """Return which axes of each leaf Muon takes as the rows and columns of a matrix.
 
@@ -162,7 +172,7 @@ def make_optimizer(
     """
     return optax.chain(
         OPTIMIZERS[name](hyper),
-        decay_weights(hyper["weight_decay"], decay_pattern),
+        decay_weights(decay_rate(hyper), decay_pattern),
         optax.scale(-rate),
         optax.stateless(lambda updates, _: scale_paths(updates, multipliers)),
     )

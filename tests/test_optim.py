@@ -19,7 +19,7 @@ from nanojaxgpt.optim import (
 
 HYPER = dict(
     learning_rate=1.0, num_steps=100.0, warmup_steps=9.0, final_fraction=0.1, decay_fraction=0.2,
-    beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1,
+    beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, independent_decay=0.0,
 )  # fmt: skip
 HYPER = {name: jnp.float32(value) for name, value in HYPER.items()}
 
@@ -65,6 +65,25 @@ def test_adamw_is_its_formula():
         p = p - 0.01 * (adam + 0.1 * p * [1, 1, 0])
     got = np.concatenate([params["w_DF"][0], params["bias"]])
     np.testing.assert_allclose(got, p, rtol=1e-5)
+
+
+def test_independent_decay_follows_the_schedule_and_not_the_rate():
+    params = {"w_DF": jnp.array([[1.0, -2.0]]), "bias": jnp.array([3.0])}
+    grads = jax.tree.map(jnp.zeros_like, params)
+
+    def decayed(independent, peak, factor=0.25):
+        numbers = {"independent_decay": independent, "learning_rate": peak}
+        hyper = HYPER | {name: jnp.float32(value) for name, value in numbers.items()}
+        optimizer = make_optimizer("adamw", hyper, peak * factor, r"_[A-Z]{2,}$")
+        updates, _ = optimizer.update(grads, optimizer.init(params), params)
+        return updates
+
+    for peak in (1e-3, 0.5):
+        found = decayed(True, peak)
+        np.testing.assert_allclose(found["w_DF"], -0.25 * 0.1 * params["w_DF"], rtol=1e-6)
+        assert not np.any(found["bias"])
+        expected = -peak * 0.25 * 0.1 * params["w_DF"]
+        np.testing.assert_allclose(decayed(False, peak)["w_DF"], expected, rtol=1e-6)
 
 
 def test_patterns_that_match_nothing_are_refused():
