@@ -15,12 +15,11 @@ FLOORS = {
         "hosts.joining", "hosts.watchdog", "checkpoint", "metrics", "sample", "evaluate", "data",
         "data.sources", "data.sources.documents", "data.sources.files", "data.sources.stdlib",
         "data.sources.tfds", "data.sources.builders", "data.sources.hub",
-        "data.shards", "data.store", "data.packing", "data.loader", "data.show",
-        "paper"},
+        "data.shards", "data.store", "data.packing", "data.loader", "data.show"},
     2: {"train", "coordcheck", "sweep.plan", "sweep.claims", "sweep.launch", "sweep.together",
         "sweep.run", "sweep.report", "rehearse", "rehearse.flops", "rehearse.targets",
         "rehearse.estimate", "rehearse.step", "rehearse.search", "rehearse.report",
-        "reproduce"},
+        "paper", "reproduce"},
     3: {"__main__"},
 }  # fmt: skip
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
