@@ -3,7 +3,7 @@
 Paper: Wortsman et al. 2023, "Small-scale proxies for large-scale Transformer training
 instabilities" (arXiv:2309.14322), sections 2 and 3.1, figures 1 and 2. There, models of 10 M to
 1.2 B parameters train on C4 for 100,000 steps at learning rates from 3e-4 to 0.3: without qk-norm
-the high ones diverge, and every run whose attention logits pass 1e4 does; with it all of them train.
+the high ones diverge, and every run whose attention logits pass 1e4 does; with it all train.
 
     nanojaxgpt reproduce experiments/papers/lr_sensitivity_qknorm.py --config.data.source=text:PATH
 
