@@ -33,8 +33,13 @@ def attention_logits(cfg: ModelConfig, params: dict, batch: Batch) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnums=0)
 def largest_logits(cfg: ModelConfig, params: dict, batch: Batch) -> jax.Array:
-    """Return the largest attention logit of each layer [L]."""
-    return jnp.max(attention_logits(cfg, params, batch), axis=(1, 2, 3, 4))
+    """Return the largest attention logit of each layer [L], with one row's in memory at a time."""
+
+    def row(one: Batch) -> jax.Array:
+        logits_LBNTS = attention_logits(cfg, params, jax.tree.map(lambda x: x[None], one))
+        return jnp.max(logits_LBNTS, axis=(1, 2, 3, 4))
+
+    return jnp.max(jax.lax.map(row, batch), axis=0)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -143,17 +143,17 @@ def draw_transfer(figure: Any, standard: list[list[Run]], mup: list[list[Run]]) 
     best.legend()
 
 
-def transfer_claims() -> list[Claim]:
-    """Return what the best learning rates of the arms standard and mup have to do."""
+def transfer_claims(standard: str = "standard", mup: str = "mup") -> list[Claim]:
+    """Return what the best learning rates of two arms of these names have to do."""
     return [
-        Claim("muP: span of the best rate over the widths", "1: it transfers", TRANSFER, span,
-              (1, 2), ("mup",)),
-        Claim("standard: span of the best rate over the widths", "it does not", TRANSFER, span,
-              (4, math.inf), ("standard",)),
-        Claim("standard: largest rise of the best rate with width", "it falls", TRANSFER,
-              rise_of_best_rate, (-math.inf, 0), ("standard",)),
-        Claim("muP: largest rise of the loss with width, at the base's best rate",
-              "wider is better", TRANSFER, rise_at_the_bases_rate, (-math.inf, 0.02), ("mup",)),
+        Claim(f"{mup}: span of the best rate over the widths", "1: it transfers", TRANSFER, span,
+              (1, 2), (mup,)),
+        Claim(f"{standard}: span of the best rate over the widths", "it does not", TRANSFER, span,
+              (4, math.inf), (standard,)),
+        Claim(f"{standard}: largest rise of the best rate with width", "it falls", TRANSFER,
+              rise_of_best_rate, (-math.inf, 0), (standard,)),
+        Claim(f"{mup}: largest rise of the loss with width, at the base's best rate",
+              "wider is better", TRANSFER, rise_at_the_bases_rate, (-math.inf, 0.02), (mup,)),
     ]  # fmt: skip
 
 
@@ -169,7 +169,7 @@ def get_paper() -> Paper:
         Arm("mup_at_base", at_base),
     )
     claims = [
-        Claim("muP: steepest slope of the logits, steps 1 to 4", "flat", COORDINATES,
+        Claim("mup: steepest slope of the logits, steps 1 to 4", "flat", COORDINATES,
               lambda runs: max(map(abs, logit_slopes(runs, "mup"))), (0, 0.1), ("mup",)),
         Claim("standard: flattest slope of the logits, steps 1 to 4", "they grow", COORDINATES,
               lambda runs: min(logit_slopes(runs, "standard")), (0.25, math.inf), ("standard",)),
