@@ -3,7 +3,7 @@
 Paper: Hagele et al. 2024, "Scaling Laws and Compute-Optimal Training Beyond Fixed Training
 Durations" (arXiv:2405.18392): at 33 M to 360 M parameters, a cooldown over the last 20 % of the
 steps is an "almost perfect match" of the cosine. Here nanoGPT's CPU model on Tiny Shakespeare, 500
-steps, each schedule at the best of four learning rates, three seeds.
+steps, each schedule at the best of three learning rates, three seeds.
 
     nanojaxgpt reproduce experiments/papers/wsd.py --config.data.source=text:PATH
 
@@ -25,7 +25,7 @@ from nanojaxgpt.sweep.space import choice
 
 RECIPE = Path(__file__).parents[1] / "shakespeare_char.py"
 SOURCE = "Hagele et al. 2024, section 3"
-RATES = (1e-3, 2e-3, 4e-3, 8e-3)
+RATES = (2e-3, 4e-3, 8e-3)
 NUM_STEPS, COOLDOWN = 500, 0.2
 FINAL = {"cosine": 0.1, "constant": 1.0, "wsd": 0.0}  # of the learning rate, at the end
 
