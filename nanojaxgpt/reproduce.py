@@ -142,6 +142,13 @@ def open_run(run: Run) -> tuple[Job, Any]:
     return job, params
 
 
+def initial_loss(run: Run) -> float:
+    """Return the validation loss of a run's parameters before its first step, as `open_run`."""
+    job, _ = open_run(run)
+    with jax.set_mesh(job.mesh):
+        return job.evaluate(job.init(jax.random.key(run.cfg.train.seed)).params)["loss"]
+
+
 def number(value: float | str) -> str:
     """Return a figure for a table: whole numbers in full, others to five digits."""
     if isinstance(value, str):

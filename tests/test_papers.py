@@ -44,7 +44,7 @@ def qk(monkeypatch):
     """Return (paper, its prototype's losses by arm) with logits that grow with the loss."""
     found = module("lr_sensitivity_qknorm")
     logits = dict(plain=[10, 15, 25, 55, 584, 20381, 686522], qk_norm=[4, 5, 6, 11, 18, 27, 62])
-    monkeypatch.setattr(found, "initial_loss", lambda run: 4.2)
+    monkeypatch.setattr("nanojaxgpt.reproduce.initial_loss", lambda run: 4.2)
     monkeypatch.setattr(
         found,
         "largest_logit",

@@ -8,16 +8,13 @@ import sys
 from dataclasses import replace
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
-from conftest import ROOT, random_tokens, small_model
+from conftest import ROOT
 
 from nanojaxgpt import sharding
 from nanojaxgpt.__main__ import main
-from nanojaxgpt.config import load_module, override_config
+from nanojaxgpt.config import override_config
 from nanojaxgpt.errors import ConfigError, Stopped
-from nanojaxgpt.model import Transformer, init_params
 from nanojaxgpt.paper import Arm, Claim, Paper, Plot, Run, first_seeds, load_paper, verdict
 from nanojaxgpt.reproduce import measure, reproduce, save, to_markdown
 from nanojaxgpt.sweep import run
@@ -251,31 +248,3 @@ def test_papers_load_without_jax():
     lines += [f"load_paper({str(path)!r})" for path in PAPERS]
     lines += ["assert 'jax' not in sys.modules"]
     subprocess.run([sys.executable, "-c", "\n".join(lines)], cwd=ROOT, check=True)
-
-
-def test_induction_heads_sees_the_models_own_attention():
-    paper = load_module(str(ROOT / "experiments" / "papers" / "induction_heads.py"))
-    cfg = small_model(mlp="none", tied_head=False, init="fan_in", final_norm=False)
-    params = sharding.unbox(init_params(cfg, jax.random.key(0)))
-    params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(1), x.shape), params)
-    tokens_BT = jnp.asarray(random_tokens(3, 16))
-
-    def stream(params, layers: int):
-        cut = {**params, "layers": jax.tree.map(lambda x: x[:layers], params["layers"])}
-        model = Transformer(replace(cfg, num_layers=layers))
-        return model.apply({"params": cut}, tokens_BT, logits=False)[0][0]
-
-    @jax.jit
-    def second_layer(params):
-        weights_BNTS = paper.attention_weights(cfg, params, tokens_BT, 1)
-        own = jax.tree.map(lambda x: x[1], params["layers"])
-        y_BTD = jax.nn.standardize(stream(params, 1), epsilon=cfg.norm_eps)
-        y_BTD = y_BTD * own["attention_norm_scale"] + own["attention_norm_bias"]
-        v_BSNH = jnp.einsum("BSD,DNH->BSNH", y_BTD, own["v_DKH"]) + own["v_bias"]
-        out_BTNH = jnp.einsum("BNTS,BSNH->BTNH", weights_BNTS, v_BSNH)
-        update_BTD = jnp.einsum("BTNH,NHD->BTD", out_BTNH, own["o_NHD"]) + own["o_bias"]
-        return update_BTD, stream(params, 2) - stream(params, 1)
-
-    by_hand_BTD, by_model_BTD = second_layer(params)
-    assert jnp.abs(by_model_BTD).max() > 0.5
-    np.testing.assert_allclose(by_hand_BTD, by_model_BTD, atol=2e-4)

@@ -14,8 +14,9 @@ paper's: the mean over learning rates of min(loss, loss before the first step) l
 Over the whole range it is half under-training at the low rates in so short runs: the claim is about
 0.01 and up.
 
-Hardware: one CPU core. Expected: the same best loss in both arms, and at 0.1 logits above 3e3
-without qk-norm, below 300 with it.
+Hardware: one CPU core, about 8 minutes (22 by the clock on one shared with other work). Verified on
+2026-11-24: best losses 1.926 and 1.929; at 0.1, 2.586 against 1.991 and logits of 20,197 against 25;
+LR sensitivity from 0.01 up 8.1 times that with qk-norm, over all rates 0.386 against 0.177.
 """
 
 import math
@@ -75,19 +76,10 @@ def at_rate(runs: list[Run], rate: float) -> Run:
     return next(run for run in runs if run.cfg.optim.learning_rate == rate)
 
 
-def initial_loss(run: Run) -> float:
-    """Return the validation loss before the first step."""
-    import jax
-
-    from nanojaxgpt.reproduce import open_run
-
-    job, _ = open_run(run)
-    with jax.set_mesh(job.mesh):
-        return job.evaluate(job.init(jax.random.key(run.cfg.train.seed)).params)["loss"]
-
-
 def sensitivity(runs: list[Run], lowest: float = 0.0) -> float:
     """Return the mean of min(loss, initial loss) less the best one, over rates from `lowest` up."""
+    from nanojaxgpt.reproduce import initial_loss
+
     runs = [run for run in runs if run.cfg.optim.learning_rate >= lowest]
     most = initial_loss(next(run for run in runs if not run.diverged))
     losses = [min(final_loss(run), most) for run in runs]
@@ -117,16 +109,17 @@ def largest_logit(run: Run) -> float:
 
 def draw_sweep(figure: Any, plain: list[list[Run]], qk_norm: list[list[Run]]) -> None:
     """Draw loss and largest attention logit against the learning rate."""
+    figure.set_size_inches(10, 4.2)
     loss, logit = figure.subplots(1, 2)
     for name, seeds in (("without qk-norm", plain), ("with qk-norm", qk_norm)):
         for runs in seeds:
-            label = f"{name} (LR sensitivity {sensitivity(runs):.3f})"
+            label = f"{name} (sensitivity {sensitivity(runs):.3f})"
             loss.plot(RATES, [final_loss(run) for run in runs], marker="o", label=label)
             logit.plot(RATES, [largest_logit(run) for run in runs], marker="o", label=name)
     loss.set(xscale="log", xlabel="learning rate", ylabel="validation loss")
     logit.set(xscale="log", yscale="log", xlabel="learning rate", ylabel="largest attention logit")
     logit.axhline(1e4, color="gray", linestyle="--")
-    loss.legend()
+    loss.legend(fontsize="small")
     for axes in (loss, logit):
         axes.grid(alpha=0.3)
 
