@@ -15,7 +15,7 @@ Over the whole range it is half under-training at the low rates in so short runs
 0.01 and up.
 
 Hardware: one CPU core, about 8 minutes (22 by the clock on one shared with other work). Verified on
-2026-11-24: best losses 1.926 and 1.929; at 0.1, 2.586 against 1.991 and logits of 20,197 against 25;
+2026-11-24: best losses 1.926 and 1.929; at 0.1, 2.586 against 1.991 and logits of 20,197 and 25;
 LR sensitivity from 0.01 up 8.1 times that with qk-norm, over all rates 0.386 against 0.177.
 """
 
