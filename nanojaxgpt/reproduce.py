@@ -244,13 +244,18 @@ def to_markdown(found: Reproduction, command: str, plots: Sequence[Plot] = ()) -
         yield from ("", f"![{plot.caption}]({plot.file})")
 
 
+def curve(run: Run) -> list[tuple[int, float]]:
+    """Return the steps and validation losses of a run, without those that are not finite."""
+    losses = [(r["step"], r.get("validation_loss", math.nan)) for r in run.records]
+    return [(step, loss) for step, loss in losses if math.isfinite(loss)]
+
+
 def draw_curves(names: list[str], figure: Any, *arms: list[Runs]) -> None:
     """Draw the validation loss against the step, a color for each arm and a line for each run."""
     axes = figure.subplots()
     for index, (name, seeds) in enumerate(zip(names, arms, strict=True)):
         for number, run in enumerate(run for runs in seeds for run in listed(runs)):
-            points = [(r["step"], r["validation_loss"]) for r in run.records
-                      if math.isfinite(r.get("validation_loss", math.nan))]  # fmt: skip
+            points = curve(run)
             steps, losses = zip(*points, strict=True) if points else ((), ())
             style = dict(marker="o", markersize=3, label="" if number else name)
             axes.plot(steps, losses, f"C{index % 10}", **style)
@@ -276,13 +281,13 @@ def draw(plot: Plot, found: Reproduction, folder: Path) -> bool:
 
 
 def save(found: Reproduction, folder: Path, command: str) -> Path:
-    """Write report.md, report.json, the paper's figures and the curves of its runs."""
+    """Write report.md, report.json, the paper's figures, and curves where there are any."""
     folder.mkdir(parents=True, exist_ok=True)
     rundir.write_text(folder / "report.json", to_json(found))
-    names = list(found.runs)
-    curves = functools.partial(draw_curves, names)
-    plots = [*found.paper.plots]
-    if names:
+    names, plots = list(found.runs), [*found.paper.plots]
+    runs = [run for arm in found.runs.values() for same in arm for run in listed(same)]
+    if any(len(curve(run)) > 1 for run in runs):
+        curves = functools.partial(draw_curves, names)
         plots.append(Plot("curves.png", "validation loss of every arm", curves, tuple(names)))
     drawn = [plot for plot in plots if draw(plot, found, folder)]
     rundir.write_text(folder / "report.md", "\n".join(to_markdown(found, command, drawn)) + "\n")

@@ -106,7 +106,12 @@ def tiny(small_config, monkeypatch):
     """Return a paper of one arm and two seeds: a claim that holds, and one that must not."""
     one_device = functools.partial(sharding.make_mesh, devices=jax.devices()[:1])
     monkeypatch.setattr(sharding, "make_mesh", one_device)
-    small = {"model.num_layers": "1", "model.mlp": "none", "checkpoint.every_steps": "0"}
+    small = {
+        "model.num_layers": "1",
+        "model.mlp": "none",
+        "checkpoint.every_steps": "0",
+        "eval.every_steps": "5",
+    }
     cfg = small_config(**small, **{"train.num_steps": "10"})
     loss = Claim("loss", 2.9, "here", lambda run: run.at(10), (0, 3.5), ("plain",))
     wrong = replace(loss, name="impossible loss", accept=(-2.0, -1.0))
