@@ -16,8 +16,8 @@ Hardware: one CPU core, 10 minutes (55 by the clock on one shared with other wor
 2026-11-24: the best rate is 2^-8 at every width by muP, and falls from 2^-7 to 2^-10 without. One
 claim FAILs: the standard model's logits grow with slopes of 0.48, 0.46, 0.06 and 0.41 in steps 1 to
 4, muP's stay within 0.04. At step 3 the widest has overshot and is on its way back, at a rate of
-1e-2 without warmup; the criterion asks for 0.25 at each of the steps, of one seed, where nanoGPT-mup
-has the mean of five.
+1e-2 without warmup; the criterion asks for 0.25 at each of the steps, for one seed, where
+nanoGPT-mup has five.
 """
 
 import functools
