@@ -243,6 +243,8 @@ class Block(Weights):
         else:
             if cfg.smeared_keys:
                 k_BTKH = smear(k_BTKH, gate_K, context.mask.key_segments_BS)
+            # Kept only where `apply` is asked for intermediates, as probe.py does.
+            self.sow("intermediates", "heads", (q_BTNH, k_BTKH), reduce_fn=lambda _, new: new)
             drop = cfg.dropout > 0 and not context.deterministic
             out_BTNH = attention.attend_windows(
                 q_BTNH, k_BTKH, v_BTKH, context.mask, cfg.windows, layer, **scaling,
@@ -385,7 +387,7 @@ class Transformer(Weights):
             block = nn.remat(Block, policy=REMAT[cfg.remat], prevent_cse=unroll > 1)
         scan = nn.scan(
             block,
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=(0, nn.broadcast),
             length=cfg.num_layers,

@@ -179,8 +179,7 @@ def make_optimizer(
     Its state's structure depends on `name` and `ema` alone, so it can be rebuilt inside every
     step. `multipliers` are (pattern, factor): the learning rate of the paths that have the pattern
     is multiplied by the factor, and with it their decay if that is not independent; 0 freezes
-    them. With `ema`, and for
-    schedule_free, the parameters are an average, see `average`.
+    them. With `ema`, and for schedule_free, the parameters are an average, see `average`.
     """
     optimizer = optax.chain(
         OPTIMIZERS[name](hyper),

@@ -14,6 +14,8 @@ from ml_collections import ConfigDict
 
 from nanojaxgpt import config
 from nanojaxgpt.errors import ConfigError
+from nanojaxgpt.sweep.plan import SEED, Trial, set_point, show_point
+from nanojaxgpt.sweep.space import Space
 
 PASS, FAIL, NOT_RUN = "PASS", "FAIL", "NOT-RUN"
 
@@ -42,22 +44,45 @@ class Run:
         return found[-1] if found else math.nan
 
 
+# What a measure gets of an arm for one seed: its run, or one at each point of its space.
+Runs = Run | list[Run]
+
+
 @dataclass(frozen=True)
 class Arm:
-    """One recipe, run once for each seed; the seed takes the place of train.seed."""
+    """One recipe, run once for each seed, at each point of `space` where it has one.
+
+    The seed takes the place of train.seed.
+    """
 
     name: str
     config: ConfigDict
     seeds: tuple[int, ...] = (0,)
+    space: Space | None = None
+
+    def points(self) -> list[dict[str, Any]]:
+        """Return what is set in the config: nothing, once, where there is no space."""
+        return self.space.points() if self.space else [{}]
+
+    def trials(self, seed: int) -> list[Trial]:
+        """Return the runs of a seed, in the order of the points. Raises ConfigError."""
+        trials = []
+        for point in self.points():
+            parts = [self.name, *([show_point(point)] if point else []), str(seed)]
+            name = re.sub(r"[^\w=.+-]+", "-", "-".join(parts))
+            cfg = set_point(self.config, point | {SEED: seed})
+            trials.append(Trial(name, point | {SEED: seed}, cfg))
+        return trials
 
 
 @dataclass(frozen=True)
 class Claim:
     """A figure, where it was published, how it is measured, and what is accepted.
 
-    `measure` is called for each seed with that seed's run of each of `arms`, in their order;
-    without arms once, with nothing. The verdict is on the mean over the seeds, or on every seed.
-    `accept` is an interval with its ends, and has to be stated before the run.
+    `measure` is called for each seed with that seed's run of each of `arms`, in their order, or
+    with a list of runs where an arm has a space; without arms once, with nothing. The verdict is
+    on the mean over the seeds, or on every seed. `accept` is an interval with its ends, and has
+    to be stated before the run.
     """
 
     name: str
@@ -70,6 +95,19 @@ class Claim:
 
 
 @dataclass(frozen=True)
+class Plot:
+    """A figure of the report: `draw(figure, *arms)` fills an empty figure of matplotlib.
+
+    Of each of `arms` it gets a list over seeds of what a measure would get.
+    """
+
+    file: str
+    caption: str
+    draw: Callable[..., None]
+    arms: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Paper:
     """What one file reproduces."""
 
@@ -78,6 +116,8 @@ class Paper:
     arms: tuple[Arm, ...] = ()
     scaled_down: str = ""  # how it is smaller than the paper's own experiment; "": it is not
     tokens: str = ""  # hash of the corpus's tokens, as in identity.json: no other one will do
+    needs: str = ""  # hardware, in words, where a CPU is not enough: there its arms are not run
+    plots: tuple[Plot, ...] = ()
 
 
 def load_paper(path: str, overrides: dict[str, str] | None = None) -> Paper:
@@ -127,7 +167,10 @@ def paper_problems(paper: Paper) -> list[str]:
     seeds = {arm.name: arm.seeds for arm in paper.arms}
     if len(seeds) < len(paper.arms):
         problems.append("two arms have the same name")
-    problems += [f"arm {name!r} has no seeds" for name, given in seeds.items() if not given]
+    for arm in paper.arms:
+        problems += arm_problems(arm)
+    for plot in paper.plots:
+        problems += unknown_arms(f"plot {plot.file!r}", plot.arms, list(seeds))
     for claim in paper.claims:
         if claim.accept is None:
             problems.append(f"claim {claim.name!r} has no criterion; add accept=(low, high)")
@@ -135,17 +178,38 @@ def paper_problems(paper: Paper) -> list[str]:
             problems.append(f"claim {claim.name!r}: accept={claim.accept} holds nothing")
         if not claim.source:
             problems.append(f"claim {claim.name!r} has no source; add where it was published")
-        for name in claim.arms:
-            if name not in seeds:
-                problems.append(
-                    f"claim {claim.name!r}: {config.unknown_name('arm', name, list(seeds))}; "
-                    f"add an Arm, or name one of {', '.join(seeds) or 'none'}"
-                )
+        problems += unknown_arms(f"claim {claim.name!r}", claim.arms, list(seeds))
         if len({seeds[name] for name in claim.arms if name in seeds}) > 1:
             problems.append(f"claim {claim.name!r} compares arms with different seeds")
     used = {name for claim in paper.claims for name in claim.arms}
     problems += [f"no claim is about the arm {name!r}" for name in seeds if name not in used]
     return problems
+
+
+def arm_problems(arm: Arm) -> list[str]:
+    """Return what is wrong with an arm's seeds, or with the points of its space."""
+    if not arm.seeds:
+        return [f"arm {arm.name!r} has no seeds"]
+    try:
+        points = arm.points()
+        if any(SEED in point for point in points):
+            return [f"arm {arm.name!r} sweeps {SEED}; name the seeds by seeds=(0, 1)"]
+        names = {trial.name for trial in arm.trials(arm.seeds[0])}
+    except ConfigError as error:
+        return [f"arm {arm.name!r}: {error}"]
+    if not points:
+        return [f"arm {arm.name!r} has an empty space"]
+    return [] if len(names) == len(points) else [f"arm {arm.name!r} has two points of one name"]
+
+
+def unknown_arms(what: str, named: tuple[str, ...], known: list[str]) -> list[str]:
+    """Return a sentence for each arm that `what` names and that is not there."""
+    return [
+        f"{what}: {config.unknown_name('arm', name, known)}; "
+        f"add an Arm, or name one of {', '.join(known) or 'none'}"
+        for name in named
+        if name not in known
+    ]
 
 
 def verdict(claim: Claim, measured: list[float]) -> str:

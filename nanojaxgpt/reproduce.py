@@ -1,22 +1,24 @@
 """In: a paper file and a folder. Out: its runs, and a report of published against measured."""
 
+import functools
 import importlib.metadata
 import json
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-from ml_collections import ConfigDict
 
 from nanojaxgpt import checkpoint, metrics, rundir, sharding
 from nanojaxgpt.errors import DataError, NonFiniteError
 from nanojaxgpt.model import ModelConfig
-from nanojaxgpt.paper import FAIL, NOT_RUN, PASS, Arm, Claim, Paper, Run, verdict
-from nanojaxgpt.train import Job, fit, make_job, prepare_data
+from nanojaxgpt.paper import FAIL, NOT_RUN, PASS, Arm, Claim, Paper, Plot, Run, Runs, verdict
+from nanojaxgpt.sweep.claims import read_outcome, run_path
+from nanojaxgpt.sweep.run import run_trials
+from nanojaxgpt.train import Job, make_job, prepare_data, resolve
 
 Report = Callable[[str], None]
 
@@ -45,24 +47,30 @@ class Reproduction(NamedTuple):
 
     paper: Paper
     results: list[Result]
-    runs: dict[str, list[Run]]
+    runs: dict[str, list[Runs]]  # of each arm by seed
     seconds: float  # of this call: runs that were finished before count little
 
 
 def reproduce(paper: Paper, folder: Path, report: Report = print) -> Reproduction:
     """Train the arms of `paper` in `folder`, as far as they are not yet, and measure its claims.
 
-    What needs data that is not there is NOT-RUN. Raises a UserError for anything else that the
-    user can mend, Stopped after a signal; the same call then goes on.
+    What needs data or hardware that is not there is NOT-RUN. Raises a UserError for anything else
+    that the user can mend, Stopped after a signal; the same call then goes on.
     """
-    began, runs, missing = time.monotonic(), {}, {}
+    began, missing = time.monotonic(), {}
     for arm in paper.arms:
         try:
-            check_corpus(paper, arm.config)
-            runs[arm.name] = [train_arm(arm, seed, folder, report) for seed in arm.seeds]
+            check_arm(paper, arm, folder)
         except DataError as error:
             missing[arm.name] = str(error)
             report(f"{arm.name}: {NOT_RUN}: {error}")
+    arms = [arm for arm in paper.arms if arm.name not in missing]
+    trials = [trial for arm in arms for seed in arm.seeds for trial in arm.trials(seed)]
+    try:
+        run_trials(folder, trials, mode="map", width=1, report=report)
+    except NonFiniteError as error:
+        report(str(error))  # that every run diverges is a result, too
+    runs = {arm.name: [find_runs(arm, seed, folder) for seed in arm.seeds] for arm in arms}
     results = []
     for claim in paper.claims:
         results.append(measure(claim, runs, missing))
@@ -70,32 +78,43 @@ def reproduce(paper: Paper, folder: Path, report: Report = print) -> Reproductio
     return Reproduction(paper, results, runs, time.monotonic() - began)
 
 
-def check_corpus(paper: Paper, cfg: ConfigDict) -> None:
-    """Raise DataError where the corpus is missing, or is not the one that the paper names."""
-    if not paper.tokens:
-        return
-    parts = prepare_data(cfg, lambda _: None).identity.get("parts", [])
-    if [part["tokens"] for part in parts] != [paper.tokens]:
+def check_arm(paper: Paper, arm: Arm, folder: Path) -> None:
+    """Raise DataError where an arm can't be run here, ConfigError where `folder` has other runs.
+
+    Its corpus must be there, and be the one that the paper names, if it names one.
+    """
+    if paper.needs and jax.default_backend() == "cpu":
+        raise DataError(f"it needs {paper.needs}, and there is only a CPU here")
+    data = prepare_data(arm.config, lambda _: None)
+    tokens = [part["tokens"] for part in data.identity.get("parts", [])]
+    if paper.tokens and tokens != [paper.tokens]:
         raise DataError(
-            f"{cfg.data.source} is not the corpus of this paper: its tokens are not those of hash "
-            f"{paper.tokens}"
+            f"{arm.config.data.source} is not the corpus of this paper: its tokens are not those "
+            f"of hash {paper.tokens}"
         )
+    for trial in (trial for seed in arm.seeds for trial in arm.trials(seed)):
+        run = run_path(folder, trial.name)
+        if (run / "config.json").exists():
+            rundir.enter_run(run, resolve(trial.cfg, data))
+            rundir.check_data(run, data.identity)
 
 
-def train_arm(arm: Arm, seed: int, folder: Path, report: Report) -> Run:
-    """Return an arm's run with this seed, trained to its end or until its loss is not finite."""
-    cfg = arm.config.copy_and_resolve_references().unlock()
-    cfg.train.seed = seed
-    path, diverged = folder / f"{arm.name}-{seed}", False
-    try:
-        fit(cfg.lock(), path, report=report)
-    except NonFiniteError as error:
-        report(f"{path}: {error}")
-        diverged = True
-    return Run(path, rundir.load_run(path), metrics.read_metrics(path), diverged)
+def find_runs(arm: Arm, seed: int, folder: Path) -> Runs:
+    """Return an arm's runs with this seed, which have ended: one, or one for each point."""
+    found = []
+    for trial in arm.trials(seed):
+        path = run_path(folder, trial.name)
+        diverged = read_outcome(folder, trial.name)["state"] == "non-finite"
+        found.append(Run(path, rundir.load_run(path), metrics.read_metrics(path), diverged))
+    return found if arm.space else found[0]
 
 
-def measure(claim: Claim, runs: dict[str, list[Run]], missing: dict[str, str]) -> Result:
+def listed(runs: Runs) -> list[Run]:
+    """Return the runs of one seed as a list."""
+    return runs if isinstance(runs, list) else [runs]
+
+
+def measure(claim: Claim, runs: dict[str, list[Runs]], missing: dict[str, str]) -> Result:
     """Return a claim's figures and verdict; NOT-RUN with the reason where its data is missing."""
     for name in claim.arms:
         if name in missing:
@@ -105,7 +124,7 @@ def measure(claim: Claim, runs: dict[str, list[Run]], missing: dict[str, str]) -
             measured = {"": claim.measure()}
         else:
             by_seed = zip(*(runs[name] for name in claim.arms), strict=True)
-            measured = {row[0].cfg.train.seed: claim.measure(*row) for row in by_seed}
+            measured = {listed(row[0])[0].cfg.train.seed: claim.measure(*row) for row in by_seed}
     except DataError as error:
         return Result(claim, {}, NOT_RUN, str(error))
     return Result(claim, measured, verdict(claim, list(measured.values())))
@@ -121,6 +140,13 @@ def open_run(run: Run) -> tuple[Job, Any]:
     with jax.set_mesh(mesh):
         params = checkpoint.load_params(run.path, ModelConfig(**run.cfg.model), mesh)[1]
     return job, params
+
+
+def initial_loss(run: Run) -> float:
+    """Return the validation loss of a run's parameters before its first step, as `open_run`."""
+    job, _ = open_run(run)
+    with jax.set_mesh(job.mesh):
+        return job.evaluate(job.init(jax.random.key(run.cfg.train.seed)).params)["loss"]
 
 
 def number(value: float | str) -> str:
@@ -184,8 +210,8 @@ def to_json(found: Reproduction) -> str:
     return json.dumps(head | identity | {"claims": claims}, indent=2) + "\n"
 
 
-def to_markdown(found: Reproduction, command: str) -> Iterator[str]:
-    """Yield the lines of the report; `command` makes it again."""
+def to_markdown(found: Reproduction, command: str, plots: Sequence[Plot] = ()) -> Iterator[str]:
+    """Yield the lines of the report; `command` makes it again, `plots` are the figures drawn."""
     paper, results = found.paper, found.results
     verdicts = [result.verdict for result in results]
     counts = [f"{verdicts.count(v)} {v}" for v in (PASS, FAIL, NOT_RUN) if v in verdicts]
@@ -214,34 +240,55 @@ def to_markdown(found: Reproduction, command: str) -> Iterator[str]:
     reasons = dict.fromkeys(result.reason for result in results if result.reason)
     yield from (f"{NOT_RUN}: {reason}\n" for reason in reasons)
     yield from (f"{index}. {source}" for index, source in enumerate(sources, 1))
-    if found.runs:
-        yield from ("", "![validation loss of every arm](curves.png)")
+    for plot in plots:
+        yield from ("", f"![{plot.caption}]({plot.file})")
 
 
-def plot_arms(runs: dict[str, list[Run]], path: Path, title: str) -> None:
-    """Write the validation loss of every arm against the step as a PNG, a line for each seed."""
-    from matplotlib.figure import Figure
+def curve(run: Run) -> list[tuple[int, float]]:
+    """Return the steps and validation losses of a run, without those that are not finite."""
+    losses = [(r["step"], r.get("validation_loss", math.nan)) for r in run.records]
+    return [(step, loss) for step, loss in losses if math.isfinite(loss)]
 
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
+
+def draw_curves(names: list[str], figure: Any, *arms: list[Runs]) -> None:
+    """Draw the validation loss against the step, a color for each arm and a line for each run."""
     axes = figure.subplots()
-    for index, (name, seeds) in enumerate(runs.items()):
-        for run in seeds:
-            points = [(r["step"], r["validation_loss"]) for r in run.records
-                      if math.isfinite(r.get("validation_loss", math.nan))]  # fmt: skip
-            label = name if run is seeds[0] else None
+    for index, (name, seeds) in enumerate(zip(names, arms, strict=True)):
+        for number, run in enumerate(run for runs in seeds for run in listed(runs)):
+            points = curve(run)
             steps, losses = zip(*points, strict=True) if points else ((), ())
-            axes.plot(steps, losses, f"C{index % 10}", marker="o", markersize=3, label=label)
-    axes.set(xlabel="step", ylabel="validation loss in nats per token", title=title)
+            style = dict(marker="o", markersize=3, label="" if number else name)
+            axes.plot(steps, losses, f"C{index % 10}", **style)
+    axes.set(xlabel="step", ylabel="validation loss in nats per token")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=120)
+
+
+def draw(plot: Plot, found: Reproduction, folder: Path) -> bool:
+    """Write a figure as a PNG into `folder`; return whether what it shows was there."""
+    from matplotlib.figure import Figure
+
+    if not set(plot.arms) <= found.runs.keys():
+        return False
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    try:
+        plot.draw(figure, *(found.runs[name] for name in plot.arms))
+    except DataError:
+        return False
+    figure.suptitle(found.paper.title)
+    figure.savefig(folder / plot.file, dpi=120)
+    return True
 
 
 def save(found: Reproduction, folder: Path, command: str) -> Path:
-    """Write report.md, report.json and, where something was trained, curves.png into `folder`."""
+    """Write report.md, report.json, the paper's figures, and curves where there are any."""
     folder.mkdir(parents=True, exist_ok=True)
     rundir.write_text(folder / "report.json", to_json(found))
-    if found.runs:
-        plot_arms(found.runs, folder / "curves.png", found.paper.title)
-    rundir.write_text(folder / "report.md", "\n".join(to_markdown(found, command)) + "\n")
+    names, plots = list(found.runs), [*found.paper.plots]
+    runs = [run for arm in found.runs.values() for same in arm for run in listed(same)]
+    if any(len(curve(run)) > 1 for run in runs):
+        curves = functools.partial(draw_curves, names)
+        plots.append(Plot("curves.png", "validation loss of every arm", curves, tuple(names)))
+    drawn = [plot for plot in plots if draw(plot, found, folder)]
+    rundir.write_text(folder / "report.md", "\n".join(to_markdown(found, command, drawn)) + "\n")
     return folder / "report.md"

@@ -41,10 +41,13 @@ def test_its_docstring_holds_its_command(path: Path):
 def test_every_paper_is_complete(path: Path):
     paper = load_paper(str(path))  # checks claims, criteria and the arms' configs
     assert f"reproduce experiments/papers/{path.name}" in load_module(str(path)).__doc__
+    declared = getattr(load_module(str(path)), "NUM_PARAMS", {})
+    assert paper.needs == "" or declared.keys() == {arm.name for arm in paper.arms}
     for arm in paper.arms:
         cfg = arm.config.copy_and_resolve_references().unlock()
         cfg.model.vocab_size = cfg.model.vocab_size or 65
-        assert count_params(ModelConfig(**cfg.model)) > 0
+        found = count_params(ModelConfig(**cfg.model))
+        assert found == declared.get(arm.name, found)
         if cfg.data.source.startswith("task:"):
             task_rows(open_task(cfg.data.source)[1], cfg.model.seq_len)
 

@@ -8,18 +8,17 @@ import sys
 from dataclasses import replace
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
-from conftest import ROOT, random_tokens, small_model
+from conftest import ROOT
 
 from nanojaxgpt import sharding
 from nanojaxgpt.__main__ import main
-from nanojaxgpt.config import load_module
+from nanojaxgpt.config import override_config
 from nanojaxgpt.errors import ConfigError, Stopped
-from nanojaxgpt.model import Transformer, init_params
-from nanojaxgpt.paper import Arm, Claim, Paper, Run, first_seeds, load_paper, verdict
+from nanojaxgpt.paper import Arm, Claim, Paper, Plot, Run, first_seeds, load_paper, verdict
 from nanojaxgpt.reproduce import measure, reproduce, save, to_markdown
+from nanojaxgpt.sweep import run
+from nanojaxgpt.sweep.space import choice, zip_
 
 PAPERS = sorted((ROOT / "experiments" / "papers").glob("*.py"))
 
@@ -53,6 +52,7 @@ def test_a_number_that_was_never_logged_is_accepted_by_nothing():
 
 PAPER = """from nanojaxgpt.config import base_config
 from nanojaxgpt.paper import Arm, Claim, Paper
+from nanojaxgpt.sweep.space import choice, zip_
 
 def get_paper():
     arms = (Arm("plain", base_config()),)
@@ -73,6 +73,13 @@ def get_paper():
         ("get_paper", "paper", "has no function get_paper"),
         ('Paper("A paper", claims, arms)', "claims", "a tuple, not a Paper"),
         ("base_config()", "base_config().modle", "modle"),
+        (
+            "base_config())",
+            "base_config(), space=choice('optim.rate', 1))",
+            "no config field optim.rate",
+        ),
+        ("base_config())", "base_config(), space=choice('train.seed', 1))", "by seeds="),
+        ("base_config())", "base_config(), space=choice('optim.eps'))", "has an empty space"),
     ],
 )
 def test_a_paper_that_can_not_be_judged_is_refused(tmp_path, old, new, words):
@@ -99,7 +106,12 @@ def tiny(small_config, monkeypatch):
     """Return a paper of one arm and two seeds: a claim that holds, and one that must not."""
     one_device = functools.partial(sharding.make_mesh, devices=jax.devices()[:1])
     monkeypatch.setattr(sharding, "make_mesh", one_device)
-    small = {"model.num_layers": "1", "model.mlp": "none", "checkpoint.every_steps": "0"}
+    small = {
+        "model.num_layers": "1",
+        "model.mlp": "none",
+        "checkpoint.every_steps": "0",
+        "eval.every_steps": "5",
+    }
     cfg = small_config(**small, **{"train.num_steps": "10"})
     loss = Claim("loss", 2.9, "here", lambda run: run.at(10), (0, 3.5), ("plain",))
     wrong = replace(loss, name="impossible loss", accept=(-2.0, -1.0))
@@ -111,15 +123,17 @@ def test_a_reproduction_that_was_stopped_goes_on(tiny, tmp_path):
 
     def stop_at_the_second(text):
         said.append(text)
-        if "plain-4: " in text:
+        if "plain-3 finished" in text:
             raise Stopped("a signal", 75)
 
     with pytest.raises(Stopped):
         reproduce(tiny, tmp_path / "out", stop_at_the_second)
-    first = (tmp_path / "out" / "plain-3" / "metrics.jsonl").read_bytes()
+    runs = tmp_path / "out" / "trials"
+    first = (runs / "plain-3" / "metrics.jsonl").read_bytes()
+    assert not (runs / "plain-4").exists()
     found = reproduce(tiny, tmp_path / "out", said.append)
-    assert said.count("going on from step 10") == 1
-    assert (tmp_path / "out" / "plain-3" / "metrics.jsonl").read_bytes() == first
+    assert [sum(f"plain-{seed} finished" in text for text in said) for seed in (3, 4)] == [1, 1]
+    assert (runs / "plain-3" / "metrics.jsonl").read_bytes() == first
     assert [result.verdict for result in found.results] == ["PASS", "FAIL", "PASS"]
     assert [run.cfg.train.seed for run in found.runs["plain"]] == [3, 4]
     losses = found.results[0].measured
@@ -134,6 +148,53 @@ def test_a_reproduction_that_was_stopped_goes_on(tiny, tmp_path):
     assert [entry["verdict"] for entry in report["claims"]] == ["PASS", "FAIL", "PASS"]
     assert report["claims"][0]["measured"] == {str(seed): loss for seed, loss in losses.items()}
     assert (tmp_path / "out" / "curves.png").stat().st_size > 10_000
+
+
+def test_arms_share_programs_and_one_that_diverges_is_kept(tiny, tmp_path, monkeypatch):
+    opened, open_job = [], run.open_job
+    monkeypatch.setattr(
+        run, "open_job", lambda cfg, **rest: opened.append(1) or open_job(cfg, **rest)
+    )
+    cfg, rates = tiny.arms[0].config, choice("optim.learning_rate", 1e-3, 1e30)
+    rates = zip_(rates, choice("optim.weight_decay", 0.1, 1e30))  # whose update overflows
+    other = override_config(cfg, {"optim.beta1": "0.5"})
+    ends = claim(measure=lambda runs: sum(r.diverged for r in runs), arms=("swept",), accept=(1, 1))
+    losses = claim(measure=lambda run: run.at(10), arms=("other",), accept=(0, 9))
+    arms = (Arm("swept", cfg, (3, 4), rates), Arm("other", other, (3, 4)))
+    seen = []
+    plots = (Plot("rates.png", "loss by rate", lambda *given: seen.append(given), ("swept",)),)
+    paper = Paper("Rates", (ends, losses), arms, plots=plots)
+    found = reproduce(paper, tmp_path / "out", lambda _: None)
+    assert len(opened) == 1
+    assert found.results[0].measured == {3: 1, 4: 1}
+    assert [result.verdict for result in found.results] == ["PASS", "PASS"]
+    paths = [[run.path.name for run in runs] for runs in found.runs["swept"]]
+    assert paths[0] == [
+        "swept-learning_rate=0.001-weight_decay=0.1-3",
+        "swept-learning_rate=1e+30-weight_decay=1e+30-3",
+    ]
+    again = reproduce(paper, tmp_path / "out", lambda _: None)
+    assert len(opened) == 1  # not even the one that diverged is trained again
+    assert [result.measured for result in again.results] == [r.measured for r in found.results]
+    text = save(again, tmp_path / "out", "").read_text()
+    assert "![loss by rate](rates.png)" in text
+    assert len(seen[0][1]) == 2  # seeds, a list of points each
+    assert [run.cfg.optim.learning_rate for run in seen[0][1][0]] == [1e-3, 1e30]
+
+
+def test_a_finished_run_of_another_recipe_is_not_taken_for_this_one(tiny, tmp_path):
+    paper = replace(tiny, arms=(replace(tiny.arms[0], seeds=(3,)),))
+    reproduce(paper, tmp_path / "out", lambda _: None)
+    other = override_config(tiny.arms[0].config, {"optim.learning_rate": "0.5"})
+    changed = replace(paper, arms=(Arm("plain", other, (3,)),))
+    with pytest.raises(ConfigError, match=r"optim\.learning_rate: 0\.001 there, 0\.5 here"):
+        reproduce(changed, tmp_path / "out", lambda _: None)
+
+
+def test_what_needs_an_accelerator_is_not_run_on_a_cpu(tiny, tmp_path):
+    found = reproduce(replace(tiny, needs="one GPU"), tmp_path / "out", lambda _: None)
+    assert [result.verdict for result in found.results] == ["NOT-RUN", "NOT-RUN", "PASS"]
+    assert found.results[0].reason == "it needs one GPU, and there is only a CPU here"
 
 
 def test_fewer_seeds_are_said_to_be_fewer(tiny):
@@ -155,7 +216,7 @@ def test_without_its_corpus_a_paper_is_not_run(tiny, tmp_path, substitute, small
     assert [result.verdict for result in found.results] == ["NOT-RUN", "NOT-RUN", "PASS"]
     reason = "is not the corpus of this paper" if substitute else "absent.txt"
     assert reason in found.results[0].reason
-    assert not (tmp_path / "out" / "plain-3").exists()
+    assert not (tmp_path / "out" / "trials").exists()
     text = "\n".join(to_markdown(found, ""))
     assert "1 PASS, 2 NOT-RUN" in text
     assert text.count(reason) == 1
@@ -192,31 +253,3 @@ def test_papers_load_without_jax():
     lines += [f"load_paper({str(path)!r})" for path in PAPERS]
     lines += ["assert 'jax' not in sys.modules"]
     subprocess.run([sys.executable, "-c", "\n".join(lines)], cwd=ROOT, check=True)
-
-
-def test_induction_heads_sees_the_models_own_attention():
-    paper = load_module(str(ROOT / "experiments" / "papers" / "induction_heads.py"))
-    cfg = small_model(mlp="none", tied_head=False, init="fan_in", final_norm=False)
-    params = sharding.unbox(init_params(cfg, jax.random.key(0)))
-    params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(1), x.shape), params)
-    tokens_BT = jnp.asarray(random_tokens(3, 16))
-
-    def stream(params, layers: int):
-        cut = {**params, "layers": jax.tree.map(lambda x: x[:layers], params["layers"])}
-        model = Transformer(replace(cfg, num_layers=layers))
-        return model.apply({"params": cut}, tokens_BT, logits=False)[0][0]
-
-    @jax.jit
-    def second_layer(params):
-        weights_BNTS = paper.attention_weights(cfg, params, tokens_BT, 1)
-        own = jax.tree.map(lambda x: x[1], params["layers"])
-        y_BTD = jax.nn.standardize(stream(params, 1), epsilon=cfg.norm_eps)
-        y_BTD = y_BTD * own["attention_norm_scale"] + own["attention_norm_bias"]
-        v_BSNH = jnp.einsum("BSD,DNH->BSNH", y_BTD, own["v_DKH"]) + own["v_bias"]
-        out_BTNH = jnp.einsum("BNTS,BSNH->BTNH", weights_BNTS, v_BSNH)
-        update_BTD = jnp.einsum("BTNH,NHD->BTD", out_BTNH, own["o_NHD"]) + own["o_bias"]
-        return update_BTD, stream(params, 2) - stream(params, 1)
-
-    by_hand_BTD, by_model_BTD = second_layer(params)
-    assert jnp.abs(by_model_BTD).max() > 0.5
-    np.testing.assert_allclose(by_hand_BTD, by_model_BTD, atol=2e-4)

@@ -99,39 +99,15 @@ def steps_of_the_fall(run: Run) -> float:
     return min(low) - max((step for step, loss in losses.items() if loss > 2.5), default=0)
 
 
-def attention_weights(cfg: "ModelConfig", params: Any, tokens_BT: Any, layer: int) -> Any:
-    """Return the attention weights [B, N, T, S] of a layer (from 0) without smeared keys."""
-    import dataclasses
-
-    import jax
-    import jax.numpy as jnp
-
-    from nanojaxgpt.model import Transformer
-
-    length = tokens_BT.shape[1]
-    x_BTD = params["embed_VD"][tokens_BT] + params["position_TD"][:length]
-    if layer:
-        below = jax.tree.map(lambda x: x[:layer], params["layers"])
-        cut = dataclasses.replace(cfg, num_layers=layer, final_norm=False)
-        variables = {"params": {**params, "layers": below}}
-        (x_BTD, _), _ = Transformer(cut).apply(variables, tokens_BT, logits=False)
-    own = jax.tree.map(lambda x: x[layer], params["layers"])
-    y_BTD = jax.nn.standardize(x_BTD, epsilon=cfg.norm_eps)
-    y_BTD = y_BTD * own["attention_norm_scale"] + own["attention_norm_bias"]
-    q_BTNH = jnp.einsum("BTD,DNH->BTNH", y_BTD, own["q_DNH"]) + own["q_bias"]
-    k_BSNH = jnp.einsum("BSD,DNH->BSNH", y_BTD, own["k_DKH"]) + own["k_bias"]
-    scores_BNTS = jnp.einsum("BTNH,BSNH->BNTS", q_BTNH, k_BSNH) * cfg.attention_scale
-    seen_TS = jnp.tril(jnp.ones((length, length), bool))
-    return jax.nn.softmax(jnp.where(seen_TS, scores_BNTS, -1e30))
-
-
 def prefix_matching(run: Run, layer: int) -> float:
     """Return the best head's weight on words that follow earlier copies of the query's word."""
     import jax.numpy as jnp
 
+    from nanojaxgpt.probe import attention_weights
+
     model_cfg, params, batch = validation_batch(run)
     tokens_BT = jnp.asarray(batch.tokens_BT)
-    weights_BNTS = attention_weights(model_cfg, params, tokens_BT, layer)
+    weights_BNTS = attention_weights(model_cfg, params, batch)[layer]
     same_BTS = tokens_BT[:, :, None] == tokens_BT[:, None]
     earlier_BTS = jnp.tril(same_BTS, -1)
     after_BTS = jnp.pad(earlier_BTS[:, :, :-1], ((0, 0), (0, 0), (1, 0)))

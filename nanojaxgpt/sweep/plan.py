@@ -26,7 +26,10 @@ UNSEEN = re.compile(r"(checkpoint|sample|init)\..*|eval\.every_steps|train\.log_
 
 
 class Trial(NamedTuple):
-    """One run of a sweep: `name` is the hash of `cfg`, `point` what the sweep sets in it."""
+    """One run of a sweep: `name` is the hash of `cfg` (in a paper that of arm and point).
+
+    `point` is what the sweep sets in the config.
+    """
 
     name: str
     point: Point

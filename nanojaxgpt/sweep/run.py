@@ -132,7 +132,7 @@ def run_trials(
                 waiting = True
             time.sleep(WAIT_SECONDS)
         outcomes = [read_outcome(folder, trial.name) for trial in sweep.trials()]
-    if all(outcome["state"] == "non-finite" for outcome in outcomes):
+    if outcomes and all(outcome["state"] == "non-finite" for outcome in outcomes):
         raise NonFiniteError(f"every trial became non-finite; the first: {outcomes[0]['message']}")
 
 

@@ -1,0 +1,48 @@
+"""In: a model, its parameters and tokens. Out: the attention that the model computes inside."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from nanojaxgpt.attention import Mask, alibi_bias, dense_mask
+from nanojaxgpt.data.rows import Batch
+from nanojaxgpt.model import ModelConfig, Transformer
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def attention_logits(cfg: ModelConfig, params: dict, batch: Batch) -> jax.Array:
+    """Return what each layer's softmax is taken of, float32 [L, B, N, T, S]; -inf is not seen."""
+    _, kept = Transformer(cfg).apply(
+        {"params": params}, batch.tokens_BT, batch.positions_BT, batch.segments_BT,
+        logits=False, mutable="intermediates",
+    )  # fmt: skip
+    q_LBTNH, k_LBSKH = kept["intermediates"]["layers"]["heads"]
+    k_LBSNH = jnp.repeat(k_LBSKH, cfg.num_heads // cfg.num_kv_heads, axis=3)
+    logits_LBNTS = cfg.attention_scale * jnp.einsum(
+        "LBTNH,LBSNH->LBNTS", q_LBTNH, k_LBSNH, preferred_element_type=jnp.float32
+    )
+    order_1T = jnp.arange(batch.tokens_BT.shape[1])[None]
+    mask = Mask(order_1T, order_1T, batch.segments_BT, batch.segments_BT)
+    if cfg.positions == "alibi":
+        logits_LBNTS += alibi_bias(mask, cfg.num_heads)
+    windows = [cfg.windows[layer % len(cfg.windows)] for layer in range(cfg.num_layers)]
+    seen = [dense_mask(mask._replace(window=window)) for window in windows]
+    return jnp.where(jnp.stack(seen), logits_LBNTS, -jnp.inf)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def largest_logits(cfg: ModelConfig, params: dict, batch: Batch) -> jax.Array:
+    """Return the largest attention logit of each layer [L], with one row's in memory at a time."""
+
+    def row(one: Batch) -> jax.Array:
+        logits_LBNTS = attention_logits(cfg, params, jax.tree.map(lambda x: x[None], one))
+        return jnp.max(logits_LBNTS, axis=(1, 2, 3, 4))
+
+    return jnp.max(jax.lax.map(row, batch), axis=0)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def attention_weights(cfg: ModelConfig, params: dict, batch: Batch) -> jax.Array:
+    """Return the attention weights of each layer [L, B, N, T, S]."""
+    return jax.nn.softmax(attention_logits(cfg, params, batch))
