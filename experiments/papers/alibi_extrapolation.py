@@ -10,7 +10,8 @@ PATH is Tiny Shakespeare, as for shakespeare_char_cpu.py. Trained at 64 characte
 512 in windows that don't overlap. That ALiBi beats rotary positions at the trained length is not
 claimed: a prototype had it the other way round.
 
-Hardware: one CPU core, about 3 minutes for each of 3 arms.
+Hardware: half a CPU core, 5 to 7 minutes for each of 3 arms. Verified on 2026-11-24: ALiBi 0.026
+nats lower at 512 than at 64; at 256 sinusoidal positions 1.48 higher than at 64, rotary 1.22.
 """
 
 import math
