@@ -1,5 +1,6 @@
 """Held-out loss and bits per byte of parameters over batches; sums of tokens, exact."""
 
+import functools
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -56,3 +57,16 @@ def evaluate(
         "bits_per_byte": loss / math.log(2) / text if text else math.nan,
         "tokens": int(tokens),
     }
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def exact_match(model: Transformer, params: Any, batch: Any) -> jax.Array:
+    """Return for each row whether all its scored tokens are the likeliest, bool [B].
+
+    Greedy decoding of the answer finds the same: it goes on from right tokens, or has failed.
+    """
+    logits_BTV, _ = model.apply(
+        {"params": params}, batch.tokens_BT, batch.positions_BT, batch.segments_BT
+    )
+    right_BT = jnp.argmax(logits_BTV, -1) == batch.targets_BT
+    return jnp.all(right_BT | (batch.weights_BT == 0), axis=-1)

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from nanojaxgpt import checkpoint, metrics, rundir, sharding
+from nanojaxgpt.data.rows import Batch, Rows
 from nanojaxgpt.errors import DataError, NonFiniteError
 from nanojaxgpt.model import ModelConfig
 from nanojaxgpt.paper import FAIL, NOT_RUN, PASS, Arm, Claim, Paper, Plot, Run, Runs, verdict
@@ -130,16 +132,22 @@ def measure(claim: Claim, runs: dict[str, list[Runs]], missing: dict[str, str]) 
     return Result(claim, measured, verdict(claim, list(measured.values())))
 
 
-def open_run(run: Run) -> tuple[Job, Any]:
-    """Return a run's job on one device and its last parameters.
+def open_run(run: Run, step: int = 0) -> tuple[Job, Any]:
+    """Return a run's job on one device and its parameters, the last ones or those of `step`.
 
     For measures that ask for more than the records hold. Raises DataError, CheckpointError.
     """
     mesh = sharding.make_mesh({}, jax.devices()[:1])
     job = make_job(run.cfg, prepare_data(run.cfg, lambda _: None), mesh)
     with jax.set_mesh(mesh):
-        params = checkpoint.load_params(run.path, ModelConfig(**run.cfg.model), mesh)[1]
+        params = checkpoint.load_params(run.path, ModelConfig(**run.cfg.model), mesh, step)[1]
     return job, params
+
+
+def first_rows(rows: Rows, count: int) -> Batch:
+    """Return the first rows of a table as a batch, fewer where it has not as many."""
+    index_B = np.arange(min(count, rows.count), dtype=np.uint64)
+    return rows.read(index_B, np.zeros_like(index_B))
 
 
 def initial_loss(run: Run) -> float:

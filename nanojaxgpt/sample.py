@@ -131,7 +131,7 @@ def generate(
     Rows that are done repeat `how.end_id`. Raises ValueError where prompt and new tokens don't
     fit the context.
     """
-    if prompts_BT.shape[1] + max_tokens > model.cfg.seq_len:
+    if prompts_BT.shape[1] + max_tokens - 1 > model.cfg.seq_len:  # the last one is never read
         raise ValueError(
             f"{prompts_BT.shape[1]} + {max_tokens} tokens don't fit a context of "
             f"{model.cfg.seq_len}"

@@ -121,11 +121,22 @@ def test_rows_end_at_the_end_token():
 
 
 def test_generate_refuses_what_does_not_fit_the_context():
-    with pytest.raises(ValueError, match="3 \\+ 30 tokens don't fit a context of 32"):
+    with pytest.raises(ValueError, match="3 \\+ 31 tokens don't fit a context of 32"):
         generate(
-            Transformer(CFG), params(), *padded([[1, 2, 3]]), jax.random.key(0), max_tokens=30,
+            Transformer(CFG), params(), *padded([[1, 2, 3]]), jax.random.key(0), max_tokens=31,
             how=Sampling(),
         )  # fmt: skip
+
+
+def test_generate_fills_the_context_and_one_more_which_is_never_read():
+    prompt, how = [1, 2, 3], Sampling(temperature=0)
+    ids_BT = generate(
+        Transformer(CFG), params(), *padded([prompt]), jax.random.key(0), max_tokens=30, how=how
+    )
+    whole_BT = np.array([prompt + ids_BT[0, :-1].tolist()])
+    logits_BTV, _ = Transformer(CFG).apply({"params": params()}, whole_BT)
+    assert whole_BT.shape[1] == CFG.seq_len
+    assert ids_BT[0].tolist() == np.argmax(logits_BTV[0, 2:], -1).tolist()
 
 
 def kept(probabilities: list[float], **how) -> list[int]:

@@ -61,6 +61,32 @@ def test_addition_adds(backwards):
     assert len(seen) == 10_000
 
 
+def test_balanced_addition_holds_short_sums_and_every_number_of_carries():
+    task, trained = examples("task:addition,balanced=1000", range(1000))
+    assert (task.num_train, task.num_validation) == (1000, 2000)
+
+    def pair(words):
+        return int("".join(words[:3])), int("".join(words[4:7]))
+
+    def carries(a, b):
+        return sum(a % n + b % n >= n for n in (10, 100, 1000))
+
+    pairs = [pair(words) for words, _ in trained]
+    longest = [max(pair) for pair in pairs]
+    assert sum(n < 10 for n in longest) == 100
+    assert sum(10 <= n < 100 for n in longest) == 90
+    long = [carries(*pair) for pair in pairs if max(pair) >= 100]
+    assert sorted(long.count(n) for n in range(4)) == [202, 202, 203, 203]
+    _, unseen = examples("task:addition,balanced=1000", range(1000, 3000))
+    rest = {pair(words) for words, _ in unseen}
+    assert len(set(pairs)) == 1000
+    assert len(rest) == 2000
+    assert not rest & set(pairs)
+    assert np.mean([min(pair) for pair in rest]) == pytest.approx(333, rel=0.1)  # uniform
+    _, other = examples("task:addition,balanced=1000,seed=1", range(1000))
+    assert other != trained
+
+
 def test_copy_copies():
     for words, answer in examples("task:copy,length=5,vocab=9")[1]:
         assert words == [*words[:5], "|", *words[:5]]
@@ -158,6 +184,9 @@ def test_rows_hold_whole_examples_apart(seq_len, per_row):
         ("task:modular_addition,train_fraction=0", "nothing to train on"),
         ("task:addition,digits=12", "from 1 to 9"),
         ("task:addition,reversed=2", "0 or 1"),
+        ("task:addition,balanced=50", "from 110 to 250000"),
+        ("task:addition,balanced=900000", "from 110 to 250000"),
+        ("task:addition,balanced=500,digits=2", "needs digits=3"),
         ("task:mqar,pairs=8,length=16", "need length=32"),
         ("task:mqar,length=33", "must be even"),
         ("task:mqar,vocab=8", "4 keys for 8 pairs"),

@@ -79,15 +79,12 @@ def repeat_accuracy(run: Run) -> float:
 
 def validation_batch(run: Run) -> tuple["ModelConfig", Any, Any]:
     """Return the model's config, a run's last parameters and its first 250 validation rows."""
-    import numpy as np
-
     from nanojaxgpt.model import ModelConfig
-    from nanojaxgpt.reproduce import open_run
+    from nanojaxgpt.reproduce import first_rows, open_run
 
     job, params = open_run(run)
-    index_B = np.arange(250, dtype=np.uint64)
-    rows = job.data.validation(run.cfg.model.seq_len)
-    return ModelConfig(**run.cfg.model), params, rows.read(index_B, np.zeros_like(index_B))
+    batch = first_rows(job.data.validation(run.cfg.model.seq_len), 250)
+    return ModelConfig(**run.cfg.model), params, batch
 
 
 def steps_of_the_fall(run: Run) -> float:

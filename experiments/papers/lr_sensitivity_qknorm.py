@@ -91,19 +91,16 @@ def largest_logit(run: Run) -> float:
 
     Of a run that diverged that of its last checkpoint, NaN where there is none.
     """
-    import numpy as np
-
     from nanojaxgpt.errors import CheckpointError
     from nanojaxgpt.model import ModelConfig
     from nanojaxgpt.probe import largest_logits
-    from nanojaxgpt.reproduce import open_run
+    from nanojaxgpt.reproduce import first_rows, open_run
 
     try:
         job, params = open_run(run)
     except CheckpointError:
         return math.nan
-    index_B = np.arange(128, dtype=np.uint64)
-    batch = job.data.validation(run.cfg.model.seq_len).read(index_B, np.zeros_like(index_B))
+    batch = first_rows(job.data.validation(run.cfg.model.seq_len), 128)
     return float(largest_logits(ModelConfig(**run.cfg.model), params, batch).max())
 
 

@@ -85,20 +85,26 @@ def addition(
     reversed: int = 0,
     train_fraction: float = 0.9,
     validation_examples: int = 2000,
+    balanced: int = 0,
     seed: int = 0,
 ) -> Task:
     """Return `a + b = c` digit by digit, padded with zeros; reversed=1: the answer's lowest first.
 
+    Trained on is a fraction of all pairs, or with balanced=N (of three digits) N pairs that hold
+    short ones and every number of carries: see `balanced_pairs`.
     Lee et al. 2023, "Teaching Arithmetic to Small Transformers" (arXiv:2307.03381).
     """
     require(1 <= digits <= 9, f"digits={digits} must be from 1 to 9")
     require(reversed in (0, 1), f"reversed={reversed} must be 0 or 1")
     limit = 10**digits
-    num_train = split_table(limit**2, train_fraction)
+    num_train = balanced or split_table(limit**2, train_fraction)
+    require(not balanced or digits == 3, f"balanced={balanced} needs digits=3")
+    pairs = balanced_pairs(balanced, seed) if balanced else None
 
     def make(number_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         key_B = np.full(len(number_B), seed, np.uint64)
-        cell_B = permute(number_B, limit**2, key_B).astype(np.int64)
+        cell_B = permute(number_B, limit**2, key_B) if pairs is None else pairs[number_B]
+        cell_B = cell_B.astype(np.int64)
         a_B, b_B = np.divmod(cell_B, limit)
         power = 10 ** np.arange(digits, -1, -1)
         a_BT, b_BT, c_BT = (n_B[:, None] // power % 10 for n_B in (a_B, b_B, a_B + b_B))
@@ -109,6 +115,30 @@ def addition(
 
     num_validation = min(validation_examples, limit**2 - num_train)
     return Task((*numerals(10), "+", "="), 3 * digits + 3, num_train, num_validation, make)
+
+
+def balanced_pairs(count: int, seed: int) -> np.ndarray:
+    """Return all pairs of numbers below 1,000, each as a * 1000 + b, uint64 [1,000,000].
+
+    In random order, but that the first `count` are the 100 pairs of one digit, 9 % of two digits
+    (the larger number's), and of three digits as many for each number of carries (Lee 2023, with
+    10,000 of them). Raises ConfigError where there are not enough of a kind.
+    """
+    size = 10**6
+    pair_P = permute(np.arange(size, dtype=np.uint64), size, np.full(size, seed, np.uint64))
+    a_P, b_P = np.divmod(pair_P, np.uint64(1000))
+    carries_P = sum((a_P % n + b_P % n >= n).astype(int) for n in np.array([10, 100, 1000], "u8"))
+    largest_P = np.maximum(a_P, b_P)
+    kind_P = np.where(largest_P < 10, 0, np.where(largest_P < 100, 1, 2 + carries_P))
+    two = round(0.09 * count)
+    long = count - 100 - two
+    wanted = [100, two, *(long // 4 + (carries < long % 4) for carries in range(4))]
+    chosen_P = np.zeros(size, bool)
+    for kind, number in enumerate(wanted):
+        places = np.flatnonzero(kind_P == kind)
+        require(0 <= number <= len(places), f"balanced={count} must be from 110 to 250000")
+        chosen_P[places[:number]] = True
+    return np.concatenate([pair_P[chosen_P], pair_P[~chosen_P]])
 
 
 def copy(length: int = 16, vocab: int = 32, validation_examples: int = 1000) -> Task:
