@@ -13,8 +13,9 @@ has no licence and is no part of this repository. Without it the claims about th
 same fit still has to find a known law again from synthetic points, drawn around the published one.
 
 Hardware: one CPU core, 20 s. Verified on 2026-11-24: E 1.8172, A 477.83, B 2143.4, alpha 0.34731,
-beta 0.36717, all within 0.03 % of the fit that the authors' notebook prints. What is accepted of A,
-B, the deviations, tokens a parameter and Hoffmann's own law was set after a trial fit, the rest before.
+beta 0.36717, all within 0.03 % of the fit that the authors' notebook prints. What is accepted of
+A, B, the deviations, tokens a parameter and Hoffmann's own law was set after a trial fit, the rest
+before.
 """
 
 import csv
