@@ -72,9 +72,22 @@ class Stack:
         return jax.device_put(jax.tree.map(lambda *leaves: np.stack(leaves), *trees), layout)
 
     def take(self, states: TrainState, index: int) -> TrainState:
-        """Return the state of one trial, where its job has it."""
-        with jax.set_mesh(self.mesh):
-            return jax.device_put(jax.tree.map(lambda x: x[index], states), self.job.shardings)
+        """Return the state of one trial, where its job has it.
+
+        It is read from the devices that hold it: to index a stacked array is a collective of all
+        devices for each leaf, and so many at once can exceed XLA's timeout on a busy CPU.
+        """
+
+        def one(stacked: jax.Array) -> np.ndarray:
+            leaf = np.empty(stacked.shape[1:], stacked.dtype)
+            for shard in stacked.addressable_shards:
+                trials, *place = shard.index
+                at = index - (trials.start or 0)
+                if 0 <= at < len(shard.data):
+                    leaf[tuple(place)] = np.asarray(shard.data)[at]
+            return leaf
+
+        return jax.device_put(jax.tree.map(one, states), self.job.shardings)
 
     def make_step(self) -> Callable:
         """Return step(states, batches, hypers, going) -> states, metrics, going; it compiles late.
