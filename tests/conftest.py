@@ -7,7 +7,11 @@ import textwrap
 from pathlib import Path
 
 # Tests compile much and compute little: LLVM's optimizations would take over half of their time.
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
+# Eight devices on two busy cores may meet late: XLA would abort after 40 s.
+os.environ["XLA_FLAGS"] = (
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0 "
+    "--xla_cpu_collective_call_terminate_timeout_seconds=600"
+)
 
 import jax
 import numpy as np
