@@ -15,6 +15,7 @@ from nanojaxgpt import sharding
 from nanojaxgpt.errors import CheckpointError
 from nanojaxgpt.hosts.team import ALONE, Team
 from nanojaxgpt.model import ModelConfig, init_params
+from nanojaxgpt.rundir import saved_steps
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports its every move
 
@@ -116,14 +117,6 @@ class Checkpoints:
             raise CheckpointError(f"the last save to {self.folder} failed: {error}") from error
 
 
-def saved_steps(folder: Path) -> list[int]:
-    """Return the steps that are complete on disk, oldest first.
-
-    The folder is asked, not a live manager, which also names saves that failed.
-    """
-    return sorted(int(path.name) for path in Path(folder).glob("*") if path.name.isdigit())
-
-
 def restore(
     folder: Path,
     abstract: dict[str, Any],
@@ -171,9 +164,15 @@ def restore_step(
 
 
 def read_leaves(path: Path, wanted: dict[str, list]) -> dict[str, list]:
-    """Return what `describe` gave when the checkpoint was saved. Raises ValueError."""
+    """Return what `describe` gave when the checkpoint was saved. Raises ValueError.
+
+    The step is compared, too: the folder's name alone would let a renamed checkpoint pass.
+    """
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-        saved = reader.restore(path / "meta")["leaves"]
+        meta = reader.restore(path / "meta")
+    if meta["step"] != int(path.name):
+        raise ValueError(f"it holds step {meta['step']}")
+    saved = meta["leaves"]
     for name, kind in wanted.items():
         if saved.get(name, [])[:2] != kind:
             raise ValueError(f"{name} is {saved.get(name, ['missing'])[:2]} there, {kind} here")

@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from nanojaxgpt import config
 from nanojaxgpt.errors import ConfigError, DataError
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "ml-collections", "numpy")
+STEP = re.compile("0|[1-9][0-9]*")  # the name of a checkpoint's folder
 
 
 def load_run(run: Path) -> ConfigDict:
@@ -28,6 +30,15 @@ def load_run(run: Path) -> ConfigDict:
         hint = f"; there is {', '.join(near)}" if near else ""
         raise ConfigError(f"{run} is no run: it has no config.json{hint}")
     return config.from_json(path.read_bytes().decode(errors="replace"), str(path))
+
+
+def saved_steps(folder: Path) -> list[int]:
+    """Return the steps whose checkpoints in `folder` are complete, oldest first.
+
+    The folder is asked, not a live Orbax manager, which also names saves that failed.
+    """
+    paths = Path(folder).glob("*")
+    return sorted(int(p.name) for p in paths if STEP.fullmatch(p.name) and p.is_dir())
 
 
 def enter_run(run: Path, cfg: ConfigDict) -> list[tuple[str, Any, Any]]:

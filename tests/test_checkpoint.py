@@ -1,5 +1,7 @@
 """Checkpoints: what is kept, what a fingerprint catches, and what happens to broken ones."""
 
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -122,6 +124,32 @@ def test_weights_altered_in_a_valid_file_are_caught(tmp_path):
     step, _ = restore(tmp_path / "c", abstract(), report=said.append)
     assert step == 1
     assert "not the numbers that were saved" in said[0]
+
+
+@pytest.mark.parametrize("how", ["renamed", "contents moved"])
+def test_a_checkpoint_under_another_steps_name_is_passed_over(tmp_path, how):
+    save(tmp_path / "c", [20, 25])
+    if how == "renamed":
+        (tmp_path / "c" / "25").rename(tmp_path / "c" / "39")
+    else:
+        shutil.rmtree(tmp_path / "c" / "25")
+        shutil.copytree(tmp_path / "c" / "20", tmp_path / "c" / "25")
+    newest, said = saved_steps(tmp_path / "c")[-1], []
+    step, items = restore(tmp_path / "c", abstract(), report=said.append)
+    assert (step, int(items["params"]["count"])) == (20, 20)
+    holds = 25 if how == "renamed" else 20
+    assert f"c/{newest} is unusable: it holds step {holds}" in said[0]
+    with pytest.raises(CheckpointError, match=f"tried \\[{newest}\\]"):
+        restore(tmp_path / "c", abstract(), step=newest, report=said.append)
+
+
+def test_only_folders_named_by_a_step_are_checkpoints(tmp_path):
+    save(tmp_path / "c", [1, 2])
+    for name in ("²", "٣", "007", "latest", "3.orbax-checkpoint-tmp"):
+        (tmp_path / "c" / name).mkdir()
+    (tmp_path / "c" / "9").write_text("a file")
+    assert saved_steps(tmp_path / "c") == [1, 2]
+    assert restore(tmp_path / "c", abstract())[0] == 2
 
 
 def test_another_shape_or_dtype_is_refused(tmp_path):
