@@ -3,18 +3,36 @@
 jax is imported by the verbs, after the config is read: a mistake in it is answered at once.
 """
 
-import json
 import sys
+
+from nanojaxgpt.hosts import process
+
+if __name__ == "__main__":
+    process.end_at_signals()
+
+import json
 import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from nanojaxgpt import __version__, config, rundir
+from nanojaxgpt import __version__, config, console, rundir
 from nanojaxgpt.arguments import open_experiment, open_run, parse
-from nanojaxgpt.errors import INTERNAL, INTERRUPTED, OK, ConfigError, DataError, Stopped, UserError
-from nanojaxgpt.hosts import process
+from nanojaxgpt.console import warn
+from nanojaxgpt.errors import (
+    INTERNAL,
+    INTERRUPTED,
+    OK,
+    Answered,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    Stopped,
+    UserError,
+    out_of_space,
+)
 from nanojaxgpt.sweep.verb import sweep
+from nanojaxgpt.trackers import check_installed
 
 USAGE = """\
 nanojaxgpt VERB ...
@@ -51,6 +69,7 @@ def train(arguments: list[str]) -> None:
     given = (parsed.coordinator, parsed.num_processes, parsed.process_id)
     if not parsed.multihost and given != ("", -1, -1):
         raise ConfigError("--coordinator, --num_processes and --process_id go with --multihost")
+    check_installed(cfg.train.trackers)
     from nanojaxgpt.hosts.joining import joined
     from nanojaxgpt.train import fit
 
@@ -326,11 +345,6 @@ def reproduce(arguments: list[str]) -> None:
     print(path.read_text() + str(path))
 
 
-def warn(text: str) -> None:
-    """Print to the error stream, so that the output holds the result alone."""
-    print(text, file=sys.stderr, flush=True)
-
-
 VERBS: dict[str, Callable[[list[str]], None]] = {
     "train": train,
     "eval": evaluate,
@@ -344,28 +358,39 @@ VERBS: dict[str, Callable[[list[str]], None]] = {
 }
 
 
+# The commands whose results are files: their output may be lost, the work continues.
+WORKING = ("train", "prepare", "sweep", "reproduce", "coordcheck")
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Run one verb; return the exit code (see errors.py)."""
+    """Run one command; return the exit code (see errors.py)."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    try:
-        if not arguments or arguments[0] in ("-h", "--help", "help"):
-            print(USAGE, end="")
+    console.open_standard_streams()
+    name = arguments[0] if arguments else ""
+    with process.ending_at_signals(), console.guarded_output(optional=name in WORKING):
+        try:
+            run_command(name, arguments[1:])
+            sys.stdout.flush()
             return OK if arguments else ConfigError.exit_code
-        if arguments[0] == "--version":
-            print(__version__)
-            return OK
-        if arguments[0] not in VERBS:
-            raise ConfigError(config.unknown_name("verb", arguments[0], list(VERBS)))
+        except BaseException as error:
+            return explain(error)
+
+
+def run_command(name: str, arguments: list[str]) -> None:
+    """Run the command of this name, or print the help. Raises ConfigError for an unknown one."""
+    if name in ("", "-h", "--help", "help"):
+        print(USAGE, end="")
+    elif name == "--version":
+        print(__version__)
+    elif name in VERBS:
         process.keep_freed_memory()
-        with process.leave_at_sigterm():  # importing jax alone takes seconds
-            VERBS[arguments[0]](arguments[1:])
-        return OK
-    except BaseException as error:
-        return explain(error)
+        VERBS[name](arguments)
+    else:
+        raise ConfigError(config.unknown_name("verb", name, list(VERBS)))
 
 
 def explain(error: BaseException) -> int:
-    """Print what ended a verb, as far as it needs words; return the exit code."""
+    """Print what ended a command, as far as it needs words; return the exit code."""
     match error:
         case UserError():
             warn(f"error: {error}")
@@ -376,8 +401,16 @@ def explain(error: BaseException) -> int:
         case KeyboardInterrupt():
             return INTERRUPTED
         case BrokenPipeError():  # the reader, `head` say, has seen enough
-            sys.stdout = None
             return OK
+        case Answered():
+            raise error
+        case SystemExit(code=code):
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            warn(f"error: sys.exit({code!r}) was called by {place.filename}:{place.lineno}")
+            return code if isinstance(code, int) and code else ConfigError.exit_code
+        case OSError() if out_of_space(error):
+            warn(f"error: {error.filename or 'a file'}: {rundir.why(error, Path.cwd())}")
+            return CheckpointError.exit_code
         case Exception():
             traceback.print_exception(error)
             return INTERNAL

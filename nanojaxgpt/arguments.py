@@ -2,12 +2,12 @@
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from ml_collections import ConfigDict
 
 from nanojaxgpt import config, rundir
-from nanojaxgpt.errors import ConfigError
+from nanojaxgpt.errors import Answered, ConfigError
 
 
 class Parser(argparse.ArgumentParser):
@@ -16,6 +16,10 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
         """Raise ConfigError instead of leaving the process."""
         raise ConfigError(f"{message}; see nanojaxgpt {self.prog.split()[-1]} --help")
+
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        """Raise Answered, which tells --help from an experiment that calls sys.exit."""
+        raise Answered(status)
 
 
 def split_overrides(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
@@ -37,7 +41,7 @@ def split_overrides(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
 
 def parse(
     verb: str,
-    about: str,
+    about: str | None,
     arguments: list[str],
     options: dict[str, dict[str, Any]],
     path: tuple[str, str] = ("RUN", "the run directory"),
@@ -47,7 +51,7 @@ def parse(
     The first line of `about` heads the verb's --help; `path` is the name and the help of what
     stands without a flag.
     """
-    prog, first = f"nanojaxgpt {verb}", about.split("\n")[0]
+    prog, first = f"nanojaxgpt {verb}", (about or "").split("\n")[0]  # python -OO drops it
     parser = Parser(prog=prog, description=first, allow_abbrev=False)
     parser.add_argument("path", metavar=path[0], nargs="?", help=path[1])
     parser.add_argument("--run", default="", help="the same, as a flag")
@@ -66,7 +70,7 @@ def parse(
 
 
 def open_experiment(
-    verb: str, about: str, arguments: list[str], options: dict[str, dict[str, Any]]
+    verb: str, about: str | None, arguments: list[str], options: dict[str, dict[str, Any]]
 ) -> tuple[Any, ConfigDict]:
     """Return the parsed arguments of a verb that takes --config or a RUN, and the config."""
     settings = {"default": "", "help": "the experiment: FILE.py or FILE.py:VARIANT"}
@@ -79,7 +83,7 @@ def open_experiment(
 
 
 def open_run(
-    verb: str, about: str, arguments: list[str], options: dict[str, dict[str, Any]]
+    verb: str, about: str | None, arguments: list[str], options: dict[str, dict[str, Any]]
 ) -> tuple[Any, ConfigDict]:
     """Return the parsed arguments of a verb that reads a run, and the run's config."""
     step = {"default": "", "help": "a checkpoint's step, or best; default: the newest"}

@@ -15,7 +15,7 @@ from nanojaxgpt import sharding
 from nanojaxgpt.errors import CheckpointError
 from nanojaxgpt.hosts.team import ALONE, Team
 from nanojaxgpt.model import ModelConfig, init_params
-from nanojaxgpt.rundir import saved_steps
+from nanojaxgpt.rundir import saved_steps, why
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports its every move
 
@@ -88,13 +88,14 @@ class Checkpoints:
     """The checkpoints of one run that is training: `folder/STEP/{params,opt_state,...,meta}`."""
 
     def __init__(self, folder: Path, keep: Keep) -> None:
-        self.folder = Path(folder)
+        self.folder, self.saved = Path(folder), 0
         options = ocp.CheckpointManagerOptions(preservation_policy=keep)
         self.manager = ocp.CheckpointManager(self.folder.absolute(), options=options)
 
     def save(self, step: int, items: dict[str, Any]) -> None:
         """Start to save trees by their names; the arrays may be donated as soon as this returns."""
         meta = {"step": step, "leaves": describe(items)}
+        self.saved = step
         try:
             self.manager.check_for_errors()
             self.manager.save(
@@ -105,16 +106,25 @@ class Checkpoints:
                 ),
             )
         except Exception as error:
-            raise CheckpointError(f"can't save step {step} to {self.folder}: {error}") from error
+            raise self._failed(f"can't save step {step}", error) from error
 
     def close(self) -> None:
-        """Wait until everything is on disk. Raises CheckpointError where it is not."""
+        """Wait until everything is on disk, and look. Raises CheckpointError where it is not."""
         try:
             self.manager.wait_until_finished()
             self.manager.check_for_errors()
             self.manager.close()
         except Exception as error:
-            raise CheckpointError(f"the last save to {self.folder} failed: {error}") from error
+            raise self._failed(f"can't save step {self.saved}", error) from error
+        first = jax.process_index() == 0  # to the others a shared file system may show it later
+        if first and self.saved and self.saved not in saved_steps(self.folder):
+            raise CheckpointError(f"step {self.saved} was saved, but is no more in {self.folder}")
+
+    def _failed(self, what: str, error: Exception) -> CheckpointError:
+        """Return the error for a save that failed; a failure may come out at a later one."""
+        steps = saved_steps(self.folder)
+        newest = f"step {steps[-1]} is the newest saved" if steps else "nothing was saved"
+        return CheckpointError(f"{what} to {self.folder}: {why(error, self.folder)}; {newest}")
 
 
 def restore(

@@ -99,10 +99,13 @@ RANGES: dict[str, tuple[float, float]] = {
     "sample.seed": _COUNT,
 }
 
+TRACKERS = ("jsonl", "tensorboard", "wandb", "trackio")
+
 # What the tuples hold.
 TUPLES: dict[str, type] = {
     "model.windows": int,
     "data.mixture": str,
+    "train.trackers": str,
     "optim.rate_multipliers": str,
 }
 
@@ -164,6 +167,9 @@ def partner_problems(cfg: ConfigDict) -> list[str]:
             f"model.seq_len={model.seq_len} does not divide by "
             f"train.loss_chunks={train.loss_chunks}"
         )
+    for name in train.trackers:
+        if name not in TRACKERS:
+            problems.append(f"train.trackers={name!r} must be one of {', '.join(TRACKERS)}")
     if list(cfg.mesh.values()).count(-1) > 1:
         problems.append(f"only one mesh axis can be -1 (the rest): {dict(cfg.mesh)}")
     if 0 in cfg.mesh.values():

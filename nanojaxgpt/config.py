@@ -125,6 +125,7 @@ def base_config() -> ConfigDict:
             z_loss=0.0,  # weight of log(Z)^2
             loss_chunks=1,  # parts of the sequence whose logits exist at once
             log_every_steps=10,
+            trackers=("jsonl",),  # jsonl, tensorboard, wandb, trackio; docs/trackers.md
             hang_timeout_seconds=300.0,  # and 10 median steps without an end: exit 70; 0: off
         )
     )
@@ -167,7 +168,7 @@ def base_config() -> ConfigDict:
 
 # What may change when a run goes on: none of it changes the function that is being trained.
 FREE_ON_RESUME = re.compile(
-    r"(mesh|eval|checkpoint|sample)\..*|train\.(log_every_steps|hang_timeout_seconds)"
+    r"(mesh|eval|checkpoint|sample)\..*|train\.(log_every_steps|hang_timeout_seconds|trackers)"
     r"|data\.(cache_dir|tfds_dir|manual_dir|num_workers|prefetch_batches)|model\.(attention|unroll|remat)"
 )
 

@@ -1,9 +1,23 @@
 """The errors a user can meet, each with its exit code; anything else is a bug and exits 70."""
 
+import errno
+
 OK = 0
 INTERNAL = 70
 PREEMPTED = 75  # EX_TEMPFAIL: start me again and I go on
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
+
+
+def out_of_space(error: BaseException | None) -> bool:
+    """Return whether a full disk or quota is behind an error, whatever a library made of it."""
+    seen: list[BaseException] = []
+    while error is not None and error not in seen:
+        seen.append(error)
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        if full or "No space left on device" in str(error) or "quota exceeded" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 class UserError(Exception):
@@ -46,3 +60,7 @@ class Stopped(BaseException):
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+class Answered(SystemExit):
+    """--help was printed: there is nothing more to do. Any other SystemExit is somebody else's."""

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,16 +10,18 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from nanojaxgpt import checkpoint, metrics
+from nanojaxgpt import checkpoint, console, flops, metrics
 from nanojaxgpt.data.loader import Data, fetch_ahead
 from nanojaxgpt.data.rows import Batch, Ramp, make_ramp
-from nanojaxgpt.errors import NonFiniteError
+from nanojaxgpt.errors import CheckpointError, NonFiniteError
 from nanojaxgpt.hosts.process import StopRequest
 from nanojaxgpt.hosts.team import ALONE, Team
 from nanojaxgpt.hosts.watchdog import Watchdog
 from nanojaxgpt.model import ModelConfig
 from nanojaxgpt.optim import Averaged
 from nanojaxgpt.step import TrainState, make_hyper
+
+STEP = "the training step"  # what is compiled
 
 
 def ignore(step: int) -> None:
@@ -59,8 +62,8 @@ class Loop:
         self.team = team
         self.writer = self.progress = metrics.NoMetrics()
         if team.first:
-            self.writer = metrics.MetricsWriter(run, start)
-            self.progress = metrics.Progress(cfg.train.num_steps, start)
+            self.progress = console.Progress(cfg.train.num_steps, start)
+            self.writer = metrics.MetricsWriter(run, start, cfg, self.progress.say)
         self.losses = dict(team.decide(lambda: list(metrics.validation_losses(run).items())))
         kept = cfg.checkpoint
         keep = checkpoint.Keep(
@@ -70,8 +73,8 @@ class Loop:
         self.saved = start
         model_cfg, seq_len = ModelConfig(**cfg.model), cfg.model.seq_len
         self.ramp = train_ramp(cfg)
-        peak = metrics.peak_flops(job.mesh.devices.flat[0].device_kind) * job.mesh.size
-        self.mfu_per_token = metrics.train_flops(model_cfg, seq_len) / seq_len / peak if peak else 0
+        peak = flops.peak_flops(job.mesh.devices.flat[0].device_kind) * job.mesh.size
+        self.mfu_per_token = flops.train_flops(model_cfg, seq_len) / seq_len / peak if peak else 0
         self.unread: tuple[int, dict[str, jax.Array]] | None = None
         self.clock, self.clock_step = 0.0, start
 
@@ -94,7 +97,9 @@ class Loop:
                 )
                 if grows:
                     self.read()
-                state, numbers = self.job.train_step(state, batch, hyper)
+                first = grows or step == self.start + 1
+                with self.progress.compiling(STEP) if first else nullcontext():
+                    state, numbers = self.job.train_step(state, batch, hyper)
                 self.read()
                 if grows:
                     self.progress.say(
@@ -106,12 +111,14 @@ class Loop:
             if last not in self.losses:
                 self.validate(last, state)
         except Exception:
-            # What is being saved would be lost as the process ends.
-            self.team.bounded(self.checkpoints.close)
+            # What is being saved would be lost as the process ends; the first error is the cause.
+            with suppress(CheckpointError):
+                self.team.bounded(self.checkpoints.close)
             raise
         finally:
             self.stop.deferred = False
             self.watchdog.close()
+            self.progress.close()
             self.writer.close()
         self.checkpoints.close()
         return state
@@ -156,6 +163,7 @@ class Loop:
         if skipped:
             self.progress.say(f"step {step}: {why}; its update was left out")
             return
+        self.progress.advance(step)
         now = time.monotonic()
         if not self.progress.began:
             self.progress.began = self.clock = now

@@ -7,16 +7,17 @@ import json
 import os
 import platform
 import re
+import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from nanojaxgpt import config
-from nanojaxgpt.errors import ConfigError, DataError
+from nanojaxgpt.errors import CheckpointError, ConfigError, DataError, UserError, out_of_space
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "ml-collections", "numpy")
 STEP = re.compile("0|[1-9][0-9]*")  # the name of a checkpoint's folder
@@ -65,17 +66,53 @@ def enter_run(run: Path, cfg: ConfigDict) -> list[tuple[str, Any, Any]]:
 @contextmanager
 def own_run(run: Path) -> Iterator[None]:
     """Make the run directory and hold its lock. Raises ConfigError where it can't be had."""
-    try:
+    with writing(run, ConfigError):
         Path(run).mkdir(parents=True, exist_ok=True)
         lock = open(Path(run) / "lock", "w")  # noqa: SIM115
-    except OSError as error:
-        raise ConfigError(f"can't write to the run directory {run}: {error.strerror}") from error
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ConfigError(f"another process is training in {run}") from None
         yield
+
+
+@contextmanager
+def writing(run: Path, kind: type[UserError]) -> Iterator[None]:
+    """Raise `kind` where the context can't write to the run directory."""
+    try:
+        yield
+    except OSError as error:
+        raise kind(f"can't write to the run directory {run}: {why(error, run)}") from error
+
+
+def why(error: BaseException, folder: Path) -> str:
+    """Return in one line why writing to `folder` failed: that its disk is full, before the rest."""
+    if out_of_space(error):
+        with suppress(OSError):
+            free = shutil.disk_usage(folder).free
+            return f"no space left on the device ({free:,} bytes free); free some and rerun"
+        return "no space left on the device"
+    text = getattr(error, "strerror", None) or str(error).strip()
+    return text.split("\n")[0][:300] or type(error).__name__
+
+
+def identify(run: Path) -> tuple[int, int] | None:
+    """Return what tells this directory from another of the same name; None: there is none."""
+    try:
+        found = os.stat(run)
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def check_present(run: Path, identity: tuple[int, int] | None) -> None:
+    """Raise CheckpointError where the run directory is no more the one of this `identity`."""
+    if identify(run) != identity:
+        raise CheckpointError(
+            f"the run directory {run} was deleted or moved during training: nothing can be saved "
+            "there; move it back, or start again"
+        )
 
 
 def write_text(path: Path, text: str) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from nanojaxgpt import checkpoint, metrics, sharding
+from nanojaxgpt import checkpoint, console, metrics, rundir, sharding
 from nanojaxgpt.config import cache_dir
 from nanojaxgpt.data.loader import Data, fetch_ahead, open_data
 from nanojaxgpt.data.rows import (
@@ -25,7 +25,7 @@ from nanojaxgpt.data.rows import (
     read_batch,
 )
 from nanojaxgpt.data.sources import DataConfig
-from nanojaxgpt.errors import ConfigError, DataError
+from nanojaxgpt.errors import CheckpointError, ConfigError, DataError
 from nanojaxgpt.evaluate import evaluate, make_eval_step
 from nanojaxgpt.hosts.joining import preflight
 from nanojaxgpt.hosts.process import StopRequest, stop_signals
@@ -46,6 +46,7 @@ from nanojaxgpt.step import (  # noqa: F401 - what a job is made of is found her
     make_train_step,
     traced_multipliers,
 )
+from nanojaxgpt.trackers import check_installed
 
 
 def resolve(cfg: ConfigDict, data: Data) -> ConfigDict:
@@ -180,8 +181,19 @@ def fit(
         preflight(team, cfg, run)
         state = train_job(open_job(cfg, loss_fn, report, team), run, stop, report, team)
         if team.first:
-            metrics.plot_losses(metrics.read_metrics(run), run / "loss.png", run.name)
+            end_run(run, report)
         return state
+
+
+def end_run(run: Path, report: Callable[[str], None]) -> None:
+    """Plot the losses of a run that is at its last step, and report where it ended."""
+    records = metrics.read_metrics(run)
+    with rundir.writing(run, CheckpointError):
+        metrics.plot_losses(records, run / "loss.png", run.name)
+    saved = rundir.saved_steps(run / "checkpoints")
+    report(f"finished {run} at step {saved[-1]}")
+    for line in console.summary(run, records, saved):
+        report(line)
 
 
 def ignore(text: str) -> None:
@@ -195,12 +207,20 @@ def open_job(
     team: Team = ALONE,
 ) -> Job:
     """Return the job of a config, its data and its mesh opened. Raises ConfigError, DataError."""
+    if team.first:
+        check_installed(cfg.train.trackers)
     data = prepare_together(cfg, report, team)
     return make_job(resolve(cfg, data), data, sharding.make_mesh(cfg.mesh), loss_fn)
 
 
 def begin_run(job: Job, run: Path, report: Callable[[str], None]) -> None:
     """Write what identifies the run into its directory, or check it against what is there."""
+    with rundir.writing(run, ConfigError):
+        write_run(job, run, report)
+
+
+def write_run(job: Job, run: Path, report: Callable[[str], None]) -> None:
+    """Do the work of `begin_run`; raises OSError where it can't write."""
     for name, old, new in enter_run(run, job.cfg):
         report(f"changed since the run began: {name} {old!r} -> {new!r}")
     (run / "tokenizer").mkdir(exist_ok=True)

@@ -10,9 +10,11 @@ PACKAGE = "nanojaxgpt"
 FLOORS = {
     0: {"", "errors", "model", "attention", "loss", "optim", "sharding", "data.tokenizers",
         "data.subwords", "projection", "probe", "scaling", "data.rows", "data.tasks", "sweep",
-        "sweep.space", "rehearse.chips", "rehearse.collectives"},
+        "sweep.space", "rehearse.chips", "rehearse.collectives",
+        "flops", "console"},
     1: {"config", "rundir", "arguments", "hosts", "hosts.process", "hosts.lifeline", "hosts.team",
-        "hosts.joining", "hosts.watchdog", "checkpoint", "metrics", "sample", "evaluate", "data",
+        "hosts.joining", "hosts.watchdog", "checkpoint", "metrics", "trackers", "sample",
+        "evaluate", "data",
         "data.sources", "data.sources.documents", "data.sources.files", "data.sources.stdlib",
         "data.sources.tfds", "data.sources.builders", "data.sources.hub",
         "data.shards", "data.store", "data.packing", "data.loader", "data.show", "checks"},
@@ -20,7 +22,7 @@ FLOORS = {
         "sweep.run", "sweep.report", "sweep.search", "sweep.slurm", "sweep.verb",
         "rehearse", "rehearse.flops", "rehearse.targets", "rehearse.estimate", "rehearse.step",
         "rehearse.search", "rehearse.report", "step", "loop", "paper", "reproduce"},
-    3: {"__main__"},
+    3: {"__main__", "start"},
 }  # fmt: skip
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
 NO_JAX = ("jax", "jaxlib", "flax", "optax", "orbax")
@@ -98,9 +100,20 @@ def test_no_rooms_import_each_other():
     assert cycle(USES) == []
 
 
-EARLY = {"", "__main__", "arguments", "checks", "config", "errors", "rundir", "paper"} | {
-    f"sweep.{name}" for name in ("space", "plan", "claims", "launch")
-}
+EARLY = {
+    "",
+    "__main__",
+    "arguments",
+    "checks",
+    "config",
+    "errors",
+    "rundir",
+    "paper",
+    "start",
+    "console",
+    "metrics",
+    "trackers",
+} | {f"sweep.{name}" for name in ("space", "plan", "claims", "launch")}
 
 
 @pytest.mark.parametrize(

@@ -1,22 +1,15 @@
-"""FLOPs by hand and by nanoGPT's count; records, the progress line and the plot."""
+"""FLOPs by hand and by nanoGPT's count; the record of a run and its plot."""
 
-import io
 import json
+import shutil
 
 import pytest
 from conftest import small_model
 
-from nanojaxgpt.metrics import (
-    MetricsWriter,
-    Progress,
-    duration,
-    forward_flops,
-    peak_flops,
-    plot_losses,
-    read_metrics,
-    train_flops,
-    validation_losses,
-)
+from nanojaxgpt.config import base_config
+from nanojaxgpt.errors import CheckpointError
+from nanojaxgpt.flops import forward_flops, peak_flops, train_flops
+from nanojaxgpt.metrics import MetricsWriter, plot_losses, read_metrics, validation_losses
 
 GPT2 = dict(num_layers=12, embed_dim=768, num_heads=12, seq_len=1024, vocab_size=50257)
 
@@ -65,83 +58,65 @@ def test_a_torn_line_is_left_out(tmp_path):
     assert validation_losses(tmp_path) == {1: 2.25}
 
 
+DAMAGED = [
+    b'{"step": 2, "loss": 2.\x80}', b"7", b"null", b'{"loss": 1.0}', b'{"step": "3", "loss": 1.0}',
+    b'{"step": true, "loss": 1.0}', b'{"step": -1, "loss": 1.0}', b'{"step": 3, "loss": "x"}',
+    b'{"step": 3.5}', b"[" * 50_000, b'{"step": ' + b"9" * 5000 + b"}", b"", b"\0\0\0",
+]  # fmt: skip
+
+
+def test_damaged_lines_are_left_out_and_reported_once(tmp_path):
+    whole = [{"step": 1, "loss": 2.5}, {"step": 3, "validation_loss": 2.25}]
+    first, last = (json.dumps(record).encode() for record in whole)
+    path, said = tmp_path / "metrics.jsonl", []
+    path.write_bytes(b"\n".join([first, *DAMAGED, last]) + b'\n{"step": 4, "lo')
+    assert read_metrics(tmp_path, said.append) == whole
+    number, lines = len(DAMAGED), len(DAMAGED) + 2
+    assert said == [f"WARNING: {number} of {lines} lines of {path} are damaged; left out"]
+    assert validation_losses(tmp_path) == {3: 2.25}
+    open_writer(tmp_path, 9, said.append).close()
+    assert len(said) == 2
+    open_writer(tmp_path, 9, said.append).close()
+    assert len(said) == 2  # the second start finds a whole file
+    assert read_metrics(tmp_path) == whole
+
+
+def open_writer(run, start, report=print) -> MetricsWriter:
+    return MetricsWriter(run, start, base_config(), report)
+
+
 def test_writer_drops_what_a_resumed_run_does_again(tmp_path):
-    writer = MetricsWriter(tmp_path, 0)
+    writer = open_writer(tmp_path, 0)
     for step in range(1, 6):
         writer.write(step, loss=1.0 * step)
     writer.close()
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 6, "l')
-    writer = MetricsWriter(tmp_path, 3)
+    writer = open_writer(tmp_path, 3)
     assert [r["step"] for r in read_metrics(tmp_path)] == [1, 2, 3]
     writer.write(4, loss=40.0)
     assert read_metrics(tmp_path)[-1] == {"step": 4, "loss": 40.0}  # readable at once
     writer.close()
     assert [r["loss"] for r in read_metrics(tmp_path)] == [1, 2, 3, 40]
-    assert list((tmp_path / "tensorboard").iterdir())
-    assert not list(tmp_path.glob("*partial*"))
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
-class Terminal(io.StringIO):
-    """Text that says it goes to a terminal."""
-
-    def isatty(self):
-        return True
-
-
-VALUES = {"loss": 2.5, "learning_rate": 1e-3, "tokens_per_second": 1234.5}
-
-
-def show(out) -> str:
-    progress = Progress(1000, 0, out)
-    progress.step(1, VALUES | {"mfu": 0.25})
-    progress.began = 1e-9
-    progress.step(2, VALUES)
-    progress.step(3, VALUES)
-    progress.say("step 3: saved")
-    progress.step(4, VALUES)
-    return out.getvalue()
-
-
-def test_elsewhere_than_on_a_terminal_each_record_is_a_line():
-    text = show(io.StringIO())
-    lines = text.splitlines()
-    assert "\r" not in text
-    assert "\x1b" not in text
-    assert len(lines) == 5
-    assert lines[0] == "step    1/1000  loss 2.5000  lr 1.00e-03  1,234 tokens/s  MFU 25.0%"
-    assert lines[1].endswith(" left")
-    assert "MFU" not in lines[1]
-    assert lines[3] == "step 3: saved"
-
-
-def test_on_a_terminal_one_line_rewrites_itself():
-    text = show(Terminal())
-    assert text.count("\n") == 1  # what is said stays
-    before, after = text.split("step 3: saved\n")
-    frames = before.split("\r")[1:]
-    assert [frame.split("/")[0] for frame in frames[:3]] == [f"step    {n}" for n in (1, 2, 3)]
-    widths = [len(frame) for frame in frames[:3]]
-    assert widths == sorted(widths)  # nothing of a longer line is left over
-    assert frames[3].strip() == ""
-    assert len(frames[3]) >= len(frames[2].rstrip())
-    assert after.startswith("\rstep    4/1000")
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        (0, "0 s"),
-        (59.4, "59 s"),
-        (59.6, "1 min 00 s"),
-        (185, "3 min 05 s"),
-        (3599.7, "1 h 00 min"),
-        (2 * 3600 + 7 * 60 + 50, "2 h 07 min"),
-        (100 * 3600, "100 h 00 min"),
-    ],
-)
-def test_duration(seconds, text):
-    assert duration(seconds) == text
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_run_directory_that_was_deleted_is_noticed_at_the_next_record(replaced, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    writer = open_writer(run, 0)
+    writer.write(1, loss=1.0)
+    run.rename(tmp_path / "moved")
+    if replaced:
+        run.mkdir()
+    with pytest.raises(CheckpointError, match=f"{run} was deleted or moved during training"):
+        writer.write(2, loss=1.0)
+    shutil.rmtree(run, ignore_errors=True)
+    (tmp_path / "moved").rename(run)
+    writer.write(2, loss=1.0)
+    writer.close()
+    assert [r["step"] for r in read_metrics(run)] == [1, 2]
 
 
 @pytest.mark.parametrize("records", [[], [{"step": 1, "loss": float("nan")}], [

@@ -13,8 +13,8 @@ from nanojaxgpt import attention, sharding
 from nanojaxgpt.__main__ import main
 from nanojaxgpt.config import base_config, load_config, override_config
 from nanojaxgpt.errors import ConfigError
+from nanojaxgpt.flops import forward_flops
 from nanojaxgpt.hosts import process
-from nanojaxgpt.metrics import forward_flops
 from nanojaxgpt.model import ModelConfig
 from nanojaxgpt.rehearse import estimate, report, search, step, targets
 from nanojaxgpt.rehearse.chips import CHIPS, GIB, parse_topology

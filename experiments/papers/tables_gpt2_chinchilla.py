@@ -148,7 +148,7 @@ def chinchilla_params(cfg: "ModelConfig") -> int:
 
 def flop_ratio(cfg: "ModelConfig", ends: bool = False) -> float:
     """Return FLOPs by Appendix F over 6ND; `ends`: with embedding and logits, as it is printed."""
-    from nanojaxgpt.metrics import forward_flops
+    from nanojaxgpt.flops import forward_flops
 
     length = cfg.seq_len
     logits = 2 * length * cfg.embed_dim * cfg.vocab_size
@@ -203,12 +203,12 @@ def flops() -> list[Claim]:
     """Return the claims about FLOPs: those of GPT-2 small, and the ratios of Table A4."""
 
     def train() -> int:
-        from nanojaxgpt.metrics import train_flops
+        from nanojaxgpt.flops import train_flops
 
         return train_flops(gpt2("small"), 1024)
 
     def forward() -> int:
-        from nanojaxgpt.metrics import forward_flops
+        from nanojaxgpt.flops import forward_flops
 
         return forward_flops(gpt2("small"), 1024)
 

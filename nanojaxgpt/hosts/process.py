@@ -4,8 +4,9 @@ import ctypes
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
+from typing import Any
 
 from nanojaxgpt.errors import INTERRUPTED, PREEMPTED, Stopped
 
@@ -46,21 +47,29 @@ class StopRequest:
         return Stopped(message, INTERRUPTED if self.signal == signal.SIGINT else PREEMPTED)
 
 
-@contextmanager
-def leave_at_sigterm() -> Iterator[None]:
-    """End the process at SIGTERM with its exit code, for as long as there is nothing to save.
+def end_at_signals() -> dict[int, Any]:
+    """Have SIGTERM and Ctrl-C end the process with their exit codes; return the handlers before.
 
-    Without an exception: raised while jaxlib is imported it ends in a segmentation fault.
+    For as long as there is nothing to save. No exception is raised: while libraries are imported
+    some swallow it or report another error, and in jaxlib it ends in a segmentation fault. Outside
+    the main thread, where Python allows no handlers, nothing changes.
     """
-    try:
-        old = signal.signal(signal.SIGTERM, lambda number, frame: os._exit(PREEMPTED))
-    except ValueError:  # not the main thread
-        yield
-        return
+    old = {}
+    for number, code in ((signal.SIGTERM, PREEMPTED), (signal.SIGINT, INTERRUPTED)):
+        with suppress(ValueError):
+            old[number] = signal.signal(number, lambda *_, code=code: os._exit(code))
+    return old
+
+
+@contextmanager
+def ending_at_signals() -> Iterator[None]:
+    """Do as `end_at_signals` while the context lasts."""
+    old = end_at_signals()
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, old)
+        for number, handler in old.items():
+            signal.signal(number, handler)
 
 
 @contextmanager

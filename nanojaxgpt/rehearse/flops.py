@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
-from nanojaxgpt.metrics import attention_flops, train_flops
+from nanojaxgpt.flops import attention_flops, train_flops
 from nanojaxgpt.model import ModelConfig
 
 

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from nanojaxgpt import sharding
 from nanojaxgpt.data.rows import Batch
-from nanojaxgpt.metrics import attention_flops, train_flops
+from nanojaxgpt.flops import attention_flops, train_flops
 from nanojaxgpt.model import ModelConfig, count_params
 from nanojaxgpt.rehearse import estimate
 from nanojaxgpt.rehearse.collectives import Program, read_collectives

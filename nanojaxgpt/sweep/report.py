@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from nanojaxgpt import config, metrics
+from nanojaxgpt import config, console, metrics
 from nanojaxgpt.errors import ConfigError
 from nanojaxgpt.rundir import write_text
 from nanojaxgpt.sweep.claims import is_running, read_outcome, run_path
@@ -174,7 +174,7 @@ def summary(
     lines = [
         f"{len(results)} of {count(len(trials), 'trial')} ended: "
         f"{count_states(result.state for result in results)}; "
-        f"{metrics.duration(sum(result.seconds for result in results))} of training",
+        f"{console.duration(sum(result.seconds for result in results))} of training",
         "",
     ]
     for row in rows:

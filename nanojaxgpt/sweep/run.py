@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 import jax
 from ml_collections import ConfigDict
 
-from nanojaxgpt import metrics
+from nanojaxgpt import console, metrics
 from nanojaxgpt.errors import ConfigError, NonFiniteError
 from nanojaxgpt.hosts.process import StopRequest, stop_signals
 from nanojaxgpt.rundir import own_run
@@ -92,7 +92,7 @@ class Sweep(NamedTuple):
         loss = f", validation loss {losses[max(losses)]:.4f}" if losses else ""
         self.report(
             f"{known - len(self.missing())}/{known + left} {trial.name} {state}{loss}, "
-            f"{metrics.duration(seconds)}: {show_point(trial.point)}"
+            f"{console.duration(seconds)}: {show_point(trial.point)}"
         )
 
 

@@ -21,6 +21,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from nanojaxgpt import checkpoint, metrics, sharding
+from nanojaxgpt.console import warn
 from nanojaxgpt.data.loader import fetch_ahead
 from nanojaxgpt.errors import ConfigError
 from nanojaxgpt.hosts.process import StopRequest
@@ -178,7 +179,7 @@ class Follower:
             first = start_state(job, run, print)
         self.first = jax.device_get(first)  # one device has no room for all of them
         self.start, self.ramp = int(first.step), train_ramp(job.cfg)
-        self.writer = metrics.MetricsWriter(run, self.start)
+        self.writer = metrics.MetricsWriter(run, self.start, job.cfg, warn)
         self.losses = metrics.validation_losses(run)
         kept = job.cfg.checkpoint
         keep = checkpoint.Keep(

@@ -1,0 +1,204 @@
+"""The terminal: output that may fail, the progress of a run, its summary."""
+
+import math
+import os
+import shlex
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from pathlib import Path
+from typing import Any, TextIO
+
+from nanojaxgpt.errors import ConfigError
+
+COMPILE_SECONDS = 1.0  # a compilation that takes longer is reported
+
+
+def warn(text: str) -> None:
+    """Print to the error stream, so that the output holds the result alone."""
+    print(text, file=sys.stderr, flush=True)
+
+
+class Output:
+    """A text stream that calls `failed` at the first write that fails; later writes are dropped."""
+
+    def __init__(self, stream: TextIO, failed: Callable[[Exception], None]) -> None:
+        self.stream, self.failed, self.dropping = stream, failed, False
+        with suppress(AttributeError, ValueError):  # a test's or a notebook's stream may lack it
+            stream.reconfigure(errors="backslashreplace", line_buffering=True)  # type: ignore
+
+    def write(self, text: str) -> int:
+        """Write the text, or drop it."""
+        self._try(lambda: self.stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        """Pass on what was written."""
+        self._try(self.stream.flush)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def _try(self, action: Callable[[], object]) -> None:
+        if self.dropping:
+            return
+        try:
+            action()
+        except (OSError, ValueError) as error:  # ValueError: the stream was closed
+            self.dropping = True
+            self._discard()
+            self.failed(error)
+
+    def _discard(self) -> None:
+        """Send what the stream still holds to nowhere: the interpreter flushes it as it ends."""
+        with suppress(OSError, ValueError):
+            if self.stream.fileno() in (1, 2):
+                null = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(null, self.stream.fileno())
+                os.close(null)
+
+
+def open_standard_streams() -> None:
+    """Open stdin, stdout and stderr on the null device where the process was started without.
+
+    Else the next file that is opened, a run's metrics say, would take their number, and receive
+    what libraries print.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
+
+
+@contextmanager
+def guarded_output(optional: bool) -> Iterator[None]:
+    """Guard stdout and stderr while the context lasts.
+
+    With `optional`, output that can't be written is dropped with a note on stderr. Else a closed
+    pipe raises BrokenPipeError, and another failure ConfigError.
+    """
+
+    def note(error: Exception) -> None:
+        warn(f"can't write to the output ({reason(error)}); continuing without it")
+
+    def refuse(error: Exception) -> None:
+        if isinstance(error, BrokenPipeError):
+            raise error
+        raise ConfigError(f"can't write to the output: {reason(error)}") from error
+
+    def ignore(error: Exception) -> None:
+        pass
+
+    out = Output(sys.stdout, note if optional else refuse)
+    with redirect_stdout(out), redirect_stderr(Output(sys.stderr, ignore)):  # type: ignore
+        yield
+
+
+def reason(error: Exception) -> str:
+    """Return what an exception says, without its number and file."""
+    return getattr(error, "strerror", None) or str(error)
+
+
+class Progress:
+    """The steps of a run: a bar on a terminal; elsewhere a plain line for each record."""
+
+    def __init__(self, num_steps: int, start_step: int, out: TextIO | None = None) -> None:
+        self.num_steps, self.start_step = num_steps, start_step
+        self.out = out or sys.stdout
+        self.began = 0.0  # set after the first step: compilation does not count
+        self.bar = None
+        if self.out.isatty() and start_step < num_steps:
+            from tqdm import tqdm
+
+            self.bar = tqdm(
+                total=num_steps, initial=start_step, file=self.out, dynamic_ncols=True,
+                bar_format="step {n_fmt}/{total_fmt} |{bar:20}| {desc}",
+            )  # fmt: skip
+
+    def advance(self, step: int) -> None:
+        """Show that a step was done."""
+        if self.bar is not None:
+            self.bar.update(step - self.bar.n)
+
+    def step(self, step: int, values: dict[str, float]) -> None:
+        """Show a training record."""
+        left = ""
+        if self.began and step > self.start_step + 1:
+            per_step = (time.monotonic() - self.began) / (step - self.start_step - 1)
+            left = f"  {duration(per_step * (self.num_steps - step))} left"
+        mfu = f"  MFU {values['mfu']:.1%}" if "mfu" in values else ""
+        text = (
+            f"loss {values['loss']:.4f}  lr {values['learning_rate']:.2e}  "
+            f"{values['tokens_per_second']:,.0f} tokens/s{mfu}{left}"
+        )
+        if self.bar is None:
+            self.say(f"step {step:>{len(str(self.num_steps))}}/{self.num_steps}  {text}")
+        else:
+            self.advance(step)
+            self.bar.set_description_str(text)
+
+    def say(self, text: str) -> None:
+        """Print a line that stays."""
+        if self.bar is None:
+            print(text, file=self.out, flush=True)
+        else:
+            self.bar.write(text, file=self.out)
+
+    @contextmanager
+    def compiling(self, what: str) -> Iterator[None]:
+        """Report that something is compiled while the context lasts, if that takes long."""
+        timer = threading.Timer(COMPILE_SECONDS, self.say, [f"compiling {what} ..."])
+        timer.daemon = True
+        began = time.monotonic()
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+        seconds = time.monotonic() - began
+        if seconds > COMPILE_SECONDS:
+            self.say(f"compiled {what} in {duration(seconds)}")
+
+    def close(self) -> None:
+        """Leave the bar as it stands."""
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+
+def duration(seconds: float) -> str:
+    """Return seconds as text: 42 s, 3 min 05 s, 2 h 07 min."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60} min {seconds % 60:02} s"
+    return f"{seconds // 3600} h {seconds % 3600 // 60:02} min"
+
+
+def summary(run: Path, records: list[dict[str, Any]], saved: list[int]) -> Iterator[str]:
+    """Yield the lines that end a run: its losses, its checkpoint, the commands that use it.
+
+    `records` are those of metrics.jsonl, `saved` the steps of its checkpoints.
+    """
+    training = [(r["step"], r["loss"]) for r in records if "loss" in r]
+    found = [(r["step"], r["validation_loss"]) for r in records if "validation_loss" in r]
+    if training:
+        yield "  training loss    {1:.4f} at step {0}".format(*training[-1])
+    if found:
+        best = min(found, key=lambda pair: math.inf if math.isnan(pair[1]) else pair[1])
+        kept = "" if best[0] in saved else ", not kept as a checkpoint"
+        yield "  validation loss  {1:.4f} at step {0}".format(*found[-1])
+        yield "  best             {1:.4f} at step {0}{2}".format(*best, kept)
+    if saved:
+        yield f"  checkpoint       {run}/checkpoints/{saved[-1]}"
+    if (run / "loss.png").exists():
+        yield f"  plot             {run}/loss.png"
+    yield "next:"
+    yield f"  nanojaxgpt eval {shlex.quote(str(run))}"
+    yield f"  nanojaxgpt sample {shlex.quote(str(run))} --prompt=TEXT"
