@@ -367,9 +367,12 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     console.open_standard_streams()
     name = arguments[0] if arguments else ""
+    if "--verbose" not in arguments:
+        console.quiet_libraries()
     with process.ending_at_signals(), console.guarded_output(optional=name in WORKING):
         try:
             run_command(name, arguments[1:])
+            console.LIBRARY_ERRORS.report()
             sys.stdout.flush()
             return OK if arguments else ConfigError.exit_code
         except BaseException as error:

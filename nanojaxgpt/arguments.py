@@ -55,6 +55,8 @@ def parse(
     parser = Parser(prog=prog, description=first, allow_abbrev=False)
     parser.add_argument("path", metavar=path[0], nargs="?", help=path[1])
     parser.add_argument("--run", default="", help="the same, as a flag")
+    shown = "show the warnings of XLA, Orbax and other libraries"
+    parser.add_argument("--verbose", action="store_true", help=shown)
     for name, settings in options.items():
         parser.add_argument(f"--{name}", **settings)
     others, overrides = split_overrides(arguments)

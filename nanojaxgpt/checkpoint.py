@@ -1,6 +1,5 @@
 """Orbax checkpoints of a state, with a fingerprint of every leaf; full or params-only restore."""
 
-import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,12 +11,11 @@ from jax.sharding import Mesh
 from orbax.checkpoint import checkpoint_managers
 
 from nanojaxgpt import sharding
+from nanojaxgpt.console import LIBRARY_ERRORS
 from nanojaxgpt.errors import CheckpointError
 from nanojaxgpt.hosts.team import ALONE, Team
 from nanojaxgpt.model import ModelConfig, init_params
 from nanojaxgpt.rundir import saved_steps, why
-
-logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports its every move
 
 
 def fingerprint(tree: Any) -> dict[str, jax.Array]:
@@ -89,15 +87,18 @@ class Checkpoints:
 
     def __init__(self, folder: Path, keep: Keep) -> None:
         self.folder, self.saved = Path(folder), 0
-        options = ocp.CheckpointManagerOptions(preservation_policy=keep)
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=keep,
+            cleanup_tmp_directories=True,  # of saves that were killed or found the disk full
+        )
         self.manager = ocp.CheckpointManager(self.folder.absolute(), options=options)
 
     def save(self, step: int, items: dict[str, Any]) -> None:
         """Start to save trees by their names; the arrays may be donated as soon as this returns."""
         meta = {"step": step, "leaves": describe(items)}
+        self.check(wait=True)
         self.saved = step
         try:
-            self.manager.check_for_errors()
             self.manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -108,11 +109,19 @@ class Checkpoints:
         except Exception as error:
             raise self._failed(f"can't save step {step}", error) from error
 
+    def check(self, wait: bool = False) -> None:
+        """Raise CheckpointError where the last save failed, as far as is known or after a wait."""
+        try:
+            if wait:
+                self.manager.wait_until_finished()
+            self.manager.check_for_errors()
+        except Exception as error:
+            raise self._failed(f"can't save step {self.saved}", error) from error
+
     def close(self) -> None:
         """Wait until everything is on disk, and look. Raises CheckpointError where it is not."""
+        self.check(wait=True)
         try:
-            self.manager.wait_until_finished()
-            self.manager.check_for_errors()
             self.manager.close()
         except Exception as error:
             raise self._failed(f"can't save step {self.saved}", error) from error
@@ -151,6 +160,7 @@ def restore(
         except Exception as error:
             text = str(error).strip().split("\n")[0][:300]
             report(f"WARNING: the checkpoint {folder}/{candidate} is unusable: {text}")
+            LIBRARY_ERRORS.lines.clear()  # they were about this
     if steps:
         raise CheckpointError(
             f"no checkpoint in {folder} is usable; tried {[step] if step else steps}"

@@ -1,11 +1,13 @@
 """The terminal: output that may fail, the progress of a run, its summary."""
 
+import logging
 import math
 import os
 import shlex
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import Any, TextIO
 
 from nanojaxgpt.errors import ConfigError
 
+REPORTED_LINES = 5  # of the errors that libraries logged
 COMPILE_SECONDS = 1.0  # a compilation that takes longer is reported
 
 
@@ -97,6 +100,45 @@ def guarded_output(optional: bool) -> Iterator[None]:
     out = Output(sys.stdout, note if optional else refuse)
     with redirect_stdout(out), redirect_stderr(Output(sys.stderr, ignore)):  # type: ignore
         yield
+
+
+class LibraryErrors(logging.Handler):
+    """Keeps the first lines of what libraries log as errors, or can't raise anywhere."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep the first line of a record."""
+        self.lines += record.getMessage().strip().split("\n")[:1]
+
+    def unraisable(self, error: Any) -> None:
+        """Keep an exception of a destructor or a callback, as a sys.unraisablehook."""
+        self.lines.append(f"{error.exc_type.__name__}: {error.exc_value}".split("\n")[0])
+
+    def report(self) -> None:
+        """Print what was kept, once."""
+        for line in list(dict.fromkeys(self.lines))[:REPORTED_LINES]:
+            warn(f"WARNING: {line[:200]} (--verbose shows it in full)")
+        self.lines.clear()
+
+
+LIBRARY_ERRORS = LibraryErrors()
+
+
+def quiet_libraries() -> None:
+    """Keep what XLA, Orbax and asyncio log from the terminal; call it before jax is imported.
+
+    A failed save logs hundreds of lines, some after its exception was raised. Where a command
+    ends well, LIBRARY_ERRORS has what was logged only.
+    """
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # of XLA, which reads it once: errors only
+    for logger in map(logging.getLogger, ("absl", "asyncio")):
+        logger.addHandler(LIBRARY_ERRORS)  # once, however often
+        logger.propagate = False
+    sys.unraisablehook = LIBRARY_ERRORS.unraisable
+    warnings.filterwarnings("ignore", module=r"(jax|jaxlib|orbax|flax|tensorstore)\b")
 
 
 def reason(error: Exception) -> str:

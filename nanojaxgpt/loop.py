@@ -175,6 +175,7 @@ class Loop:
             values["tokens_per_second"] = round(rate, 1)
             if self.mfu_per_token:
                 values["mfu"] = rate * self.mfu_per_token
+            self.checkpoints.check()
             self.writer.write(step, **values)
             self.progress.step(step, values)
             self.reset_clock(step)

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import shutil
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from pathlib import Path
@@ -236,6 +237,17 @@ def write_run(job: Job, run: Path, report: Callable[[str], None]) -> None:
         report(f"sequences in a batch: {sizes}")
 
 
+def check_space(job: Job, run: Path) -> None:
+    """Raise ConfigError where the disk of the run directory has no room for one checkpoint."""
+    leaves = jax.tree.leaves(job.abstract.items())
+    size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
+    if (free := shutil.disk_usage(run).free) < size:
+        raise ConfigError(
+            f"a checkpoint takes up to {size:,} bytes, and the disk of {run} has {free:,} bytes "
+            "free; free some, or choose another --run"
+        )
+
+
 def train_job(
     job: Job, run: Path, stop: StopRequest, report: Callable[[str], None], team: Team = ALONE
 ) -> TrainState:
@@ -243,4 +255,6 @@ def train_job(
     team.decide(lambda: begin_run(job, run, report))
     with jax.set_mesh(job.mesh):
         state = start_state(job, run, report, team)
+        if state.step < job.cfg.train.num_steps:
+            team.decide(lambda: check_space(job, run))
         return Loop(job, run, int(state.step), stop, team).train(state)
