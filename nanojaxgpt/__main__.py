@@ -70,6 +70,12 @@ def train(arguments: list[str]) -> None:
     if not parsed.multihost and given != ("", -1, -1):
         raise ConfigError("--coordinator, --num_processes and --process_id go with --multihost")
     check_installed(cfg.train.trackers)
+    if not parsed.multihost:  # several hosts could see a shared file system differently
+        from nanojaxgpt import finish
+
+        if finish.is_finished(cfg, run, print):
+            finish.report_end(run, print)
+            return
     from nanojaxgpt.hosts.joining import joined
     from nanojaxgpt.train import fit
 
@@ -421,4 +427,4 @@ def explain(error: BaseException) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    process.leave(main())

@@ -15,7 +15,7 @@ from nanojaxgpt.console import LIBRARY_ERRORS
 from nanojaxgpt.errors import CheckpointError
 from nanojaxgpt.hosts.team import ALONE, Team
 from nanojaxgpt.model import ModelConfig, init_params
-from nanojaxgpt.rundir import saved_steps, why
+from nanojaxgpt.rundir import check_present, identify, saved_steps, why
 
 
 def fingerprint(tree: Any) -> dict[str, jax.Array]:
@@ -87,6 +87,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path, keep: Keep) -> None:
         self.folder, self.saved = Path(folder), 0
+        self.identity = identify(self.folder.parent)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=keep,
             cleanup_tmp_directories=True,  # of saves that were killed or found the disk full
@@ -97,6 +98,7 @@ class Checkpoints:
         """Start to save trees by their names; the arrays may be donated as soon as this returns."""
         meta = {"step": step, "leaves": describe(items)}
         self.check(wait=True)
+        check_present(self.folder.parent, self.identity)
         self.saved = step
         try:
             self.manager.save(
@@ -130,7 +132,8 @@ class Checkpoints:
             raise CheckpointError(f"step {self.saved} was saved, but is no more in {self.folder}")
 
     def _failed(self, what: str, error: Exception) -> CheckpointError:
-        """Return the error for a save that failed; a failure may come out at a later one."""
+        """Return the error for a save that failed, or raise the one behind it."""
+        check_present(self.folder.parent, self.identity)
         steps = saved_steps(self.folder)
         newest = f"step {steps[-1]} is the newest saved" if steps else "nothing was saved"
         return CheckpointError(f"{what} to {self.folder}: {why(error, self.folder)}; {newest}")

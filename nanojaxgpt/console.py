@@ -1,16 +1,13 @@
-"""The terminal: output that may fail, the progress of a run, its summary."""
+"""The terminal: output that may fail, the progress of a run."""
 
 import logging
-import math
 import os
-import shlex
 import sys
 import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
-from pathlib import Path
 from typing import Any, TextIO
 
 from nanojaxgpt.errors import ConfigError
@@ -221,26 +218,3 @@ def duration(seconds: float) -> str:
     if seconds < 3600:
         return f"{seconds // 60} min {seconds % 60:02} s"
     return f"{seconds // 3600} h {seconds % 3600 // 60:02} min"
-
-
-def summary(run: Path, records: list[dict[str, Any]], saved: list[int]) -> Iterator[str]:
-    """Yield the lines that end a run: its losses, its checkpoint, the commands that use it.
-
-    `records` are those of metrics.jsonl, `saved` the steps of its checkpoints.
-    """
-    training = [(r["step"], r["loss"]) for r in records if "loss" in r]
-    found = [(r["step"], r["validation_loss"]) for r in records if "validation_loss" in r]
-    if training:
-        yield "  training loss    {1:.4f} at step {0}".format(*training[-1])
-    if found:
-        best = min(found, key=lambda pair: math.inf if math.isnan(pair[1]) else pair[1])
-        kept = "" if best[0] in saved else ", not kept as a checkpoint"
-        yield "  validation loss  {1:.4f} at step {0}".format(*found[-1])
-        yield "  best             {1:.4f} at step {0}{2}".format(*best, kept)
-    if saved:
-        yield f"  checkpoint       {run}/checkpoints/{saved[-1]}"
-    if (run / "loss.png").exists():
-        yield f"  plot             {run}/loss.png"
-    yield "next:"
-    yield f"  nanojaxgpt eval {shlex.quote(str(run))}"
-    yield f"  nanojaxgpt sample {shlex.quote(str(run))} --prompt=TEXT"

@@ -9,14 +9,14 @@ import platform
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from nanojaxgpt import config
+from nanojaxgpt import config, console
 from nanojaxgpt.errors import CheckpointError, ConfigError, DataError, UserError, out_of_space
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "ml-collections", "numpy")
@@ -131,8 +131,10 @@ def code_hash() -> str:
     return digest.hexdigest()[:16]
 
 
-def write_identity(run: Path, cfg: ConfigDict, data: dict, devices: list[str]) -> list[str]:
-    """Write `identity.json` (hashes, versions, devices); return what changed since the last time.
+def write_identity(
+    run: Path, cfg: ConfigDict, data: dict, devices: list[str], report: Callable[[str], None]
+) -> None:
+    """Write `identity.json` (hashes, versions, devices); report what changed since the last time.
 
     `data` is the token store's identity. Raises DataError where it is not the one that the run
     has been trained on.
@@ -146,23 +148,35 @@ def write_identity(run: Path, cfg: ConfigDict, data: dict, devices: list[str]) -
         "devices": devices,
         "command": sys.argv,
     }
-    path = Path(run) / "identity.json"
-    old = check_data(run, data) or identity
-    write_text(path, json.dumps(identity, indent=2) + "\n")
-    watched = ("code", "packages", "python", "devices")
-    return [f"{key}: {old[key]} -> {identity[key]}" for key in watched if old[key] != identity[key]]
+    old = check_data(run, data, report)
+    write_text(Path(run) / "identity.json", json.dumps(identity, indent=2) + "\n")
+    for key in ("code", "packages", "python", "devices"):
+        if key in old and old[key] != identity[key]:
+            report(f"changed since the run began: {key}: {old[key]} -> {identity[key]}")
 
 
-def check_data(run: Path, data: dict) -> dict[str, Any] | None:
-    """Return the run's old identity. Raises DataError where its data was not `data`."""
+def check_data(
+    run: Path, data: dict, report: Callable[[str], None] = console.warn
+) -> dict[str, Any]:
+    """Return the run's identity as written before. Raises DataError where its data was not `data`.
+
+    {} where there is none; where it can't be read, so that nothing is compared, `report` says so.
+    """
     path = Path(run) / "identity.json"
-    if not path.exists():
-        return None
-    old = json.loads(path.read_text())
-    if old["data"] != data:
+    try:
+        old = json.loads(path.read_bytes())
+        known = old["data"]
+    except FileNotFoundError:
+        if saved_steps(Path(run) / "checkpoints"):
+            report(f"WARNING: {path} is missing: the corpus is not compared with the run's")
+        return {}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        report(f"WARNING: {path} is damaged: the corpus is not compared with the run's")
+        return {}
+    if known != data:
         raise DataError(
             f"the corpus or its tokenizer is not what {run} was trained on:\n"
-            f"  there {old['data']}\n  here  {data}\n"
+            f"  there {known}\n  here  {data}\n"
             "bring back the old corpus, or choose another --run"
         )
     return old

@@ -17,9 +17,10 @@ from typing import Any, NamedTuple, Protocol
 
 from nanojaxgpt import rundir
 from nanojaxgpt.errors import ConfigError
+from nanojaxgpt.hosts import process
 
 QUEUE_RECORDS = 1000
-CLOSE_SECONDS = 10.0  # for all trackers together, to send what they still hold
+CLOSE_SECONDS = 30.0  # for all trackers together, to send what they still hold
 PROJECT = "nanojaxgpt"
 
 Report = Callable[[str], None]
@@ -80,6 +81,8 @@ class Wandb:
     def __init__(self, start: Start) -> None:
         import wandb
 
+        if wandb.setup().settings.mode == "online" and not wandb.login(prompt=False):
+            raise RuntimeError("not logged in: run wandb login, or set WANDB_MODE=offline")
         self.tracked = wandb.init(
             project=os.environ.get("WANDB_PROJECT", PROJECT),
             id=start.id,
@@ -88,7 +91,7 @@ class Wandb:
             config=start.config,
             resume="allow",
             reinit="create_new",  # trials of a sweep may be open side by side
-            settings=wandb.Settings(console="off"),
+            settings=wandb.Settings(console="off", quiet=True, init_timeout=CLOSE_SECONDS),
         )
 
     def log(self, step: int, values: dict[str, float]) -> None:
@@ -197,6 +200,7 @@ class Background:
         self.closing.set()
         self.thread.join(max(0.0, deadline - time.monotonic()))
         if self.thread.is_alive():
+            process.leave_threads()
             self.report(f"WARNING: {self.name} is still sending; not waiting for it any longer")
 
     def _serve(self, open_tracker: Callable[[], Tracker]) -> None:

@@ -13,9 +13,9 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from nanojaxgpt import checkpoint, console, metrics, rundir, sharding
+from nanojaxgpt import checkpoint, finish, rundir, sharding
 from nanojaxgpt.config import cache_dir
-from nanojaxgpt.data.loader import Data, fetch_ahead, open_data
+from nanojaxgpt.data.loader import Data, fetch_ahead, open_data, resolve
 from nanojaxgpt.data.rows import (
     Batch,
     Ramp,
@@ -26,7 +26,7 @@ from nanojaxgpt.data.rows import (
     read_batch,
 )
 from nanojaxgpt.data.sources import DataConfig
-from nanojaxgpt.errors import CheckpointError, ConfigError, DataError
+from nanojaxgpt.errors import ConfigError, DataError
 from nanojaxgpt.evaluate import evaluate, make_eval_step
 from nanojaxgpt.hosts.joining import preflight
 from nanojaxgpt.hosts.process import StopRequest, stop_signals
@@ -48,15 +48,6 @@ from nanojaxgpt.step import (  # noqa: F401 - what a job is made of is found her
     traced_multipliers,
 )
 from nanojaxgpt.trackers import check_installed
-
-
-def resolve(cfg: ConfigDict, data: Data) -> ConfigDict:
-    """Return the config with the vocabulary that the tokenizer gives. Raises ConfigError."""
-    cfg, size = cfg.copy_and_resolve_references(), data.tokenizer.vocab_size
-    if 0 < cfg.model.vocab_size < size:
-        raise ConfigError(f"model.vocab_size={cfg.model.vocab_size}, but the tokenizer has {size}")
-    cfg.model.vocab_size = cfg.model.vocab_size or size
-    return cfg.lock()
 
 
 def prepare_data(cfg: ConfigDict, report: Callable[[str], None]) -> Data:
@@ -182,19 +173,8 @@ def fit(
         preflight(team, cfg, run)
         state = train_job(open_job(cfg, loss_fn, report, team), run, stop, report, team)
         if team.first:
-            end_run(run, report)
+            finish.end_run(run, report)
         return state
-
-
-def end_run(run: Path, report: Callable[[str], None]) -> None:
-    """Plot the losses of a run that is at its last step, and report where it ended."""
-    records = metrics.read_metrics(run)
-    with rundir.writing(run, CheckpointError):
-        metrics.plot_losses(records, run / "loss.png", run.name)
-    saved = rundir.saved_steps(run / "checkpoints")
-    report(f"finished {run} at step {saved[-1]}")
-    for line in console.summary(run, records, saved):
-        report(line)
 
 
 def ignore(text: str) -> None:
@@ -227,8 +207,7 @@ def write_run(job: Job, run: Path, report: Callable[[str], None]) -> None:
     (run / "tokenizer").mkdir(exist_ok=True)
     job.data.tokenizer.save(run / "tokenizer")
     devices = [device.device_kind for device in job.mesh.devices.flat]
-    for change in write_identity(run, job.cfg, job.data.identity, devices):
-        report(f"changed since the run began: {change}")
+    write_identity(run, job.cfg, job.data.identity, devices, report)
     num_params = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(job.abstract.params))
     report(f"{run}: {num_params:,} parameters, {job.data.size}, {len(devices)} x {devices[0]}")
     ramp = train_ramp(job.cfg)

@@ -12,8 +12,9 @@ from conftest import ROOT, write_tiny
 
 from nanojaxgpt import console, rundir
 from nanojaxgpt.__main__ import main
-from nanojaxgpt.console import Progress, duration, guarded_output, summary
+from nanojaxgpt.console import Progress, duration, guarded_output
 from nanojaxgpt.errors import ConfigError
+from nanojaxgpt.finish import summary
 
 
 class Full(io.StringIO):

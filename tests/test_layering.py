@@ -13,7 +13,7 @@ FLOORS = {
         "sweep.space", "rehearse.chips", "rehearse.collectives",
         "flops", "console"},
     1: {"config", "rundir", "arguments", "hosts", "hosts.process", "hosts.lifeline", "hosts.team",
-        "hosts.joining", "hosts.watchdog", "checkpoint", "metrics", "trackers", "sample",
+        "hosts.joining", "hosts.watchdog", "checkpoint", "metrics", "trackers", "finish", "sample",
         "evaluate", "data",
         "data.sources", "data.sources.documents", "data.sources.files", "data.sources.stdlib",
         "data.sources.tfds", "data.sources.builders", "data.sources.hub",

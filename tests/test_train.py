@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from nanojaxgpt.errors import CheckpointError, ConfigError, NonFiniteError
 from nanojaxgpt.metrics import read_metrics
 from nanojaxgpt.model import ModelConfig, Transformer
 from nanojaxgpt.optim import OPTIMIZERS
+from nanojaxgpt.rundir import check_data, saved_steps
 from nanojaxgpt.sharding import unbox
 from nanojaxgpt.train import (
     fit,
@@ -203,6 +205,54 @@ def forget(run, step):
     for saved in (run / "checkpoints").iterdir():
         if int(saved.name) >= step:
             shutil.rmtree(saved)
+
+
+IDENTITIES = [b"[1]", b"{", b"{}", b'{"data": ', b"[" * 50_000, b"", None, b"\x80"]
+
+
+def test_damaged_notes_block_no_run(small_config, tmp_path, monkeypatch, capsys):
+    cfg = small_config(**{"train.num_steps": "4", "checkpoint.every_steps": "1"})
+    share_programs(cfg, monkeypatch)
+    run, said = tmp_path / "run", []
+    identity, records = run / "identity.json", run / "metrics.jsonl"
+    fit(cfg, run, report=lambda _: None)
+    wanted = [record["loss"] for record in read_metrics(run) if "loss" in record]
+    for content in IDENTITIES:
+        identity.unlink(missing_ok=True)
+        if content is not None:
+            identity.write_bytes(content)
+        assert check_data(run, {"another": "corpus"}, said.append) == {}
+        what = "damaged" if content is not None else "missing"
+        assert f"identity.json is {what}: the corpus is not compared" in said[-1]
+    assert len(said) == len(IDENTITIES)
+    forget(run, 4)
+    records.write_bytes(b"7\n" + records.read_bytes().replace(b"{", b"\x80{", 1))
+    fit(cfg, run, report=said.append)
+    assert capsys.readouterr().out.count("lines of") == 1
+    assert len([line for line in said if line.startswith("WARNING")]) == len(IDENTITIES) + 1
+    assert json.loads(identity.read_text())["data"]
+    found = [record["loss"] for record in read_metrics(run) if "loss" in record]
+    assert found == wanted[1:]
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_run_directory_deleted_while_it_trains(moved, small_config, tmp_path, monkeypatch):
+    cfg = small_config(**{"train.num_steps": "12", "train.log_every_steps": "100"})
+    job, run = share_programs(cfg, monkeypatch), tmp_path / "run"
+
+    def train_step(state, *arguments):
+        if int(state.step) == 7:
+            while not saved_steps(run / "checkpoints"):
+                time.sleep(0.01)
+            run.rename(tmp_path / "moved") if moved else shutil.rmtree(run)
+        return job.train_step(state, *arguments)
+
+    changed = job._replace(train_step=train_step)
+    monkeypatch.setattr(train_module, "make_job", lambda cfg, *_: share_job(changed, cfg))
+    with pytest.raises(CheckpointError, match="was deleted or moved during training"):
+        fit(cfg, run, report=lambda _: None)
+    if moved:
+        assert saved_steps(tmp_path / "moved" / "checkpoints") == [5]
 
 
 def test_mup_at_its_base_width_is_the_standard_one(cfg):

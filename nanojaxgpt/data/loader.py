@@ -10,6 +10,8 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from ml_collections import ConfigDict
+
 from nanojaxgpt.config import unknown_name
 from nanojaxgpt.data.packing import cover_rows, packed_rows, wrap_rows
 from nanojaxgpt.data.rows import Rows, Source, chain
@@ -46,6 +48,15 @@ def open_data(data: DataConfig, cache_dir: Path, report: Callable[[str], object]
         if name.startswith("task:"):
             raise ConfigError(f"{name} can only be data.source, alone: it has a split of its own")
     return text_data(prepare(data, cache_dir, report), data)
+
+
+def resolve(cfg: ConfigDict, data: Data) -> ConfigDict:
+    """Return the config with the vocabulary that the tokenizer gives. Raises ConfigError."""
+    cfg, size = cfg.copy_and_resolve_references(), data.tokenizer.vocab_size
+    if 0 < cfg.model.vocab_size < size:
+        raise ConfigError(f"model.vocab_size={cfg.model.vocab_size}, but the tokenizer has {size}")
+    cfg.model.vocab_size = cfg.model.vocab_size or size
+    return cfg.lock()
 
 
 def text_data(corpus: Corpus, data: DataConfig) -> Data:

@@ -3,10 +3,11 @@
 import ctypes
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 from nanojaxgpt.errors import INTERRUPTED, PREEMPTED, Stopped
 
@@ -27,6 +28,23 @@ def keep_freed_memory() -> None:
     mallopt(M_MMAP_MAX, 0)
     mallopt(M_ARENA_MAX, 1)  # the arenas of threads have no room for large buffers
     mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+_left_threads: list[bool] = []
+
+
+def leave_threads() -> None:
+    """Note that some thread does not end: `leave` will not wait for what its library does then."""
+    _left_threads.append(True)
+
+
+def leave(code: int) -> NoReturn:
+    """End the process with this exit code; at once, where threads were left."""
+    if _left_threads:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 class StopRequest:

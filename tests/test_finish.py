@@ -1,0 +1,107 @@
+"""A finished run is recognised at once, and nothing else is taken for one."""
+
+import fcntl
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT, write_tiny
+
+from nanojaxgpt import train as train_module
+from nanojaxgpt.__main__ import main
+from nanojaxgpt.hosts import process
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Return an experiment and its finished run."""
+    own = "train.num_steps, cfg.checkpoint.every_steps = 6, 3"
+    path = write_tiny(tmp_path_factory.mktemp("finish"), own)
+    before, process.keep_freed_memory = process.keep_freed_memory, lambda: None
+    assert main(["train", f"--config={path}", f"--run={path.parent / 'run'}"]) == 0
+    process.keep_freed_memory = before
+    return path, path.parent / "run"
+
+
+def test_a_finished_run_says_so_without_jax(finished):
+    path, run = finished
+    code = f"""
+import sys
+from nanojaxgpt.__main__ import main
+print(main(["train", "--config={path}", "--run={run}", "--config.sample.top_k=3"]))
+print("jax" in sys.modules)
+"""
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    lines = found.stdout.splitlines()
+    assert lines[-2:] == ["0", "False"], found.stderr
+    assert lines[0] == f"{run} is finished, at step 6"
+    assert f"  checkpoint       {run}/checkpoints/6" in lines
+    assert f"  nanojaxgpt eval {run}" in lines
+
+
+def touch_later(path) -> None:
+    later = time.time() + 10
+    os.utime(path, (later, later))
+
+
+CHANGES = {
+    "its newest checkpoint is not the last step": lambda run: shutil.rmtree(run / "checkpoints/6"),
+    "a file of it changed": lambda run: touch_later(run / "checkpoints/6/meta/metadata"),
+    "a file of it is gone": lambda run: shutil.rmtree(run / "checkpoints/6/params/d"),
+    "no plot": lambda run: (run / "loss.png").unlink(),
+    "another config": lambda run: "--config.train.seed=1",
+    "a larger vocabulary": lambda run: "--config.model.vocab_size=64",
+    "more steps": lambda run: "--config.train.num_steps=7",
+    "several hosts": lambda run: "--multihost",
+}
+
+
+class Started(Exception):
+    """The run was started as any other."""
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_is_no_finished_run_is_started(change, finished, tmp_path, monkeypatch):
+    def start(*_):
+        raise Started
+
+    monkeypatch.setattr(process, "keep_freed_memory", lambda: None)
+    monkeypatch.setattr(train_module, "fit", start)
+    monkeypatch.setattr("nanojaxgpt.hosts.joining.place", start)
+    path, run = finished[0], tmp_path / "run"
+    subprocess.run(["cp", "-a", finished[1], run], check=True)
+    assert main(["train", f"--config={path}", f"--run={run}"]) == 0
+    more = CHANGES[change](run)
+    arguments = [
+        "train",
+        f"--config={path}",
+        f"--run={run}",
+        *([more] if isinstance(more, str) else []),
+    ]
+    monkeypatch.setattr("nanojaxgpt.__main__.explain", lambda error: error)
+    assert isinstance(main(arguments), Started)
+
+
+@pytest.mark.parametrize(
+    ("harm", "code", "words"),
+    [("lock", 2, "another process is training"), ("corpus", 3, "is not what")],
+)
+def test_a_finished_run_is_still_checked(
+    harm, code, words, finished, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(process, "keep_freed_memory", lambda: None)
+    run = tmp_path / "run"
+    subprocess.run(["cp", "-a", finished[1], run], check=True)
+    if harm == "corpus":
+        identity = json.loads((run / "identity.json").read_text())
+        identity["data"]["parts"][0]["tokens"] = "0" * 16
+        (run / "identity.json").write_text(json.dumps(identity))
+    with open(run / "lock") as lock:
+        if harm == "lock":
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        assert main(["train", f"--config={finished[0]}", f"--run={run}"]) == code
+    assert words in capsys.readouterr().err
