@@ -12,6 +12,7 @@ class DataConfig:
     """Which corpus, and how it becomes tokens: the fields of the config's section `data`."""
 
     source: str
+    sha256: str
     mixture: tuple[str, ...]
     tokenizer: str
     tokenizer_vocab_size: int

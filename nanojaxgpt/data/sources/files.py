@@ -187,7 +187,8 @@ def missing_files(kind: str, path: epath.Path, endings: tuple[str, ...]) -> str:
     if path.name == "tinyshakespeare.txt":
         return (
             f"no file {path}; it is Tiny Shakespeare, 1,115,394 bytes, from the char-rnn "
-            "repository's data/tinyshakespeare/input.txt: save it under that name"
+            "repository's data/tinyshakespeare/input.txt: save it under that name, or leave "
+            "data.source as it is in experiments/shakespeare_char.py, which downloads it"
         )
     return f"no file, folder or glob {path}; correct data.source"
 
