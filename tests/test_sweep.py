@@ -18,7 +18,7 @@ from nanojaxgpt.hosts import process
 from nanojaxgpt.metrics import read_metrics
 from nanojaxgpt.sweep import run, together
 from nanojaxgpt.sweep.claims import read_outcome, run_path
-from nanojaxgpt.sweep.plan import Trial, group_trials, load_trials, program_key
+from nanojaxgpt.sweep.plan import Trial, group_trials, load_trials, program_key, read_plan
 from nanojaxgpt.sweep.report import Group, Result, group_seeds, seeds_needed, write_report
 from nanojaxgpt.sweep.run import run_trials
 from nanojaxgpt.sweep.space import (
@@ -475,6 +475,41 @@ def test_a_report_has_a_table_the_best_and_plots(write_experiment, tmp_path, cap
     assert capsys.readouterr().out.startswith("8 trials: 7 finished, 1 non-finite")
     text = write_report(tmp_path / "s", trials, "validation_loss", maximize=True)
     assert "mlp=gelu" in text[3]
+
+
+def test_status_and_report_need_the_folder_alone(write_experiment, tmp_path, capsys, monkeypatch):
+    folder, rates = tmp_path / "s", "('embed_=0.3',), ('embed_=1',)"
+    path = write_experiment(f"choice('optim.rate_multipliers', {rates})")  # tuples are JSON's lists
+    named = [f"--config={path}", "--config.train.num_steps=5", f"--dir={folder}"]
+    assert main(["sweep", "report", f"--dir={folder}"]) == 2
+    assert "s has no sweep.json, which `sweep run` writes" in capsys.readouterr().err
+    trials = load_trials(path, {"train.num_steps": "5"})
+    for trial, loss in zip(trials, (3.0, 2.0), strict=True):
+        write_trial(folder, trial, loss)
+    assert main(["sweep", "run", *named]) == 0  # all are done
+    said = {}
+    for action in ("status", "report"):
+        assert main(["sweep", action, *named]) == 0
+        said[action] = capsys.readouterr().out
+    best = (folder / "report" / "best.py").read_text()
+    assert "cfg.train.num_steps = 5" in best
+    monkeypatch.chdir(tmp_path)
+    for action, out in said.items():
+        assert main(["sweep", action, f"--dir={folder}"]) == 0
+        assert capsys.readouterr().out == out
+    assert (folder / "report" / "best.py").read_text() == best
+    plan = read_plan(folder)
+    assert [(t.name, t.point, t.cfg) for t in plan.trials] == [tuple(t) for t in trials]
+    for arguments, words in (
+        (["report", f"--dir={folder}", "--config.train.seed=1"], "needs the --config"),
+        (["run", f"--dir={folder}"], "sweep run needs --config=EXPERIMENT.py\n"),
+    ):
+        assert main(["sweep", *arguments]) == 2
+        assert words in capsys.readouterr().err
+    for text in ("[]", "{", '{"base": {"model": {"depth": 1}}}', '{"base": {}, "trials": [1]}'):
+        (folder / "sweep.json").write_text(text)
+        assert main(["sweep", "report", f"--dir={folder}"]) == 2
+        assert "sweep.json" in capsys.readouterr().err
 
 
 def test_seeds_needed_keeps_its_promise():
