@@ -16,6 +16,7 @@ from nanojaxgpt.data.sources.files import (
     read_text,
 )
 from nanojaxgpt.data.sources.hub import identify_hub, read_hub
+from nanojaxgpt.data.sources.parquet import identify_parquet, read_parquet
 from nanojaxgpt.data.sources.stdlib import identify_stdlib, read_stdlib
 from nanojaxgpt.data.sources.tfds import identify_tfds, read_tfds
 from nanojaxgpt.errors import ConfigError, DataError
@@ -27,10 +28,11 @@ SOURCES: dict[str, Source] = {
     "text": Source(read_text, identify_text),
     "blocks": Source(read_blocks, identify_blocks),
     "jsonl": Source(read_jsonl, identify_jsonl),
+    "parquet": Source(read_parquet, identify_parquet),
     "tfds": Source(read_tfds, identify_tfds),
     "hf": Source(read_hub, identify_hub),
 }
-DOWNLOADED = ("text", "blocks", "jsonl")  # whose location may be a URL
+DOWNLOADED = ("text", "blocks", "jsonl", "parquet")  # whose location may be a URL
 
 
 def read_documents(
