@@ -49,7 +49,7 @@ def draw_band(axes: Any, band: Band, **style: Any) -> None:
 
 def fit_axis(axes: Any, bands: Sequence[Band], maximize: bool = False, early: float = 0.0) -> None:
     """Let the y-axis show the curves; what diverges, and the `early` part of them, may leave it."""
-    last = max((band.steps[-1] for band in bands), default=0)
+    last = max((band.steps[-1] for band in bands if band.steps), default=0)
     late = [
         value
         for band in bands
