@@ -105,8 +105,8 @@ def open_dataset(location: str, data: DataConfig) -> Prepared:
     except (KeyError, ValueError) as error:
         known = ", ".join(builder.info.splits)
         raise ConfigError(f"tfds:{location}: no split {split!r}; there is {known}") from error
-    features = builder.info.features.items()
-    texts = [name for name, kind in features if isinstance(kind, tfds.features.Text)]
+    features: Any = builder.info.features
+    texts = [k for k, kind in features.items() if isinstance(kind, tfds.features.Text)]
     return Prepared(builder, split, choose_field(f"tfds:{location}", field, texts))
 
 
