@@ -50,8 +50,8 @@ class TensorBoard:
 
     def __init__(self, start: Start) -> None:
         from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto.event_pb2 import Event, SessionLog
-        from tensorboardX.proto.summary_pb2 import Summary
+        from tensorboardX.proto.event_pb2 import Event, SessionLog  # type: ignore
+        from tensorboardX.proto.summary_pb2 import Summary  # type: ignore
 
         self.event, self.summary = Event, Summary
         folder = start.run / "tensorboard"

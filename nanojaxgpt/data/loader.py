@@ -15,11 +15,11 @@ from ml_collections import ConfigDict
 from nanojaxgpt.config import unknown_name
 from nanojaxgpt.data.packing import cover_rows, packed_rows, wrap_rows
 from nanojaxgpt.data.rows import Rows, Source, chain
-from nanojaxgpt.data.sources import DataConfig
-from nanojaxgpt.data.store import Corpus, prepare
+from nanojaxgpt.data.sources import DataConfig, source_identity
+from nanojaxgpt.data.store import Corpus, Part, Report, prepare, prepare_store
 from nanojaxgpt.data.tasks import TASKS, Task, task_rows
 from nanojaxgpt.data.tokenizers import Tokenizer, WordTokenizer
-from nanojaxgpt.errors import ConfigError
+from nanojaxgpt.errors import ConfigError, DataError
 
 Fetched = TypeVar("Fetched")
 LARGEST_SUM = 2**31  # of a mixture's weights as integers, see rows.interleave
@@ -57,6 +57,27 @@ def resolve(cfg: ConfigDict, data: Data) -> ConfigDict:
         raise ConfigError(f"model.vocab_size={cfg.model.vocab_size}, but the tokenizer has {size}")
     cfg.model.vocab_size = cfg.model.vocab_size or size
     return cfg.lock()
+
+
+def open_source(
+    source: str, tokenizer: Tokenizer, data: DataConfig, cache_dir: Path, report: Report = print
+) -> Data:
+    """Return the data of one source by a tokenizer that is there: all of it is for validation.
+
+    Of a generated task it is the examples that are held out. Raises what `open_data` raises, and
+    DataError where the tokenizer can't write the source.
+    """
+    if source.startswith("task:"):
+        found = task_data(source)
+        if found.tokenizer.content_hash() != tokenizer.content_hash():
+            raise DataError(f"{source} has other words than the tokenizer of the model")
+        return found
+    content = source_identity(source, data)
+    try:
+        store = prepare_store(source, content, tokenizer, data, cache_dir, report)
+    except OSError as error:
+        raise DataError(f"can't make the token store below {cache_dir}: {error}") from error
+    return text_data(Corpus((Part(source, Fraction(1), store),), store), data)
 
 
 def text_data(corpus: Corpus, data: DataConfig) -> Data:
