@@ -11,26 +11,14 @@ if __name__ == "__main__":
     process.end_at_signals()
 
 import json
-import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from nanojaxgpt import __version__, config, console, rundir
 from nanojaxgpt.arguments import open_experiment, open_run, parse
-from nanojaxgpt.console import warn
-from nanojaxgpt.errors import (
-    INTERNAL,
-    INTERRUPTED,
-    OK,
-    Answered,
-    CheckpointError,
-    ConfigError,
-    DataError,
-    Stopped,
-    UserError,
-    out_of_space,
-)
+from nanojaxgpt.console import explain, warn
+from nanojaxgpt.errors import OK, ConfigError, DataError
 from nanojaxgpt.sweep.verb import sweep
 from nanojaxgpt.trackers import check_installed
 
@@ -324,7 +312,7 @@ def chosen_step(run: Path, text: str) -> int:
     losses = {step: loss for step, loss in validation_losses(run).items() if step in saved}
     if not losses:
         raise ConfigError(f"no checkpoint of {run} has a validation loss; leave out --step=best")
-    return min(losses, key=losses.get)
+    return min(losses, key=lambda step: losses[step])
 
 
 def coordcheck(arguments: list[str]) -> None:
@@ -420,34 +408,6 @@ def run_command(name: str, arguments: list[str]) -> None:
         VERBS[name](arguments)
     else:
         raise ConfigError(config.unknown_name("verb", name, list(VERBS)))
-
-
-def explain(error: BaseException) -> int:
-    """Print what ended a command, as far as it needs words; return the exit code."""
-    match error:
-        case UserError():
-            warn(f"error: {error}")
-            return error.exit_code
-        case Stopped():
-            warn(str(error))
-            return error.exit_code
-        case KeyboardInterrupt():
-            return INTERRUPTED
-        case BrokenPipeError():  # the reader, `head` say, has seen enough
-            return OK
-        case Answered():
-            raise error
-        case SystemExit(code=code):
-            place = traceback.extract_tb(error.__traceback__)[-1]
-            warn(f"error: sys.exit({code!r}) was called by {place.filename}:{place.lineno}")
-            return code if isinstance(code, int) and code else ConfigError.exit_code
-        case OSError() if out_of_space(error):
-            warn(f"error: {error.filename or 'a file'}: {rundir.why(error, Path.cwd())}")
-            return CheckpointError.exit_code
-        case Exception():
-            traceback.print_exception(error)
-            return INTERNAL
-    raise error
 
 
 if __name__ == "__main__":

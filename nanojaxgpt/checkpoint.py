@@ -12,10 +12,10 @@ from orbax.checkpoint import checkpoint_managers
 
 from nanojaxgpt import sharding
 from nanojaxgpt.console import LIBRARY_ERRORS
-from nanojaxgpt.errors import CheckpointError
+from nanojaxgpt.errors import CheckpointError, why
 from nanojaxgpt.hosts.team import ALONE, Team
 from nanojaxgpt.model import ModelConfig, init_params
-from nanojaxgpt.rundir import check_present, identify, saved_steps, why
+from nanojaxgpt.rundir import check_present, identify, saved_steps
 
 
 def fingerprint(tree: Any) -> dict[str, jax.Array]:
@@ -76,7 +76,9 @@ class Keep(checkpoint_managers.PreservationPolicy):
         """Return whether each checkpoint stays."""
         steps = [checkpoint.step for checkpoint in checkpoints]
         losses = {step: loss for step, loss in self.losses().items() if step in steps}
-        kept = set(sorted(steps)[-self.last :]) | set(sorted(losses, key=losses.get)[: self.best])
+        kept = set(sorted(steps)[-self.last :]) | set(
+            sorted(losses, key=lambda step: losses[step])[: self.best]
+        )
         if self.every_steps:
             kept |= {step for step in steps if step % self.every_steps == 0}
         return [step in kept for step in steps]

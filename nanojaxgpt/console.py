@@ -5,12 +5,25 @@ import os
 import sys
 import threading
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from pathlib import Path
 from typing import Any, TextIO
 
-from nanojaxgpt.errors import ConfigError
+from nanojaxgpt.errors import (
+    INTERNAL,
+    INTERRUPTED,
+    OK,
+    Answered,
+    CheckpointError,
+    ConfigError,
+    Stopped,
+    UserError,
+    out_of_space,
+    why,
+)
 
 REPORTED_LINES = 5  # of the errors that libraries logged
 COMPILE_SECONDS = 1.0  # a compilation that takes longer is reported
@@ -19,6 +32,36 @@ COMPILE_SECONDS = 1.0  # a compilation that takes longer is reported
 def warn(text: str) -> None:
     """Print to the error stream, so that the output holds the result alone."""
     print(text, file=sys.stderr, flush=True)
+
+
+def explain(error: BaseException) -> int:
+    """Print what ended a command, as far as it needs words; return the exit code."""
+    match error:
+        case UserError():
+            warn(f"error: {error}")
+            return error.exit_code
+        case Stopped():
+            warn(str(error))
+            return error.exit_code
+        case KeyboardInterrupt():
+            return INTERRUPTED
+        case BrokenPipeError():  # the reader, `head` say, has seen enough
+            return OK
+        case Answered():
+            raise error
+        case SystemExit(code=code):
+            frames = traceback.extract_tb(error.__traceback__)
+            own = [frame for frame in frames if "site-packages" not in frame.filename]
+            place = (own or frames)[-1]
+            warn(f"error: sys.exit({code!r}) was called by {place.filename}:{place.lineno}")
+            return code if isinstance(code, int) and code else ConfigError.exit_code
+        case OSError() if out_of_space(error):
+            warn(f"error: {error.filename or 'a file'}: {why(error, Path.cwd())}")
+            return CheckpointError.exit_code
+        case Exception():
+            traceback.print_exception(error)
+            return INTERNAL
+    raise error
 
 
 class Output:

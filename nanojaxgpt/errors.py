@@ -1,6 +1,9 @@
 """The errors a user can meet, each with its exit code; anything else is a bug and exits 70."""
 
 import errno
+import shutil
+from contextlib import suppress
+from pathlib import Path
 
 OK = 0
 INTERNAL = 70
@@ -18,6 +21,17 @@ def out_of_space(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+def why(error: BaseException, folder: Path) -> str:
+    """Return in one line why writing to `folder` failed: that its disk is full, before the rest."""
+    if out_of_space(error):
+        with suppress(OSError):
+            free = shutil.disk_usage(folder).free
+            return f"no space left on the device ({free:,} bytes free); free some and rerun"
+        return "no space left on the device"
+    text = getattr(error, "strerror", None) or str(error).strip()
+    return text.split("\n")[0][:300] or type(error).__name__
 
 
 class UserError(Exception):

@@ -7,17 +7,16 @@ import json
 import os
 import platform
 import re
-import shutil
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from nanojaxgpt import config, console
-from nanojaxgpt.errors import CheckpointError, ConfigError, DataError, UserError, out_of_space
+from nanojaxgpt.errors import CheckpointError, ConfigError, DataError, UserError, why
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "ml-collections", "numpy")
 STEP = re.compile("0|[1-9][0-9]*")  # the name of a checkpoint's folder
@@ -84,17 +83,6 @@ def writing(run: Path, kind: type[UserError]) -> Iterator[None]:
         yield
     except OSError as error:
         raise kind(f"can't write to the run directory {run}: {why(error, run)}") from error
-
-
-def why(error: BaseException, folder: Path) -> str:
-    """Return in one line why writing to `folder` failed: that its disk is full, before the rest."""
-    if out_of_space(error):
-        with suppress(OSError):
-            free = shutil.disk_usage(folder).free
-            return f"no space left on the device ({free:,} bytes free); free some and rerun"
-        return "no space left on the device"
-    text = getattr(error, "strerror", None) or str(error).strip()
-    return text.split("\n")[0][:300] or type(error).__name__
 
 
 def identify(run: Path) -> tuple[int, int] | None:
