@@ -143,7 +143,7 @@ def guarded_output(optional: bool) -> Iterator[None]:
 
 
 class LibraryErrors(logging.Handler):
-    """Keeps the first lines of what libraries log as errors, or can't raise anywhere."""
+    """Keeps the first lines of what libraries log as errors."""
 
     def __init__(self) -> None:
         super().__init__(logging.ERROR)
@@ -154,8 +154,10 @@ class LibraryErrors(logging.Handler):
         self.lines += record.getMessage().strip().split("\n")[:1]
 
     def unraisable(self, error: Any) -> None:
-        """Keep an exception of a destructor or a callback, as a sys.unraisablehook."""
-        self.lines.append(f"{error.exc_type.__name__}: {error.exc_value}".split("\n")[0])
+        """Drop what event loops raise once they are closed, as a sys.unraisablehook."""
+        frames = traceback.extract_tb(error.exc_traceback)
+        if not frames or "asyncio" not in frames[-1].filename:
+            sys.__unraisablehook__(error)
 
     def report(self) -> None:
         """Print what was kept, once."""

@@ -1,6 +1,7 @@
 """Output that fails, the progress of a run, and its summary."""
 
 import io
+import logging
 import os
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import pytest
 from conftest import ROOT, write_tiny
 
 from nanojaxgpt import console, rundir
-from nanojaxgpt.__main__ import main
+from nanojaxgpt.__main__ import VERBS, main
 from nanojaxgpt.console import Progress, duration, guarded_output
 from nanojaxgpt.errors import ConfigError
 from nanojaxgpt.finish import summary
@@ -122,6 +123,45 @@ def test_training_outlives_its_reader_without_docstrings(tiny):
 def test_sys_exit_of_an_experiment_is_never_success(tiny, capsys):
     assert main(["sweep", "plan", f"--config={tiny}"]) == 2
     assert f"sys.exit(0) was called by {tiny}:" in capsys.readouterr().err
+
+
+def test_errors_that_libraries_only_log_are_reported_in_a_line(monkeypatch, capsys):
+    def command(name, arguments):
+        for _ in range(2):
+            logging.getLogger("absl").error("can't delete step %d\nTraceback ...", 7)
+        logging.getLogger("asyncio").error("Task exception was never retrieved\nfuture: ...")
+        if name == "fails":
+            raise ConfigError("the cause")
+
+    monkeypatch.setattr("nanojaxgpt.__main__.run_command", command)
+    assert main(["works"]) == 0
+    assert capsys.readouterr().err == (
+        "WARNING: can't delete step 7 (--verbose shows it in full)\n"
+        "WARNING: Task exception was never retrieved (--verbose shows it in full)\n"
+    )
+    assert main(["fails"]) == 2
+    assert capsys.readouterr().err == "error: the cause\n"
+    console.LIBRARY_ERRORS.lines.clear()
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_command_has_verbose(verb, capsys):
+    with pytest.raises(SystemExit):
+        main([verb, "--help"])
+    assert "--verbose" in capsys.readouterr().out
+
+
+def test_xla_logs_its_errors_alone_unless_verbose():
+    code = """
+import os
+from nanojaxgpt.__main__ import VERBS, main
+print(main(["--version", *{0}]), os.environ.get("TF_CPP_MIN_LOG_LEVEL"))
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "TF_CPP_MIN_LOG_LEVEL"}
+    for flags, level in (([], "2"), (["--verbose"], "None")):
+        program = [sys.executable, "-c", code.replace("{0}", str(flags))]
+        found = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, env=environment)
+        assert found.stdout.split()[-2:] == ["0", level]
 
 
 class Terminal(io.StringIO):

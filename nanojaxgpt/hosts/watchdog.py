@@ -18,10 +18,12 @@ SLACK = 10  # median steps without an end; and timeouts for the first step, whic
 
 def leave(text: str) -> None:
     """Write the stacks of all threads and end the process with exit code 70."""
-    sys.stdout.flush()
-    faulthandler.dump_traceback(all_threads=True)
-    print(text, file=sys.stderr, flush=True)
-    os._exit(INTERNAL)
+    try:
+        sys.stdout.flush()
+        faulthandler.dump_traceback(all_threads=True)
+        print(text, file=sys.stderr, flush=True)
+    finally:  # even where nothing can be written
+        os._exit(INTERNAL)
 
 
 class Watchdog:
