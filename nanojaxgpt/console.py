@@ -188,6 +188,16 @@ def reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error)
 
 
+def has_screen(out: TextIO) -> bool:
+    """Return whether a stream is a terminal that a bar shows on; some report a height of 0."""
+    if not out.isatty():
+        return False
+    try:
+        return os.get_terminal_size(out.fileno()).lines > 0
+    except (OSError, ValueError):  # no file behind it
+        return True
+
+
 class Progress:
     """The steps of a run: a bar on a terminal; elsewhere a plain line for each record."""
 
@@ -196,7 +206,7 @@ class Progress:
         self.out = out or sys.stdout
         self.began = 0.0  # set after the first step: compilation does not count
         self.bar = None
-        if self.out.isatty() and start_step < num_steps:
+        if has_screen(self.out) and start_step < num_steps:
             from tqdm import tqdm
 
             self.bar = tqdm(

@@ -5,6 +5,7 @@ import logging
 import os
 import subprocess
 import sys
+import termios
 import threading
 import time
 
@@ -196,6 +197,16 @@ def test_elsewhere_than_on_a_terminal_each_record_is_a_line():
     assert lines[1].endswith(" left")
     assert "MFU" not in lines[1]
     assert lines[3] == "step 3: saved"
+
+
+@pytest.mark.parametrize(("rows", "screen"), [(0, False), (24, True)])
+def test_a_terminal_without_rows_gets_plain_lines(rows, screen):
+    master, terminal = os.openpty()
+    termios.tcsetwinsize(terminal, (rows, 80))
+    with open(terminal, "w") as out:
+        assert console.has_screen(out) == screen
+        assert (Progress(10, 0, out).bar is not None) == screen
+    os.close(master)
 
 
 def test_on_a_terminal_a_bar_rewrites_itself():
