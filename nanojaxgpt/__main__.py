@@ -6,12 +6,12 @@ jax is imported by the verbs, after the config is read: a mistake in it is answe
 import json
 import sys
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from nanojaxgpt import __version__, config, rundir
-from nanojaxgpt.arguments import open_experiment, open_run, parse
+from nanojaxgpt.arguments import chosen_step, open_experiment, open_run, parse
+from nanojaxgpt.commands.sample import sample
 from nanojaxgpt.errors import INTERNAL, INTERRUPTED, OK, ConfigError, DataError, Stopped, UserError
 from nanojaxgpt.hosts import process
 from nanojaxgpt.sweep.verb import sweep
@@ -187,95 +187,6 @@ def evaluate(arguments: list[str]) -> None:
             "and train again"
         )
     print(json.dumps({"step": step, **found}))
-
-
-def sample(arguments: list[str]) -> None:
-    """Print text that a run's checkpoint continues from a prompt, streamed as it is made."""
-    defaults = config.base_config().sample
-    options = {
-        name: {"default": None, "help": f"overrides the config's sample.{name}"}
-        for name in defaults
-    }
-    parsed, cfg = open_run("sample", sample.__doc__, arguments, options)
-    given = {f"sample.{name}": getattr(parsed, name) for name in defaults}
-    cfg = config.override_config(cfg, {k: v for k, v in given.items() if v is not None})
-    import jax
-
-    from nanojaxgpt import sharding
-    from nanojaxgpt.checkpoint import load_params
-    from nanojaxgpt.data.tokenizers import load_tokenizer
-    from nanojaxgpt.model import ModelConfig
-    from nanojaxgpt.sample import Sampling, stream
-
-    run, how, model_cfg = Path(parsed.run), cfg.sample, ModelConfig(**cfg.model)
-    tokenizer = load_tokenizer(run / "tokenizer")
-    prompt = tokenizer.encode(how.prompt)
-    if not 0 < len(prompt) < model_cfg.seq_len:
-        raise ConfigError(
-            f"the prompt has {len(prompt)} tokens; it must have 1 to {model_cfg.seq_len - 1}, "
-            "the context less one"
-        )
-    mesh = sharding.make_mesh({}, jax.devices()[:1])
-    _, params = load_params(run, model_cfg, mesh, chosen_step(run, parsed.step), warn)
-    filters = Sampling(
-        how.temperature, how.top_k, how.top_p, how.min_p, tokenizer.vocab_size, tokenizer.end_id
-    )
-    chunks = stream(
-        model_cfg, params, [prompt] * how.num_samples,
-        max_tokens=how.max_tokens, seed=how.seed, how=filters,
-    )  # fmt: skip
-    texts = print_samples(chunks, tokenizer, prompt, how.num_samples)
-    samples = [{"prompt": how.prompt, "text": text, "sampling": how.to_dict()} for text in texts]
-    save_samples(run, samples)
-
-
-def print_samples(chunks: Iterable[Any], tokenizer: Any, prompt: Any, count: int) -> list[str]:
-    """Print the first sample as it is made and the others after it; return all texts.
-
-    A character whose bytes are not all there yet is held back.
-    """
-    rows, shown = [list(prompt) for _ in range(count)], 0
-    for chunk in chunks:
-        for row, ids in zip(rows, chunk.tolist(), strict=True):
-            row.extend(ids)
-        text = until_end(tokenizer, rows[0], len(prompt)).rstrip("\ufffd")
-        print(text[shown:], end="", flush=True)
-        shown = max(shown, len(text))
-    texts = [until_end(tokenizer, row, len(prompt)) for row in rows]
-    print(texts[0][shown:])
-    for text in texts[1:]:
-        print("-" * 40 + f"\n{text}")
-    return texts
-
-
-def until_end(tokenizer: Any, ids: list[int], start: int) -> str:
-    """Return the text of the ids, up to the first end token from `start` on."""
-    end = tokenizer.end_id
-    return tokenizer.decode(ids[: ids.index(end, start)] if end in ids[start:] else ids)
-
-
-def save_samples(run: Path, samples: list[dict[str, Any]]) -> None:
-    """Append the samples to the run's samples/samples.jsonl, where it can be written."""
-    try:
-        (run / "samples").mkdir(exist_ok=True)
-        with open(run / "samples" / "samples.jsonl", "a") as file:
-            file.writelines(json.dumps(sample) + "\n" for sample in samples)
-    except OSError as error:
-        warn(f"the samples were not kept in {run}: {error.strerror}")
-
-
-def chosen_step(run: Path, text: str) -> int:
-    """Return the checkpoint's step that --step names; 0 for the newest."""
-    if text != "best":
-        return int(text or 0)
-    from nanojaxgpt.checkpoint import saved_steps
-    from nanojaxgpt.metrics import validation_losses
-
-    saved = saved_steps(run / "checkpoints")
-    losses = {step: loss for step, loss in validation_losses(run).items() if step in saved}
-    if not losses:
-        raise ConfigError(f"no checkpoint of {run} has a validation loss; leave out --step=best")
-    return min(losses, key=losses.get)
 
 
 def coordcheck(arguments: list[str]) -> None:

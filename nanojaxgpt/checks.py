@@ -94,9 +94,10 @@ RANGES: dict[str, tuple[float, float]] = {
     "sample.num_samples": _SIZE,
     "sample.temperature": _ANY,
     "sample.top_k": _COUNT,
-    "sample.top_p": (1e-6, 1.0),
+    "sample.top_p": _FRACTION,
     "sample.min_p": _FRACTION,
     "sample.seed": _COUNT,
+    "sample.end_ids": _COUNT,
 }
 
 # What the tuples hold.
@@ -104,6 +105,8 @@ TUPLES: dict[str, type] = {
     "model.windows": int,
     "data.mixture": str,
     "optim.rate_multipliers": str,
+    "sample.stop": str,
+    "sample.end_ids": int,
 }
 
 
@@ -164,6 +167,8 @@ def partner_problems(cfg: ConfigDict) -> list[str]:
             f"model.seq_len={model.seq_len} does not divide by "
             f"train.loss_chunks={train.loss_chunks}"
         )
+    if "" in cfg.sample.stop:
+        problems.append("sample.stop holds an empty string, which is everywhere; leave it out")
     if list(cfg.mesh.values()).count(-1) > 1:
         problems.append(f"only one mesh axis can be -1 (the rest): {dict(cfg.mesh)}")
     if 0 in cfg.mesh.values():

@@ -152,14 +152,16 @@ def base_config() -> ConfigDict:
     )
     cfg.sample = ConfigDict(
         dict(
-            prompt="\n",
+            prompt="\n",  # "": a new document, from the tokenizer's end token
             max_tokens=256,
             num_samples=1,
-            temperature=0.8,  # 0: greedy
+            temperature=0.8,  # below 1e-5: greedy
             top_k=0,
             top_p=1.0,
             min_p=0.0,
             seed=0,
+            stop=(),  # strings; the text ends before the first that appears
+            end_ids=(),  # beside the tokenizer's end token
         )
     )
     return cfg.lock()

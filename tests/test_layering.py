@@ -10,16 +10,18 @@ PACKAGE = "nanojaxgpt"
 FLOORS = {
     0: {"", "errors", "model", "attention", "loss", "optim", "sharding", "data.tokenizers",
         "data.subwords", "projection", "probe", "scaling", "data.rows", "data.tasks", "sweep",
-        "sweep.space", "rehearse.chips", "rehearse.collectives"},
+        "sweep.space", "rehearse.chips", "rehearse.collectives", "commands"},
     1: {"config", "rundir", "arguments", "hosts", "hosts.process", "hosts.lifeline", "hosts.team",
         "hosts.joining", "hosts.watchdog", "checkpoint", "metrics", "sample", "evaluate", "data",
         "data.sources", "data.sources.documents", "data.sources.files", "data.sources.stdlib",
         "data.sources.tfds", "data.sources.builders", "data.sources.hub",
-        "data.shards", "data.store", "data.packing", "data.loader", "data.show", "checks"},
+        "data.shards", "data.store", "data.packing", "data.loader", "data.show", "checks",
+        "text_stream"},
     2: {"train", "coordcheck", "sweep.plan", "sweep.claims", "sweep.launch", "sweep.together",
         "sweep.run", "sweep.report", "sweep.search", "sweep.slurm", "sweep.verb",
         "rehearse", "rehearse.flops", "rehearse.targets", "rehearse.estimate", "rehearse.step",
-        "rehearse.search", "rehearse.report", "step", "loop", "paper", "reproduce"},
+        "rehearse.search", "rehearse.report", "step", "loop", "paper", "reproduce",
+        "commands.sample"},
     3: {"__main__"},
 }  # fmt: skip
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
