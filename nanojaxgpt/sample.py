@@ -60,57 +60,43 @@ def filter_logits(logits_BV: jax.Array, how: Sampling) -> jax.Array:
     if how.greedy:
         return logits_BV
     logits_BV = (logits_BV - jnp.max(logits_BV, -1, keepdims=True)) / how.temperature
-    kept_BV = jnp.ones(logits_BV.shape, bool)
-    if 0 < how.top_k < vocab_size or how.top_p < 1:
-        candidates_BM = logits_BV
-        if 0 < how.top_k < vocab_size:
-            candidates_BM = jax.lax.top_k(logits_BV, how.top_k)[0]
-        far_BM = distance_bits(candidates_BM)
-        if how.top_p < 1:
-            last_B1, ties_B1 = nucleus(candidates_BM, far_BM, how.top_p)
-        else:
-            last_B1 = jnp.max(far_BM, -1, keepdims=True)
-            ties_B1 = jnp.sum(far_BM == last_B1, -1, keepdims=True)
-        far_BV = distance_bits(logits_BV)
-        tied_BV = far_BV == last_B1
-        kept_BV = (far_BV < last_B1) | (tied_BV & (jnp.cumsum(tied_BV, -1) <= ties_B1))
+    if 0 < how.top_k < vocab_size:
+        first_BV = first_by_rank(logits_BV, jnp.ones_like(logits_BV), how.top_k)
+        logits_BV = jnp.where(first_BV, logits_BV, -jnp.inf)
+    if how.top_p < 1:
+        first_BV = first_by_rank(logits_BV, jax.nn.softmax(logits_BV), how.top_p)
+        logits_BV = jnp.where(first_BV, logits_BV, -jnp.inf)
     if how.min_p > 0:
-        kept_BV &= logits_BV >= math.log(how.min_p)
-    return jnp.where(kept_BV, logits_BV, -jnp.inf)
+        logits_BV = jnp.where(logits_BV >= math.log(how.min_p), logits_BV, -jnp.inf)
+    return logits_BV
 
 
-def distance_bits(logits: jax.Array) -> jax.Array:
-    """Return how far logits lie below 0, as int32 that compare as the distances do.
+def first_by_rank(logits_BV: jax.Array, weights_BV: jax.Array, enough: float) -> jax.Array:
+    """Return which tokens are the fewest, from the first by rank, whose weights sum to `enough`.
 
-    Integers can be bisected exactly, and have no subnormals, which some backends take for 0.
+    At least one is. The largest logit is 0, and equal logits have equal weights. Bisection finds
+    the last logit by 31 sums: for 50,257 tokens a fifth of the time of a sort on CPU.
     """
-    return jax.lax.bitcast_convert_type(jnp.abs(logits), jnp.int32)
+    # The distances below 0, as integers of the same order: these can be bisected, and have no
+    # subnormals, which some backends take for 0.
+    far_BV = jax.lax.bitcast_convert_type(jnp.abs(logits_BV), jnp.int32)
 
-
-def nucleus(logits_BM: jax.Array, far_BM: jax.Array, top_p: float) -> tuple[jax.Array, jax.Array]:
-    """Return the distance of the last token within `top_p`, and how many at that distance to keep.
-
-    Bisection finds it by 31 sums of the probabilities within a distance: on CPU 50,257 of them take
-    1.7 ms, where sorting takes 10, and for 8 rows 10 ms, where sorting takes 150.
-    """
-    probability_BM = jax.nn.softmax(logits_BM)
-
-    def mass(within_BM: jax.Array) -> jax.Array:
-        return jnp.sum(jnp.where(within_BM, probability_BM, 0), -1, keepdims=True)
+    def total(chosen_BV: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.where(chosen_BV, weights_BV, 0), -1, keepdims=True)
 
     def halve(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         low_B1, high_B1 = bounds
         middle_B1 = low_B1 + (high_B1 - low_B1) // 2
-        reached_B1 = mass(far_BM <= middle_B1) >= top_p
-        return jnp.where(reached_B1, low_B1, middle_B1 + 1), jnp.where(
-            reached_B1, middle_B1, high_B1
-        )
+        is_enough_B1 = total(far_BV <= middle_B1) >= enough
+        low_B1 = jnp.where(is_enough_B1, low_B1, middle_B1 + 1)
+        return low_B1, jnp.where(is_enough_B1, middle_B1, high_B1)
 
-    low_B1 = jnp.zeros((len(far_BM), 1), jnp.int32)
+    low_B1 = jnp.zeros((len(far_BV), 1), jnp.int32)
     last_B1, _ = jax.lax.fori_loop(0, 31, halve, (low_B1, low_B1 + INFINITY_BITS))
-    each_B1 = jnp.max(jnp.where(far_BM == last_B1, probability_BM, 0), -1, keepdims=True)
-    ties_B1 = jnp.ceil((top_p - mass(far_BM < last_B1)) / each_B1)
-    return last_B1, jnp.clip(ties_B1, 1, far_BM.shape[-1])
+    tied_BV = far_BV == last_B1
+    weight_B1 = jnp.max(jnp.where(tied_BV, weights_BV, 0), -1, keepdims=True)
+    ties_B1 = jnp.maximum(jnp.ceil((enough - total(far_BV < last_B1)) / weight_B1), 1)
+    return (far_BV < last_B1) | (tied_BV & (jnp.cumsum(tied_BV, -1) <= ties_B1))
 
 
 def choose(logits_BV: jax.Array, state: Decoding, how: Sampling) -> Decoding:
