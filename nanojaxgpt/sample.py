@@ -251,7 +251,7 @@ def stream(
         jnp.array([context[-1] for context in contexts], jnp.int32),
         jnp.array([len(context) - 1 for context in contexts], jnp.int32),
         jnp.zeros(rows, bool),
-        row_keys(rng, rows),
+        jnp.copy(row_keys(rng, rows)),  # the state is donated, the caller's keys are not
     )
     params = _decoding_params(params, rows)  # once, not in every chunk
     made, done_B, unread = 0, np.zeros(rows, bool), list(range(rows))

@@ -141,6 +141,8 @@ def test_a_row_draws_the_same_alone_as_among_others(how):
     prompts = [random_tokens(n, seed=n).tolist() for n in (1, 29, 9)]
     together_BT = stream_ids(prompts, 70, 3, how)
     keys_B = row_keys(jax.random.key(3), 3)
+    again = stream(CFG, params(), prompts, max_tokens=70, rng=keys_B, how=how)
+    np.testing.assert_array_equal(np.concatenate(list(again), 1), together_BT)
     for row, prompt in enumerate(prompts):
         alone = stream(CFG, params(), [prompt], max_tokens=70, rng=keys_B[row : row + 1], how=how)
         assert np.concatenate(list(alone), 1)[0].tolist() == together_BT[row].tolist()
