@@ -130,7 +130,8 @@ def read(
     """
     cache = empty_cache(model.cfg, len(ids_BT), cache_len)
     positions_BT = jnp.broadcast_to(jnp.arange(ids_BT.shape[1]), ids_BT.shape)
-    return model.apply({"params": params}, ids_BT, positions_BT, cache=cache, logits=False)
+    found: Any = model.apply({"params": params}, ids_BT, positions_BT, cache=cache, logits=False)
+    return found
 
 
 def decode(
