@@ -177,9 +177,10 @@ def make_optimizer(
     """Return the optimizer at learning rate `rate`; `hyper` and `rate` may be traced.
 
     Its state's structure depends on `name` and `ema` alone, so it can be rebuilt inside every
-    step. `multipliers` are (pattern, factor): the learning rate of the paths that have the pattern
-    is multiplied by the factor, and with it their decay if that is not independent; 0 freezes
-    them. With `ema`, and for schedule_free, the parameters are an average, see `average`.
+    step. Gradients and parameters are float32, see `Master`. `multipliers` are (pattern, factor):
+    the learning rate of the paths that have the pattern is multiplied by the factor, and with it
+    their decay if that is not independent; 0 freezes them. With `ema`, and for schedule_free, the
+    parameters are an average, see `average`.
     """
     optimizer = optax.chain(
         OPTIMIZERS[name](hyper),
@@ -228,15 +229,66 @@ def average(
 def gradient_point(name: str, hyper: Hyper, params: Any, opt_state: Any) -> Any:
     """Return the parameters at which the gradient is taken: where they are an average, the fast.
 
-    schedule_free takes it between the two, 1 - beta1 of the way from the average.
+    schedule_free takes it between the two, 1 - beta1 of the way from the average. The point is
+    rounded to the dtype of the parameters.
     """
-    if not isinstance(opt_state, Averaged):
+    weights, inner = split_master(params, opt_state)
+    if not isinstance(inner, Averaged):
         return params
-    if name != "schedule_free":
-        return opt_state.fast
-    return jax.tree.map(
-        lambda x, z: x + (1 - hyper["beta1"]).astype(x.dtype) * (z - x), params, opt_state.fast
-    )
+    point = inner.fast
+    if name == "schedule_free":
+        share = 1 - hyper["beta1"]
+        point = jax.tree.map(lambda x, z: x + share.astype(x.dtype) * (z - x), weights, point)
+    return cast_like(point, params)
+
+
+class Master(NamedTuple):
+    """The state of an optimizer whose parameters are stored in less than float32.
+
+    An update below a parameter's precision would be lost, so the optimizer moves `weights`, in
+    float32, and the parameters are these, rounded. `inner` is the state that it would have had.
+    """
+
+    inner: Any
+    weights: Any
+
+
+def cast_float32(tree: Any) -> Any:
+    """Return the tree in float32; leaves that are come back as given."""
+    return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
+
+
+def cast_like(tree: Any, like: Any) -> Any:
+    """Return the tree with the dtypes of another."""
+    return jax.tree.map(lambda x, y: x.astype(y.dtype), tree, like)
+
+
+def init_state(optimizer: optax.GradientTransformation, params: Any) -> Any:
+    """Return the optimizer's first state, all in float32, with a master copy where it takes one."""
+    weights = cast_float32(params)
+    return join_master(weights, optimizer.init(weights), params)[1]
+
+
+def split_master(params: Any, opt_state: Any) -> tuple[Any, Any]:
+    """Return the float32 weights and the optimizer's state without them."""
+    if isinstance(opt_state, Master):
+        return opt_state.weights, opt_state.inner
+    return params, opt_state
+
+
+def join_master(weights: Any, inner: Any, params: Any) -> tuple[Any, Any]:
+    """Return (parameters, optimizer's state) of float32 weights; `params` have the dtypes.
+
+    The reverse of `split_master`.
+    """
+    stored = cast_like(weights, params)
+    is_float32 = all(p.dtype == jnp.float32 for p in jax.tree.leaves(params))
+    return stored, inner if is_float32 else Master(inner, weights)
+
+
+def is_average(opt_state: Any) -> bool:
+    """Return whether the parameters are an average of those that the optimizer moves."""
+    return isinstance(split_master(None, opt_state)[1], Averaged)
 
 
 def scale_paths(tree: Any, multipliers: Sequence[tuple[str, jax.Array | float]]) -> Any:
