@@ -1,67 +1,19 @@
-"""Learning-rate schedules, the optimizer, and path patterns; every number may be traced."""
+"""The optimizer, its state, and path patterns; every number may be traced."""
 
-import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from nanojaxgpt.errors import ConfigError
-from nanojaxgpt.projection import INPUTS
-
-Hyper = Mapping[str, Any]  # what step.make_hyper gives: numbers, never a shape
+from nanojaxgpt.matrices import muon, scale_by_adafactor
+from nanojaxgpt.schedules import Hyper
 
 # The kernels, the tables and the head, in a tree boxed or plain.
 MATRICES = r"_[A-Z]{2,}\b"
-
-
-def _decay(hyper: Hyper, begin: jax.Array, step: jax.Array) -> jax.Array:
-    """Return how far `step` is from `begin` to the last step, from 0 to 1."""
-    return jnp.clip((step - begin) / jnp.maximum(hyper["num_steps"] - begin, 1), 0, 1)
-
-
-def _down(hyper: Hyper, progress: jax.Array) -> jax.Array:
-    """Return the fraction of the learning rate on a straight line down to final_fraction."""
-    return 1 - (1 - hyper["final_fraction"]) * progress
-
-
-def _cosine(step: jax.Array, hyper: Hyper) -> jax.Array:
-    progress = _decay(hyper, hyper["warmup_steps"], step)
-    return _down(hyper, (1 - jnp.cos(jnp.pi * progress)) / 2)
-
-
-def _linear(step: jax.Array, hyper: Hyper) -> jax.Array:
-    return _down(hyper, _decay(hyper, hyper["warmup_steps"], step))
-
-
-def _inverse_sqrt(step: jax.Array, hyper: Hyper) -> jax.Array:
-    warm = hyper["warmup_steps"] + 1
-    return jnp.sqrt(warm / jnp.maximum(step + 1, warm))
-
-
-def _wsd(step: jax.Array, hyper: Hyper) -> jax.Array:
-    begin = hyper["num_steps"] * (1 - hyper["decay_fraction"])
-    return _down(hyper, _decay(hyper, begin, step))
-
-
-SCHEDULES: dict[str, Callable[[jax.Array, Hyper], jax.Array]] = {
-    "cosine": _cosine,
-    "linear": _linear,
-    "constant": lambda step, hyper: jnp.ones(()),
-    "inverse_sqrt": _inverse_sqrt,
-    "wsd": _wsd,
-}
-
-
-def learning_rate(schedule: str, step: jax.Array, hyper: Hyper) -> jax.Array:
-    """Return the learning rate of the 0-based `step`: linear warmup, then the schedule."""
-    step = jnp.asarray(step, jnp.float32)
-    warmup = jnp.minimum((step + 1) / (hyper["warmup_steps"] + 1), 1)
-    return hyper["learning_rate"] * warmup * SCHEDULES[schedule](step, hyper)
 
 
 def path_mask(tree: Any, pattern: str, field: str) -> Any:
@@ -106,59 +58,13 @@ def decay_weights(
     return optax.stateless(add_decay)
 
 
-def muon_dimensions(params: Any) -> Any:
-    """Return which axes of each leaf Muon takes as the rows and columns of a matrix.
-
-    The kernels of the layers are matrices, one for each layer; tables, norms, biases and the head
-    are not (Jordan 2024), and get None.
-    """
-
-    def dimensions(path: tuple, leaf: jax.Array) -> MuonDimensionNumbers | None:
-        kernel = re.search(r"layers/(\w+)", jax.tree_util.keystr(path, simple=True, separator="/"))
-        if not kernel or kernel[1] not in INPUTS:
-            return None
-        axes, summed = list(range(1, leaf.ndim)), INPUTS[kernel[1]]
-        inputs, outputs = (axes[:summed], axes[summed:]) if summed else (axes[1:], axes[:1])
-        return MuonDimensionNumbers(tuple(inputs), tuple(outputs))
-
-    return jax.tree_util.tree_map_with_path(dimensions, params)
-
-
-def _muon(hyper: Hyper) -> optax.GradientTransformation:
-    """Return Muon for the kernels and Adam for the rest.
-
-    An update has a root mean square of 0.2, about Adam's, so that both take one learning rate
-    and one decay (Liu 2025, "Muon is scalable for LLM training").
-    """
-
-    def is_one(x: Any) -> bool:
-        return x is None or isinstance(x, MuonDimensionNumbers)
-
-    def labels(params: Any) -> Any:
-        found = muon_dimensions(params)
-        return jax.tree.map(lambda d: "muon" if d else "adam", found, is_leaf=is_one)
-
-    def resize(updates: Any, _: Any) -> Any:
-        def leaf(update: jax.Array, dimensions: MuonDimensionNumbers) -> jax.Array:
-            sides = [math.prod(update.shape[axis] for axis in axes) for axes in dimensions]
-            return update * (0.2 * math.sqrt(max(sides)))
-
-        return jax.tree.map(leaf, updates, muon_dimensions(updates))
-
-    orthogonal = scale_by_muon(beta=hyper["beta1"], weight_dimension_numbers=muon_dimensions)
-    muon = optax.chain(orthogonal, optax.stateless(resize))
-    return optax.partition({"muon": muon, "adam": OPTIMIZERS["adamw"](hyper)}, labels)
-
-
 # Each returns the direction of a step; decay and the learning rate are the same for all.
 OPTIMIZERS: dict[str, Callable[[Hyper], optax.GradientTransformation]] = {
     "adamw": lambda hyper: optax.scale_by_adam(hyper["beta1"], hyper["beta2"], hyper["eps"]),
-    "adafactor": lambda hyper: optax.chain(
-        optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)
-    ),
+    "adafactor": lambda hyper: scale_by_adafactor(),
     "lion": lambda hyper: optax.scale_by_lion(hyper["beta1"], hyper["beta2"]),
     "sgd": lambda hyper: optax.trace(hyper["beta1"]),
-    "muon": _muon,
+    "muon": lambda hyper: muon(hyper["beta1"], OPTIMIZERS["adamw"](hyper)),
     # The averaging below stands for the momentum.
     "schedule_free": lambda hyper: optax.scale_by_rms(
         hyper["beta2"], hyper["eps"], eps_in_sqrt=False, bias_correction=True

@@ -12,9 +12,10 @@ from ml_collections import ConfigDict
 
 from nanojaxgpt import checkpoint, optim, sharding
 from nanojaxgpt.data.rows import Batch
+from nanojaxgpt.horizon import decay_begin
 from nanojaxgpt.loss import loss_sum
 from nanojaxgpt.model import ModelConfig, Multipliers, Transformer, init_params
-from nanojaxgpt.optim import Hyper
+from nanojaxgpt.schedules import Hyper, learning_rate
 
 # In the order of model.Multipliers.
 MULTIPLIERS = ("embed_multiplier", "attention_multiplier", "logit_multiplier")
@@ -63,6 +64,7 @@ def make_hyper(cfg: ConfigDict) -> dict[str, Any]:
     """
     numbers = {k: v for k, v in cfg.optim.items() if isinstance(v, int | float)}
     numbers |= {"num_steps": cfg.train.num_steps, "z_loss": cfg.train.z_loss}
+    numbers["decay_begin"] = decay_begin(cfg)
     numbers |= {name: cfg.model[name] for name in MULTIPLIERS}
     hyper: dict[str, Any] = {name: np.float32(value) for name, value in numbers.items()}
     entries = optim.rate_multipliers(cfg.optim.rate_multipliers, cfg.optim.optimizer, 1)
@@ -125,7 +127,7 @@ def make_train_step(
         norm = optax.global_norm(grads) / weight
         scale = optim.clip_factor(norm, hyper["clip_norm"]) / weight
         grads = jax.tree.map(lambda grad: grad * scale, grads)
-        rate = optim.learning_rate(schedule, state.step, hyper)
+        rate = learning_rate(schedule, state.step, hyper)
         optimizer = optim.make_optimizer(name, hyper, rate, decay_pattern, multipliers, ema)
         weights, inner = optim.split_master(state.params, state.opt_state)
         updates, new_inner = optimizer.update(grads, inner, weights)

@@ -27,6 +27,7 @@ from nanojaxgpt.data.rows import (
 from nanojaxgpt.data.sources import DataConfig
 from nanojaxgpt.errors import ConfigError, DataError
 from nanojaxgpt.evaluate import evaluate, make_eval_step
+from nanojaxgpt.horizon import warmup_warning
 from nanojaxgpt.hosts.joining import preflight
 from nanojaxgpt.hosts.process import StopRequest, stop_signals
 from nanojaxgpt.hosts.team import ALONE, Team
@@ -210,6 +211,8 @@ def begin_run(job: Job, run: Path, report: Callable[[str], None]) -> None:
         report(f"changed since the run began: {change}")
     num_params = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(job.abstract.params))
     report(f"{run}: {num_params:,} parameters, {job.data.size}, {len(devices)} x {devices[0]}")
+    if warning := warmup_warning(job.cfg):
+        report(warning)
     ramp = train_ramp(job.cfg)
     if ramp.steps:
         sizes = ", ".join(f"{rows} from step {begin + 1}" for begin, rows in ramp.stages())
