@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from nanojaxgpt import checkpoint, metrics, sharding
+from nanojaxgpt.branch import branch_state
 from nanojaxgpt.config import cache_dir
 from nanojaxgpt.data.loader import Data, fetch_ahead, open_data
 from nanojaxgpt.data.rows import (
@@ -141,8 +142,9 @@ def start_state(
 ) -> TrainState:
     """Return the state to go on from.
 
-    1. This run's newest good checkpoint. 2. The parameters of another run (init.from_run).
-    3. Pretrained weights, when there is a reader for them. 4. From scratch, by train.seed.
+    1. This run's newest good checkpoint. 2. The parameters of another run (init.from_run), or its
+    whole state (init.state=all). 3. Pretrained weights, when there is a reader for them. 4. From
+    scratch, by train.seed.
     """
     folder = Path(run) / "checkpoints"
     found = checkpoint.restore(folder, job.abstract.items(), report=report, team=team)
@@ -151,6 +153,8 @@ def start_state(
         team.decide(lambda: checkpoint.set_aside(folder, step))
         report(f"going on from step {step}")
         return TrainState(jax.device_put(np.int32(step), job.shardings.step), **items)
+    if job.cfg.init.state == "all":
+        return branch_state(job, report, team)
     if job.cfg.init.from_run:
         other, model_cfg = Path(job.cfg.init.from_run), ModelConfig(**job.cfg.model)
         step, params = checkpoint.load_params(
@@ -202,7 +206,8 @@ def open_job(
 
 def begin_run(job: Job, run: Path, report: Callable[[str], None]) -> None:
     """Write what identifies the run into its directory, or check it against what is there."""
-    for name, old, new in enter_run(run, job.cfg):
+    newest = max(checkpoint.saved_steps(run / "checkpoints"), default=0)
+    for name, old, new in enter_run(run, job.cfg, newest):
         report(f"changed since the run began: {name} {old!r} -> {new!r}")
     (run / "tokenizer").mkdir(exist_ok=True)
     job.data.tokenizer.save(run / "tokenizer")
