@@ -116,7 +116,7 @@ def scale_by_adafactor() -> optax.GradientTransformation:
             jax.tree.map(columns, *both, is_leaf=is_dimensions),
         )
 
-    def update(grads: Any, state: Factored, _: Any = None) -> tuple[Any, Factored]:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Factored]:
         count = state.count + 1
         fade = 1 - count.astype(jnp.float32) ** -0.8
 
@@ -137,13 +137,13 @@ def scale_by_adafactor() -> optax.GradientTransformation:
             size = jnp.sqrt(jnp.mean(jnp.square(moved), tuple(own), keepdims=True))
             return moved / jnp.maximum(1, size), rows, columns
 
-        paths, tree = jax.tree_util.tree_flatten_with_path(grads)
-        others = adafactor_axes(grads), state.rows, state.columns
+        paths, tree = jax.tree_util.tree_flatten_with_path(updates)
+        others = adafactor_axes(updates), state.rows, state.columns
         found = [
             leaf(path, grad, *rest)
             for (path, grad), *rest in zip(paths, *map(tree.flatten_up_to, others), strict=True)
         ]
-        updates, rows, columns = (tree.unflatten(part) for part in zip(*found, strict=True))
-        return updates, Factored(count, rows, columns)
+        moved, rows, columns = (tree.unflatten(part) for part in zip(*found, strict=True))
+        return moved, Factored(count, rows, columns)
 
     return optax.GradientTransformation(init, update)

@@ -120,10 +120,10 @@ def average(
     def init(params: Any) -> Averaged:
         return Averaged(inner.init(params), jax.tree.map(jnp.copy, params), jnp.float32(0))
 
-    def update(grads: Any, state: Averaged, params: Any) -> tuple[Any, Averaged]:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Averaged]:
         point = gradient_point(name, hyper, params, state)
-        updates, inner_state = inner.update(grads, state.inner, point)
-        fast = optax.apply_updates(state.fast, updates)
+        steps, inner_state = inner.update(updates, state.inner, point)
+        fast = optax.apply_updates(state.fast, steps)
         weight = fades * state.weight + newest
         share = newest / jnp.maximum(weight, jnp.finfo(jnp.float32).tiny)
         moved = jax.tree.map(lambda x, z: share.astype(x.dtype) * (z - x), params, fast)
