@@ -10,19 +10,20 @@ PACKAGE = "nanojaxgpt"
 FLOORS = {
     0: {"", "errors", "model", "attention", "loss", "optim", "sharding", "data.tokenizers",
         "data.subwords", "projection", "probe", "scaling", "data.rows", "data.tasks", "sweep",
-        "sweep.space", "rehearse.chips", "rehearse.collectives", "commands"},
+        "sweep.space", "rehearse.chips", "rehearse.collectives", "schedules",
+        "matrices", "commands"},
     1: {"config", "rundir", "arguments", "hosts", "hosts.process", "hosts.lifeline", "hosts.team",
         "hosts.joining", "hosts.watchdog", "checkpoint", "metrics", "sample", "evaluate", "data",
         "data.sources", "data.sources.documents", "data.sources.files", "data.sources.stdlib",
         "data.sources.download", "data.sources.parquet", "data.sources.tfds",
         "data.sources.builders", "data.sources.hub",
         "data.shards", "data.store", "data.packing", "data.loader", "data.show", "checks",
-        "text_stream"},
+        "horizon", "text_stream"},
     2: {"train", "coordcheck", "sweep.plan", "sweep.claims", "sweep.launch", "sweep.together",
         "sweep.run", "sweep.report", "sweep.results", "sweep.plots", "sweep.search",
         "sweep.slurm", "sweep.verb",
         "rehearse", "rehearse.flops", "rehearse.targets", "rehearse.estimate", "rehearse.step",
-        "rehearse.search", "rehearse.report", "step", "loop", "paper", "reproduce",
+        "rehearse.search", "rehearse.report", "step", "loop", "paper", "reproduce", "branch",
         "commands.sample"},
     3: {"__main__"},
 }  # fmt: skip
@@ -102,9 +103,17 @@ def test_no_rooms_import_each_other():
     assert cycle(USES) == []
 
 
-EARLY = {"", "__main__", "arguments", "checks", "config", "errors", "rundir", "paper"} | {
-    f"sweep.{name}" for name in ("space", "plan", "claims", "launch")
-}
+EARLY = {
+    "",
+    "__main__",
+    "arguments",
+    "checks",
+    "config",
+    "errors",
+    "rundir",
+    "paper",
+    "horizon",
+} | {f"sweep.{name}" for name in ("space", "plan", "claims", "launch")}
 
 
 @pytest.mark.parametrize(
