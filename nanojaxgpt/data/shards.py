@@ -27,6 +27,7 @@ from nanojaxgpt.data.sources import Document
 from nanojaxgpt.data.tokenizers import Tokenizer, load_tokenizer
 
 SHARD_BYTES = 32 << 20  # of text: a few seconds' work, so that little is lost to a kill
+TOKEN_DTYPES = ("<u2", "<u4")
 EDGE_BYTES = 1 << 16  # of a file's beginning and end, hashed apart to tell large files quickly
 
 UNGUARDED = 'the script that trains does so without `if __name__ == "__main__":`'
@@ -52,7 +53,7 @@ def write_shards(
     else:
         write_in_parallel(folder, chain(first, waiting), num_workers)
     finished = sorted(folder.glob("[0-9]*.json"), key=lambda path: int(path.stem))
-    return [json.loads(path.read_text()) for path in finished]
+    return [json.loads(path.read_text())["shard"] for path in finished]
 
 
 def write_in_parallel(folder: Path, shards: Iterator[Shard], num_workers: int) -> None:
@@ -111,16 +112,18 @@ def write_shard(folder: Path, number: int, texts: list[str], tokenizer: Tokenize
     tokens = np.concatenate(parts)
     lengths = [len(parts[i]) + len(end) for i in range(0, len(parts), 2)]
     path = folder / f"{number:05}.tokens"
+    lengths_bytes = np.array(lengths, "<i8").tobytes()
     write_whole(path, tokens.tobytes())
-    write_whole(path.with_suffix(".lengths"), np.array(lengths, "<i8").tobytes())
-    description = dict(
+    write_whole(path.with_suffix(".lengths"), lengths_bytes)
+    shard = dict(
         file=path.name,
         tokens=len(tokens),
         documents=len(texts),
         text_bytes=sum(len(text.encode()) for text in texts),
         **describe_file(path),
     )
-    write_whole(path.with_suffix(".json"), json.dumps(description).encode())
+    sealed = dict(shard=shard, hash=content_hash(shard, lengths_bytes))
+    write_whole(path.with_suffix(".json"), json.dumps(sealed).encode())
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -137,7 +140,7 @@ def read_lengths(folder: Path, shard: dict[str, Any]) -> np.ndarray:
 
 def token_dtype(tokenizer: Tokenizer) -> np.dtype:
     """Return the type that a tokenizer's ids are kept in."""
-    return np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
+    return np.dtype(TOKEN_DTYPES[tokenizer.vocab_size > 1 << 16])
 
 
 def cut_shards(documents: Iterator[Document]) -> Iterator[list[str]]:
@@ -154,16 +157,24 @@ def cut_shards(documents: Iterator[Document]) -> Iterator[list[str]]:
 
 
 def is_finished(folder: Path, number: int) -> bool:
-    """Return whether a shard needs no more work; its hash is compared when the store is opened."""
+    """Return whether a shard needs no more work.
+
+    Its description and its documents' lengths are compared with their hash here; its tokens are
+    when the store is opened.
+    """
     path = folder / f"{number:05}.json"
     try:
-        shard = json.loads(path.read_text())
-        return (
-            path.with_suffix(".tokens").stat().st_size == shard["size"]
-            and path.with_suffix(".lengths").stat().st_size == 8 * shard["documents"]
-        )
-    except (OSError, ValueError, KeyError):
+        sealed = json.loads(path.read_text())
+        shard, lengths = sealed["shard"], path.with_suffix(".lengths").read_bytes()
+        same = sealed["hash"] == content_hash(shard, lengths)
+        return same and path.with_suffix(".tokens").stat().st_size == shard["size"]
+    except (OSError, ValueError, KeyError, TypeError):
         return False
+
+
+def content_hash(content: Any, more: bytes = b"") -> str:
+    """Return the SHA-256, in hex, of JSON-able content, however it is laid out, and `more`."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode() + more).hexdigest()
 
 
 def describe_file(path: Path) -> dict[str, Any]:

@@ -2,8 +2,6 @@
 
 import fcntl
 import functools
-import hashlib
-import json
 import os
 import shutil
 import time
@@ -17,7 +15,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from nanojaxgpt.data import shards
-from nanojaxgpt.data.shards import describe_file, edge_hash, read_lengths, token_dtype, write_shards
+from nanojaxgpt.data.manifests import (
+    FORMAT,
+    read_manifest,
+    read_starts,
+    refusal,
+    write_manifest,
+)
+from nanojaxgpt.data.shards import content_hash, token_dtype, write_shards
 from nanojaxgpt.data.sources import DataConfig, read_documents, source_identity, weighted_sources
 from nanojaxgpt.data.tokenizers import (
     TRAINED,
@@ -28,8 +33,7 @@ from nanojaxgpt.data.tokenizers import (
 )
 from nanojaxgpt.errors import ConfigError, DataError, UserError
 
-FORMAT = 2  # raise it whenever the same source and tokenizer would give other tokens or files
-HASHED_BYTES = 256 << 20  # of a store: a larger one is checked by sizes and its shards' edges
+TOKENIZER_FORMAT = 2  # raise it whenever the same corpus would train another tokenizer
 OPEN_SHARDS = 256  # each mapped file costs a descriptor, of which a process often has 1,024
 
 Span = tuple[int, int]  # token positions [start, stop)
@@ -207,7 +211,7 @@ def prepare_tokenizer(
     if data.tokenizer not in TRAINED:
         return read_tokenizer(data.tokenizer)
     size = data.tokenizer_vocab_size if TRAINED[data.tokenizer] else 0
-    content = dict(format=FORMAT, kind=data.tokenizer, vocab_size=size, sources=contents)
+    content = dict(format=TOKENIZER_FORMAT, kind=data.tokenizer, vocab_size=size, sources=contents)
     content["bad_text"] = data.bad_text
     folder = cache_dir / "tokenizers" / content_key(content)
     with making(folder, report) as unfinished:
@@ -286,86 +290,28 @@ def making(folder: Path, report: Report) -> Iterator[Path | None]:
         lock_path.unlink(missing_ok=True)  # who waits for it still finds the folder
 
 
-def write_manifest(
-    folder: Path, content: dict[str, Any], found: list[dict[str, Any]], tokenizer: Tokenizer
-) -> dict[str, Any]:
-    """Write where each document starts, and the manifest, returned; drop what is no more needed."""
-    starts = np.lib.format.open_memmap(
-        folder / "documents.npy", "w+", np.int64, (sum(shard["documents"] for shard in found),)
-    )
-    place, num_tokens = 0, 0
-    for shard in found:
-        stops = num_tokens + np.cumsum(read_lengths(folder, shard))
-        starts[place : place + len(stops)] = [num_tokens, *stops[:-1]]
-        place, num_tokens = place + len(stops), num_tokens + shard["tokens"]
-    starts.flush()
-    manifest = dict(
-        format=FORMAT,
-        source=content,
-        tokenizer_hash=tokenizer.content_hash(),
-        dtype=token_dtype(tokenizer).str,
-        tokens=num_tokens,
-        documents=place,
-        text_bytes=sum(shard["text_bytes"] for shard in found),
-        documents_file=dict(file="documents.npy", **describe_file(folder / "documents.npy")),
-        shards=found,
-    )
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
-    kept = {"manifest.json", "documents.npy", "tokenizer", *(shard["file"] for shard in found)}
-    for path in folder.iterdir():  # lengths and descriptions, and what a killed process left
-        if path.name not in kept:
-            path.unlink()
-    return manifest
-
-
 def open_store(folder: Path) -> Store:
     """Return the store in `folder`, checked against its manifest; it takes no memory to speak of.
 
     Raises DataError that names the file which is missing, truncated, altered or swapped.
     """
     folder = Path(folder)
-    try:
-        manifest = json.loads((folder / "manifest.json").read_text())
-        if manifest["format"] != FORMAT:
-            raise refusal(folder, "manifest.json", f"has format {manifest['format']}, not {FORMAT}")
-        files = [manifest["documents_file"], *manifest["shards"]]
-        hash_all = sum(file["size"] for file in files) <= HASHED_BYTES
-        for file in files:
-            check_file(folder, file, hash_all)
-        names = [shard["file"] for shard in manifest["shards"]]
-        opened = Shards(folder, names, np.dtype(manifest["dtype"]))
-        shard_starts = np.cumsum([0, *(shard["tokens"] for shard in manifest["shards"])])
-        document_starts = np.load(folder / "documents.npy", mmap_mode="r")
-        tokenizer_hash = manifest["tokenizer_hash"]
-    except OSError as error:
-        raise refusal(folder, error.filename, f"can't be read ({error.strerror})") from error
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise refusal(folder, "manifest.json", f"is not a manifest ({error!r})") from error
+    manifest = read_manifest(folder)
+    shard_starts, document_starts = read_starts(folder, manifest)
     try:
         tokenizer = load_tokenizer(folder / "tokenizer")
     except DataError as error:
         raise refusal(folder, "tokenizer", f"can't be used ({error})") from error
-    if tokenizer.content_hash() != tokenizer_hash:
+    if tokenizer.content_hash() != manifest["tokenizer_hash"]:
         raise refusal(folder, "tokenizer", "is not the one that the tokens were made with")
+    dtype = token_dtype(tokenizer)
+    if dtype.str != manifest["dtype"]:
+        what = f"says {manifest['dtype']}, but its tokenizer needs {dtype.str}"
+        raise refusal(folder, "manifest.json", what)
+    opened = Shards(folder, [shard["file"] for shard in manifest["shards"]], dtype)
     return Store(folder, manifest, opened, shard_starts, document_starts, tokenizer)
-
-
-def check_file(folder: Path, expected: dict[str, Any], hash_all: bool) -> None:
-    """Raise DataError unless the file has the size and the hash expected: of all, or its edges."""
-    name, path = expected["file"], folder / expected["file"]
-    size = path.stat().st_size
-    if size != expected["size"]:
-        raise refusal(folder, name, f"has {size:,} bytes instead of {expected['size']:,}")
-    found = describe_file(path) if hash_all else dict(edges=edge_hash(path))
-    if any(expected[key] != value for key, value in found.items()):
-        raise refusal(folder, name, "was altered: its SHA-256 is not the manifest's")
-
-
-def refusal(folder: Path, name: str, what: str) -> DataError:
-    """Return the error for a file of the store in `folder`, with what to do about it."""
-    return DataError(f"{folder / name} {what}; delete the folder {folder} to have it built again")
 
 
 def content_key(content: Any) -> str:
     """Return 16 hex digits that name JSON-able content."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+    return content_hash(content)[:16]
