@@ -70,7 +70,7 @@ def base_config() -> ConfigDict:
         dict(
             source="stdlib",  # KIND[:LOCATION]: stdlib, text:PATH, jsonl:PATH, ...; docs/data.md
             mixture=(),  # in place of source: ("3 text:a.txt", "1 text:b.txt"), weight and source
-            tokenizer="bytes",  # bytes, chars, sentencepiece, gpt2:FOLDER, hf:FILE; docs/data.md
+            tokenizer="",  # bytes, chars, sentencepiece, ...; "": that of init.from_run, or bytes
             tokenizer_vocab_size=1024,  # of a tokenizer trained here
             packing="wrap",  # wrap: the stream cut at seq_len; pack: documents whole and apart
             validation_fraction=0.1,  # the tail of each source that is never trained on

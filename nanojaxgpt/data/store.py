@@ -26,6 +26,7 @@ from nanojaxgpt.data.shards import content_hash, token_dtype, write_shards
 from nanojaxgpt.data.sources import DataConfig, read_documents, source_identity, weighted_sources
 from nanojaxgpt.data.tokenizers import (
     TRAINED,
+    ByteTokenizer,
     Tokenizer,
     load_tokenizer,
     read_tokenizer,
@@ -158,9 +159,15 @@ class Shards(Sequence):
         return np.asarray(np.memmap(path, self._dtype, "r"))  # slices of a memmap cost more
 
 
-def prepare(data: DataConfig, cache_dir: Path, report: Report = print) -> Corpus:
+def prepare(
+    data: DataConfig,
+    cache_dir: Path,
+    report: Report = print,
+    inherited: Tokenizer | None = None,
+) -> Corpus:
     """Return the corpus, building below `cache_dir` what is not there yet.
 
+    `inherited` is the tokenizer of the parameters to start from, which `data` must not contradict.
     Raises ConfigError and DataError as the sources and the tokenizer do, ConfigError where the
     validation source is one to train on, and DataError where a store can't be written or was
     altered.
@@ -176,7 +183,11 @@ def prepare(data: DataConfig, cache_dir: Path, report: Report = print) -> Corpus
                     f"{source}; name another, or split by data.validation_fraction"
                 )
     try:
-        tokenizer = prepare_tokenizer(data, contents, Path(cache_dir), report)
+        tokenizer = inherited or ByteTokenizer()
+        if data.tokenizer:
+            tokenizer = prepare_tokenizer(data, contents, Path(cache_dir), report)
+            advice = "leave data.tokenizer unset (--config.data.tokenizer=) to inherit it"
+            check_inherited(tokenizer, inherited, f"data.tokenizer={data.tokenizer}", advice)
         parts = tuple(
             Part(source, weight, prepare_store(source, content, tokenizer, data, cache_dir, report))
             for (weight, source), content in zip(weighted, contents, strict=True)
@@ -202,6 +213,21 @@ def describe(corpus: Corpus) -> list[tuple[str, ...]]:
         cells = *map("{:,}".format, counts), ratio, f"{len(store.shards):,}", str(store.folder)
         table.append((name, *cells))
     return table
+
+
+def check_inherited(
+    tokenizer: Tokenizer, inherited: Tokenizer | None, named: str, advice: str
+) -> None:
+    """Raise ConfigError where what is `named` gives ids another meaning than `inherited` does."""
+    if inherited and tokenizer.content_hash() != inherited.content_hash():
+        there, here = (
+            f"{one.kind}, {one.vocab_size:,} ids, hash {one.content_hash()}"
+            for one in (inherited, tokenizer)
+        )
+        raise ConfigError(
+            f"{named} gives another tokenizer ({here}) than the run of init.from_run was trained "
+            f"with ({there}): its embeddings would be read by ids of another meaning; {advice}"
+        )
 
 
 def prepare_tokenizer(
