@@ -72,6 +72,7 @@ def base_config() -> ConfigDict:
             mixture=(),  # in place of source: ("3 text:a.txt", "1 text:b.txt"), weight and source
             tokenizer="",  # bytes, chars, sentencepiece, ...; "": that of init.from_run, or bytes
             tokenizer_vocab_size=1024,  # of a tokenizer trained here
+            lossy_tokenizer=False,  # accept one that changes or miscounts texts, and count the loss
             packing="wrap",  # wrap: the stream cut at seq_len; pack: documents whole and apart
             validation_fraction=0.1,  # the tail of each source that is never trained on
             validation_documents=0,  # instead, so many last documents of each source; 0: off
@@ -168,7 +169,7 @@ def base_config() -> ConfigDict:
 # What may change when a run goes on: none of it changes the function that is being trained.
 FREE_ON_RESUME = re.compile(
     r"(mesh|eval|checkpoint|sample)\..*|train\.(log_every_steps|hang_timeout_seconds)"
-    r"|data\.(cache_dir|tfds_dir|manual_dir|num_workers|prefetch_batches)|model\.(attention|unroll|remat)"
+    r"|data\.(lossy_tokenizer|cache_dir|tfds_dir|manual_dir|num_workers|prefetch_batches)|model\.(attention|unroll|remat)"
 )
 
 

@@ -157,12 +157,15 @@ def test_damaged_note_of_a_finished_shard_has_it_made_again(
     name, ten_documents, tmp_path, small_shards
 ):
     tokenizer = read_tokenizer("bytes")
-    good = shards_module.write_shards(tmp_path, read_documents(ten_documents), tokenizer, 1)
+    good = shards_module.write_shards(tmp_path, read_documents(ten_documents), tokenizer, 1, False)
     content = (tmp_path / name).read_bytes()
     for bit in np.random.default_rng(0).permutation(8 * len(content))[:100].tolist():
         damaged = bytearray(content)
         damaged[bit // 8] ^= 1 << bit % 8
         (tmp_path / name).write_bytes(damaged)
         assert not shards_module.is_finished(tmp_path, 1)
-    assert shards_module.write_shards(tmp_path, read_documents(ten_documents), tokenizer, 1) == good
+    assert (
+        shards_module.write_shards(tmp_path, read_documents(ten_documents), tokenizer, 1, False)
+        == good
+    )
     assert (tmp_path / name).read_bytes() == content

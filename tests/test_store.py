@@ -170,6 +170,8 @@ shards.SHARD_BYTES = 100
 encode, calls = tokenizers.ByteTokenizer.encode, []
 
 def interrupted(self, text):
+    if not text.startswith("é document"):  # one that probes the tokenizer
+        return encode(self, text)
     calls.append(text)
     if mode == "kill" and len(calls) == 5:
         os.kill(os.getpid(), signal.SIGKILL)

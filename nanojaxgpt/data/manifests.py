@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from nanojaxgpt.data.exactness import Loss
 from nanojaxgpt.data.shards import (
     TOKEN_DTYPES,
     content_hash,
@@ -49,6 +50,7 @@ def write_manifest(
         tokens=num_tokens,
         documents=place,
         text_bytes=sum(shard["text_bytes"] for shard in shards),
+        **{count: sum(shard[count] for shard in shards) for count in Loss._fields},
         documents_file=dict(file="documents.npy", **describe_file(folder / "documents.npy")),
         shards=shards,
     )
@@ -103,7 +105,7 @@ def contradiction(manifest: Manifest) -> str:
     for shard in shards:
         if shard["size"] != shard["tokens"] * np.dtype(dtype).itemsize:
             return f"{shard['tokens']:,} tokens of {dtype} are not {shard['size']:,} bytes"
-    for count in ("tokens", "documents", "text_bytes"):
+    for count in ("tokens", "documents", "text_bytes", *Loss._fields):
         if (total := sum(shard[count] for shard in shards)) != manifest[count]:
             return f"{manifest[count]:,} {count}, but its shards have {total:,}"
     return "" if manifest["source"] and manifest["tokenizer_hash"] else "no source or no tokenizer"

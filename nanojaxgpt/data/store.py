@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from nanojaxgpt.data import shards
+from nanojaxgpt.data.exactness import Loss, find_loss
 from nanojaxgpt.data.manifests import (
     FORMAT,
     read_manifest,
@@ -36,6 +37,8 @@ from nanojaxgpt.errors import ConfigError, DataError, UserError
 
 TOKENIZER_FORMAT = 2  # raise it whenever the same corpus would train another tokenizer
 OPEN_SHARDS = 256  # each mapped file costs a descriptor, of which a process often has 1,024
+
+ACCEPT_LOSS = "choose another tokenizer, or accept and count the loss by data.lossy_tokenizer=True"
 
 Span = tuple[int, int]  # token positions [start, stop)
 Report = Callable[[str], object]
@@ -91,6 +94,10 @@ class Store:
             tokens=content_key([shard["sha256"] for shard in self.manifest["shards"]]),
             documents=self.manifest["documents_file"]["sha256"],
         )
+
+    def loss(self) -> Loss:
+        """Return what the documents lost as they became tokens."""
+        return Loss(*(self.manifest[count] for count in Loss._fields))
 
     def split(self, validation_fraction: float, validation_documents: int = 0) -> tuple[Span, Span]:
         """Return the spans of training and validation tokens, which share no document.
@@ -188,13 +195,27 @@ def prepare(
             tokenizer = prepare_tokenizer(data, contents, Path(cache_dir), report)
             advice = "leave data.tokenizer unset (--config.data.tokenizer=) to inherit it"
             check_inherited(tokenizer, inherited, f"data.tokenizer={data.tokenizer}", advice)
+        loss = find_loss(tokenizer)
+        if loss and not data.lossy_tokenizer:
+            name, advice = data.tokenizer or "of init.from_run", ACCEPT_LOSS
+            if data.tokenizer in TRAINED:  # by an older version: today's are exact
+                advice = f"delete the folder {cache_dir}/tokenizers so that it is trained again"
+            raise DataError(f"the tokenizer {name} is lossy: {loss}; {advice}")
+        prepared = functools.partial(
+            prepare_store,
+            tokenizer=tokenizer,
+            lossy=bool(loss),
+            data=data,
+            cache_dir=cache_dir,
+            report=report,
+        )
         parts = tuple(
-            Part(source, weight, prepare_store(source, content, tokenizer, data, cache_dir, report))
+            Part(source, weight, prepared(source, content))
             for (weight, source), content in zip(weighted, contents, strict=True)
         )
         validation = None
         if source := data.validation_source:
-            validation = prepare_store(source, held_out, tokenizer, data, cache_dir, report)
+            validation = prepared(source, held_out)
     except OSError as error:
         raise DataError(f"can't make the token store below {cache_dir}: {error}") from error
     return Corpus(parts, validation)
@@ -259,11 +280,15 @@ def prepare_store(
     source: str,
     content: dict[str, Any],
     tokenizer: Tokenizer,
+    lossy: bool,
     data: DataConfig,
     cache_dir: Path,
     report: Report,
 ) -> Store:
-    """Return the store of one source, whose identity is `content`, tokenized where it is not."""
+    """Return the store of one source, whose identity is `content`, tokenized where it is not.
+
+    Raises DataError where its texts lose anything by the tokenizer, unless `data` accepts that.
+    """
     key = dict(format=FORMAT, source=content, tokenizer=tokenizer.content_hash())
     key |= dict(bad_text=data.bad_text, shard_bytes=shards.SHARD_BYTES)
     folder = Path(cache_dir) / content_key(key)
@@ -273,14 +298,24 @@ def prepare_store(
             (unfinished / "tokenizer").mkdir(exist_ok=True)
             tokenizer.save(unfinished / "tokenizer")
             documents = read_documents(source, data, report)
-            found = write_shards(unfinished, documents, tokenizer, data.num_workers)
+            found = write_shards(unfinished, documents, tokenizer, data.num_workers, lossy)
             manifest = write_manifest(unfinished, content, found, tokenizer)
             report(
                 f"tokenized {source}: {manifest['documents']:,} documents, "
                 f"{manifest['text_bytes']:,} bytes, {manifest['tokens']:,} tokens of "
                 f"{tokenizer.vocab_size:,} in {time.perf_counter() - started:.1f} s: {folder}"
             )
-    return open_store(folder)
+    store = open_store(folder)
+    if any(loss := store.loss()):
+        line = (
+            f"{source} loses by its tokenizer: {loss.changed_documents:,} of "
+            f"{store.num_documents:,} documents change, {loss.changed_characters:,} characters "
+            f"don't come back, {loss.miscounted_bytes:,} bytes are miscounted"
+        )
+        if not data.lossy_tokenizer:
+            raise DataError(f"{line}; {ACCEPT_LOSS}")
+        report(line)
+    return store
 
 
 @contextmanager
