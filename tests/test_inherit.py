@@ -3,9 +3,9 @@
 import json
 import shutil
 
-import numpy as np
 import pytest
 
+from nanojaxgpt import metrics, train
 from nanojaxgpt.__main__ import main
 from nanojaxgpt.config import override_config
 from nanojaxgpt.data.loader import prepare_data
@@ -13,7 +13,7 @@ from nanojaxgpt.data.tokenizers import load_tokenizer, train_tokenizer
 from nanojaxgpt.errors import ConfigError, DataError
 from nanojaxgpt.rundir import load_run
 from nanojaxgpt.sweep.plan import program_key
-from nanojaxgpt.train import fit, resolve
+from nanojaxgpt.train import resolve
 
 
 @pytest.fixture
@@ -113,24 +113,24 @@ def test_trials_of_other_parents_share_no_data(child):
     assert program_key(child()) == program_key(child(**{"init.step": "5"}))
 
 
-def test_run_keeps_what_it_inherited(small_config, child, tmp_path, capsys):
-    small = {"train.num_steps": "2", "optim.learning_rate": "0", "mesh.data": "-1"}
-    parent = tmp_path / "trained"
-    (tmp_path / "letters.txt").write_text("abcde" * 400)
-    first = small_config(**small, **{"data.source": f"text:{tmp_path}/letters.txt"})
-    fit(first, parent, report=lambda _: None)
-    # The same letters in another order of ids would be another model on this text.
-    cfg = child("eddabc" * 300, **small, **{"init.from_run": str(parent)})
-    fit(cfg, tmp_path / "run", report=lambda _: None)
-    kept = load_tokenizer(tmp_path / "run" / "tokenizer")
+def test_run_keeps_what_it_inherited(child, parent, tmp_path, monkeypatch, capsys):
+    """A run that was begun is opened again without its parent, by `fit` and by every command."""
+    run, cfg = tmp_path / "run", child(**{"mesh.data": "-1"})
+    opened = []
+
+    def begin(job, run, *_):
+        opened.append(job.data.identity)
+        train.begin_run(job, run, lambda _: None)
+
+    monkeypatch.setattr(train, "train_job", begin)
+    monkeypatch.setattr(metrics, "plot_losses", lambda *_: None)
+    train.fit(cfg, run, report=lambda _: None)
+    kept = load_tokenizer(run / "tokenizer")
     assert kept.content_hash() == load_tokenizer(parent / "tokenizer").content_hash()
-    assert load_run(tmp_path / "run").data.tokenizer == ""
+    assert load_run(run).data.tokenizer == ""
     shutil.rmtree(parent)
-    more = override_config(cfg, {"eval.num_batches": "1"})
-    fit(more, tmp_path / "run", report=lambda _: None)
-    capsys.readouterr()
-    for verb in ("eval", "inspect", "prepare"):
-        assert main([verb, str(tmp_path / "run")]) == 0
-    out = capsys.readouterr().out
-    found = json.loads(out.splitlines()[0])
-    assert np.isfinite(found["loss"])
+    train.fit(cfg, run, report=lambda _: None)
+    assert opened[0] == opened[1]
+    for command in ("inspect", "prepare"):
+        assert main([command, str(run)]) == 0
+    assert "'e'" in capsys.readouterr().out
