@@ -23,6 +23,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "data.bad_text": ("error", "skip"),
     "optim.optimizer": ("adamw", "adafactor", "lion", "sgd", "muon", "schedule_free"),
     "optim.schedule": ("cosine", "linear", "constant", "inverse_sqrt", "wsd"),
+    "init.state": ("params", "all"),
 }
 
 _COUNT, _SIZE = (0, 2**31 - 1), (1, 2**31 - 1)  # off or a number; at least one
@@ -107,6 +108,9 @@ TUPLES: dict[str, type] = {
 }
 
 
+DIGEST = re.compile(r"\s*[0-9a-fA-F]{64}\s*")
+
+
 def field_problems(name: str, value: Any, default: Any) -> list[str]:
     """Return what is wrong with one field by itself."""
     if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
@@ -164,8 +168,15 @@ def partner_problems(cfg: ConfigDict) -> list[str]:
             f"model.seq_len={model.seq_len} does not divide by "
             f"train.loss_chunks={train.loss_chunks}"
         )
+    if cfg.data.sha256 and not all(map(DIGEST.fullmatch, cfg.data.sha256.split(","))):
+        problems.append(
+            f"data.sha256={cfg.data.sha256!r} is not a SHA-256 in 64 hex digits, or several with "
+            "commas between"
+        )
     if list(cfg.mesh.values()).count(-1) > 1:
         problems.append(f"only one mesh axis can be -1 (the rest): {dict(cfg.mesh)}")
+    if cfg.init.state == "all" and not cfg.init.from_run:
+        problems.append("init.state=all needs the run that it branches from: set init.from_run")
     if 0 in cfg.mesh.values():
         problems.append(f"a mesh axis has no devices: {dict(cfg.mesh)}; 1 leaves it unused")
     return problems

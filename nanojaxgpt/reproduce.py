@@ -19,6 +19,8 @@ from nanojaxgpt.errors import DataError, NonFiniteError
 from nanojaxgpt.model import ModelConfig
 from nanojaxgpt.paper import FAIL, NOT_RUN, PASS, Arm, Claim, Paper, Plot, Run, Runs, verdict
 from nanojaxgpt.sweep.claims import read_outcome, run_path
+from nanojaxgpt.sweep.plan import Trial, set_point, show_point
+from nanojaxgpt.sweep.plots import draw_band, fit_axis, make_band
 from nanojaxgpt.sweep.run import run_trials
 from nanojaxgpt.train import Job, make_job, prepare_data, resolve
 
@@ -66,12 +68,21 @@ def reproduce(paper: Paper, folder: Path, report: Report = print) -> Reproductio
         except DataError as error:
             missing[arm.name] = str(error)
             report(f"{arm.name}: {NOT_RUN}: {error}")
-    arms = [arm for arm in paper.arms if arm.name not in missing]
-    trials = [trial for arm in arms for seed in arm.seeds for trial in arm.trials(seed)]
-    try:
-        run_trials(folder, trials, mode="map", width=1, report=report)
-    except NonFiniteError as error:
-        report(str(error))  # that every run diverges is a result, too
+    arms = [arm for arm in paper.arms if not missing.keys() & {arm.name, arm.branch_of}]
+    missing |= {arm.name: missing[arm.branch_of] for arm in paper.arms if arm.branch_of in missing}
+    for branched in (False, True):  # branches need the runs that they begin in
+        trials = [
+            trial
+            for arm in arms
+            if bool(arm.branch_of) == branched
+            for seed in arm.seeds
+            for trial in arm_trials(paper, arm, seed, folder)
+            if not (branched and diverged(Path(trial.cfg.init.from_run)))
+        ]
+        try:
+            run_trials(folder, trials, mode="map", width=1, report=report)
+        except NonFiniteError as error:
+            report(str(error))  # that every run diverges is a result, too
     runs = {arm.name: [find_runs(arm, seed, folder) for seed in arm.seeds] for arm in arms}
     results = []
     for claim in paper.claims:
@@ -94,20 +105,46 @@ def check_arm(paper: Paper, arm: Arm, folder: Path) -> None:
             f"{arm.config.data.source} is not the corpus of this paper: its tokens are not those "
             f"of hash {paper.tokens}"
         )
-    for trial in (trial for seed in arm.seeds for trial in arm.trials(seed)):
+    trials = [t for seed in arm.seeds for t in arm_trials(paper, arm, seed, folder)]
+    for trial in trials:
         run = run_path(folder, trial.name)
         if (run / "config.json").exists():
             rundir.enter_run(run, resolve(trial.cfg, data))
             rundir.check_data(run, data.identity)
 
 
+def arm_trials(paper: Paper, arm: Arm, seed: int, folder: Path) -> list[Trial]:
+    """Return the runs of a seed as they are trained in `folder`: branches name their origins."""
+    trials = arm.trials(seed)
+    if not arm.branch_of:
+        return trials
+    origin = next(other for other in paper.arms if other.name == arm.branch_of)
+    found = []
+    for trial in trials:
+        path = run_path(folder, origin.origin(trial).name).resolve()
+        point = {"init.from_run": str(path), "init.state": "all"}
+        found.append(trial._replace(cfg=set_point(trial.cfg, point)))
+    return found
+
+
+def diverged(run: Path) -> bool:
+    """Return whether the run of a trial ended at a loss that is not finite."""
+    return read_outcome(run.parents[1], run.name).get("state") == "non-finite"
+
+
 def find_runs(arm: Arm, seed: int, folder: Path) -> Runs:
-    """Return an arm's runs with this seed, which have ended: one, or one for each point."""
+    """Return an arm's runs with this seed, which have ended: one, or one for each point.
+
+    A branch of a run that diverged was never begun, and counts as diverged.
+    """
     found = []
     for trial in arm.trials(seed):
         path = run_path(folder, trial.name)
-        diverged = read_outcome(folder, trial.name)["state"] == "non-finite"
-        found.append(Run(path, rundir.load_run(path), metrics.read_metrics(path), diverged))
+        if read_outcome(folder, trial.name):
+            cfg, records = rundir.load_run(path), metrics.read_metrics(path)
+            found.append(Run(path, cfg, records, diverged(path)))
+        else:
+            found.append(Run(path, trial.cfg, [], diverged=True))
     return found if arm.space else found[0]
 
 
@@ -258,18 +295,37 @@ def curve(run: Run) -> list[tuple[int, float]]:
     return [(step, loss) for step, loss in losses if math.isfinite(loss)]
 
 
-def draw_curves(names: list[str], figure: Any, *arms: list[Runs]) -> None:
-    """Draw the validation loss against the step, a color for each arm and a line for each run."""
-    axes = figure.subplots()
-    for index, (name, seeds) in enumerate(zip(names, arms, strict=True)):
-        for number, run in enumerate(run for runs in seeds for run in listed(runs)):
-            points = curve(run)
-            steps, losses = zip(*points, strict=True) if points else ((), ())
-            style = dict(marker="o", markersize=3, label="" if number else name)
-            axes.plot(steps, losses, f"C{index % 10}", **style)
+def draw_curves(arms: Sequence[Arm], figure: Any, *runs: list[Runs]) -> None:
+    """Draw the validation loss against the step, a color for each arm, a line for each point.
+
+    The point with the lowest loss at its end, by the mean over seeds, has the range of its seeds
+    and is named; the other points of the arm are faint.
+    """
+    axes, drawn = figure.subplots(), []
+    for index, (arm, seeds) in enumerate(zip(arms, runs, strict=True)):
+        found = [*zip(*map(listed, seeds), strict=True)]  # by point the runs of all seeds
+        bands = [make_band([curve(run) for run in same]) for same in found]
+        ends = [
+            math.inf if any(run.diverged for run in same) or not band.steps else band.mean[-1]
+            for same, band in zip(found, bands, strict=True)
+        ]
+        best = ends.index(min(ends))
+        for number, (point, band) in enumerate(zip(arm.points(), bands, strict=True)):
+            color = f"C{index % 10}"
+            if number == best:
+                label = f"{arm.name}, {show_point(point)}" if point else arm.name
+                draw_band(
+                    axes, band, color=color, label=label, linewidth=2, marker="o", markersize=4
+                )
+            else:
+                axes.plot(band.steps, band.mean, color=color, linewidth=0.8, alpha=0.45)
+        drawn += bands
+    fit_axis(axes, drawn)
+    if any(arm.space for arm in arms):
+        axes.set_title("thick: the best point of each arm; thin: the others", fontsize="small")
     axes.set(xlabel="step", ylabel="validation loss in nats per token")
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(fontsize="small")
 
 
 def draw(plot: Plot, found: Reproduction, folder: Path) -> bool:
@@ -292,11 +348,11 @@ def save(found: Reproduction, folder: Path, command: str) -> Path:
     """Write report.md, report.json, the paper's figures, and curves where there are any."""
     folder.mkdir(parents=True, exist_ok=True)
     rundir.write_text(folder / "report.json", to_json(found))
-    names, plots = list(found.runs), [*found.paper.plots]
+    plots, arms = [*found.paper.plots], [a for a in found.paper.arms if a.name in found.runs]
     runs = [run for arm in found.runs.values() for same in arm for run in listed(same)]
     if any(len(curve(run)) > 1 for run in runs):
-        curves = functools.partial(draw_curves, names)
-        plots.append(Plot("curves.png", "validation loss of every arm", curves, tuple(names)))
+        curves, names = functools.partial(draw_curves, arms), tuple(arm.name for arm in arms)
+        plots.append(Plot("curves.png", "validation loss of every arm", curves, names))
     drawn = [plot for plot in plots if draw(plot, found, folder)]
     rundir.write_text(folder / "report.md", "\n".join(to_markdown(found, command, drawn)) + "\n")
     return folder / "report.md"

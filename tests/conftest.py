@@ -1,8 +1,10 @@
 """What the tests share: eight CPU devices, a small corpus, a small config, the command line."""
 
+import json
 import os
 import subprocess
 import sys
+import tempfile
 import textwrap
 from pathlib import Path
 
@@ -12,6 +14,12 @@ os.environ["XLA_FLAGS"] = (
     f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0 "
     "--xla_cpu_collective_call_terminate_timeout_seconds=600"
 )
+# What one process has compiled, the other workers and all child processes read.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    compiled = tempfile.TemporaryDirectory(prefix="nanojaxgpt-compiled-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import jax
 import numpy as np
@@ -21,6 +29,8 @@ from nanojaxgpt.config import base_config, override_config
 from nanojaxgpt.data import shards
 from nanojaxgpt.data.sources import DataConfig
 from nanojaxgpt.model import ModelConfig
+from nanojaxgpt.sweep.claims import run_path
+from nanojaxgpt.sweep.plan import Trial
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
@@ -82,6 +92,15 @@ def get_config():
     own = textwrap.indent(textwrap.dedent(own).strip(), "    ")
     path.write_text(f"{shared}{own}\n    return cfg\n\n{more}")
     return path
+
+
+def write_trial(folder: Path, trial: Trial, loss: float, state: str = "finished") -> None:
+    """Write what a trial leaves, without training it."""
+    path = run_path(folder, trial.name)
+    path.mkdir(parents=True)
+    records = [{"step": 1, "loss": 9.0}, {"step": 6, "validation_loss": loss}]
+    (path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    (path / "trial.json").write_text(json.dumps({"state": state, "seconds": 1.5, "message": ""}))
 
 
 @pytest.fixture

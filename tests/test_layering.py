@@ -10,17 +10,20 @@ PACKAGE = "nanojaxgpt"
 FLOORS = {
     0: {"", "errors", "model", "attention", "loss", "optim", "sharding", "data.tokenizers",
         "data.subwords", "projection", "probe", "scaling", "data.rows", "data.tasks", "sweep",
-        "sweep.space", "rehearse.chips", "rehearse.collectives"},
+        "sweep.space", "rehearse.chips", "rehearse.collectives", "schedules",
+        "matrices"},
     1: {"config", "rundir", "arguments", "hosts", "hosts.process", "hosts.lifeline", "hosts.team",
         "hosts.joining", "hosts.watchdog", "checkpoint", "metrics", "sample", "evaluate", "data",
         "data.sources", "data.sources.documents", "data.sources.files", "data.sources.stdlib",
-        "data.sources.tfds", "data.sources.builders", "data.sources.hub",
+        "data.sources.download", "data.sources.parquet", "data.sources.tfds",
+        "data.sources.builders", "data.sources.hub",
         "data.shards", "data.manifests", "data.exactness", "data.store",
-        "data.packing", "data.loader", "data.show", "checks"},
+        "data.packing", "data.loader", "data.show", "checks", "horizon"},
     2: {"train", "coordcheck", "sweep.plan", "sweep.claims", "sweep.launch", "sweep.together",
-        "sweep.run", "sweep.report", "sweep.search", "sweep.slurm", "sweep.verb",
+        "sweep.run", "sweep.report", "sweep.results", "sweep.plots", "sweep.search",
+        "sweep.slurm", "sweep.verb",
         "rehearse", "rehearse.flops", "rehearse.targets", "rehearse.estimate", "rehearse.step",
-        "rehearse.search", "rehearse.report", "step", "loop", "paper", "reproduce"},
+        "rehearse.search", "rehearse.report", "step", "loop", "paper", "reproduce", "branch"},
     3: {"__main__"},
 }  # fmt: skip
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
@@ -99,9 +102,17 @@ def test_no_rooms_import_each_other():
     assert cycle(USES) == []
 
 
-EARLY = {"", "__main__", "arguments", "checks", "config", "errors", "rundir", "paper"} | {
-    f"sweep.{name}" for name in ("space", "plan", "claims", "launch")
-}
+EARLY = {
+    "",
+    "__main__",
+    "arguments",
+    "checks",
+    "config",
+    "errors",
+    "rundir",
+    "paper",
+    "horizon",
+} | {f"sweep.{name}" for name in ("space", "plan", "claims", "launch")}
 
 
 @pytest.mark.parametrize(

@@ -15,11 +15,19 @@ from ml_collections import ConfigDict
 from nanojaxgpt.config import cache_dir, unknown_name
 from nanojaxgpt.data.packing import cover_rows, packed_rows, wrap_rows
 from nanojaxgpt.data.rows import Rows, Source, chain
-from nanojaxgpt.data.sources import DataConfig
-from nanojaxgpt.data.store import Corpus, check_inherited, prepare
+from nanojaxgpt.data.sources import DataConfig, source_identity
+from nanojaxgpt.data.store import (
+    Corpus,
+    Part,
+    Report,
+    check_exact,
+    check_inherited,
+    prepare,
+    prepare_store,
+)
 from nanojaxgpt.data.tasks import TASKS, Task, task_rows
 from nanojaxgpt.data.tokenizers import Tokenizer, WordTokenizer, load_tokenizer
-from nanojaxgpt.errors import ConfigError
+from nanojaxgpt.errors import ConfigError, DataError
 from nanojaxgpt.rundir import load_run
 
 Fetched = TypeVar("Fetched")
@@ -82,6 +90,27 @@ def open_data(
         if name.startswith("task:"):
             raise ConfigError(f"{name} can only be data.source, alone: it has a split of its own")
     return text_data(prepare(data, folder, report, inherited), data)
+
+
+def open_source(
+    source: str, tokenizer: Tokenizer, data: DataConfig, folder: Path, report: Report = print
+) -> Data:
+    """Return the data of one source by a tokenizer that is there: all of it is for validation.
+
+    Of a generated task it is the examples that are held out. Raises what `open_data` raises, and
+    DataError where the tokenizer can't write the source.
+    """
+    if source.startswith("task:"):
+        found = task_data(source)
+        if found.tokenizer.content_hash() != tokenizer.content_hash():
+            raise DataError(f"{source} has other words than the tokenizer of the model")
+        return found
+    content, lossy = source_identity(source, data), check_exact(tokenizer, data, folder)
+    try:
+        store = prepare_store(source, content, tokenizer, lossy, data, folder, report)
+    except OSError as error:
+        raise DataError(f"can't make the token store below {folder}: {error}") from error
+    return text_data(Corpus((Part(source, Fraction(1), store),), store), data)
 
 
 def text_data(corpus: Corpus, data: DataConfig) -> Data:

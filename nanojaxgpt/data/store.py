@@ -1,6 +1,5 @@
 """In: the config's section `data`. Out: its corpus as token ids on disk, opened as memmaps."""
 
-import fcntl
 import functools
 import os
 import shutil
@@ -25,6 +24,7 @@ from nanojaxgpt.data.manifests import (
 )
 from nanojaxgpt.data.shards import content_hash, token_dtype, write_shards
 from nanojaxgpt.data.sources import DataConfig, read_documents, source_identity, weighted_sources
+from nanojaxgpt.data.sources.download import hold_lock
 from nanojaxgpt.data.tokenizers import (
     TRAINED,
     ByteTokenizer,
@@ -195,16 +195,10 @@ def prepare(
             tokenizer = prepare_tokenizer(data, contents, Path(cache_dir), report)
             advice = "leave data.tokenizer unset (--config.data.tokenizer=) to inherit it"
             check_inherited(tokenizer, inherited, f"data.tokenizer={data.tokenizer}", advice)
-        loss = find_loss(tokenizer)
-        if loss and not data.lossy_tokenizer:
-            name, advice = data.tokenizer or "of init.from_run", ACCEPT_LOSS
-            if data.tokenizer in TRAINED:  # by an older version: today's are exact
-                advice = f"delete the folder {cache_dir}/tokenizers so that it is trained again"
-            raise DataError(f"the tokenizer {name} is lossy: {loss}; {advice}")
         prepared = functools.partial(
             prepare_store,
             tokenizer=tokenizer,
-            lossy=bool(loss),
+            lossy=check_exact(tokenizer, data, cache_dir),
             data=data,
             cache_dir=cache_dir,
             report=report,
@@ -234,6 +228,17 @@ def describe(corpus: Corpus) -> list[tuple[str, ...]]:
         cells = *map("{:,}".format, counts), ratio, f"{len(store.shards):,}", str(store.folder)
         table.append((name, *cells))
     return table
+
+
+def check_exact(tokenizer: Tokenizer, data: DataConfig, cache_dir: Path) -> bool:
+    """Return whether the tokenizer is lossy. Raises DataError if so and `data` won't have it."""
+    loss = find_loss(tokenizer)
+    if loss and not data.lossy_tokenizer:
+        name, advice = data.tokenizer or "of init.from_run", ACCEPT_LOSS
+        if data.tokenizer in TRAINED:  # by an older version: today's are exact
+            advice = f"delete the folder {cache_dir}/tokenizers so that it is trained again"
+        raise DataError(f"the tokenizer {name} is lossy: {loss}; {advice}")
+    return bool(loss)
 
 
 def check_inherited(
@@ -332,12 +337,7 @@ def making(folder: Path, report: Report) -> Iterator[Path | None]:
         raise DataError(f"nothing is prepared here: {shards.UNGUARDED}")
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock_path, unfinished = (folder.with_name(folder.name + e) for e in (".lock", ".unfinished"))
-    with open(lock_path, "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            report(f"another process is making {folder}; waiting for it")
-            fcntl.flock(lock, fcntl.LOCK_EX)
+    with hold_lock(lock_path, f"another process is making {folder}", report):
         if folder.exists():
             yield None
             return
@@ -348,7 +348,6 @@ def making(folder: Path, report: Report) -> Iterator[Path | None]:
             shutil.rmtree(unfinished, ignore_errors=True)
             raise
         os.rename(unfinished, folder)
-        lock_path.unlink(missing_ok=True)  # who waits for it still finds the folder
 
 
 def open_store(folder: Path) -> Store:
