@@ -146,7 +146,7 @@ def example(tmp_path_factory) -> Path:
         (folder / name).symlink_to(ROOT / name)
     with pytest.MonkeyPatch.context() as patch:
         enter(patch, folder)
-        train = "train --config=experiments/quickstart.py --run=runs/quickstart".split()
+        train = ["train", "--config=experiments/quickstart.py", "--run=runs/quickstart"]
         steps = {"train.num_steps": 4, "eval.every_steps": 2, "checkpoint.every_steps": 2}
         small = flags(PLAIN | SMALL | steps | {"data.source": "text:notes"})
         assert call([*train, *small]) == (0, "")
