@@ -123,7 +123,7 @@ def measure(claim: Claim, runs: dict[str, list[Runs]], missing: dict[str, str]) 
             return Result(claim, {}, NOT_RUN, missing[name])
     try:
         if not claim.arms:
-            measured = {"": claim.measure()}
+            measured: dict[int | str, float] = {"": claim.measure()}
         else:
             by_seed = zip(*(runs[name] for name in claim.arms), strict=True)
             measured = {listed(row[0])[0].cfg.train.seed: claim.measure(*row) for row in by_seed}

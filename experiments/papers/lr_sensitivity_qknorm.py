@@ -123,7 +123,7 @@ def draw_sweep(figure: Any, plain: list[list[Run]], qk_norm: list[list[Run]]) ->
 
 def get_paper() -> Paper:
     """Return two sweeps over the learning rate, and how they differ at its upper end."""
-    both = dict(arms=("plain", "qk_norm"))
+    both: dict[str, Any] = dict(arms=("plain", "qk_norm"))
     claims = [
         Claim("best loss without qk-norm less with it", "indistinguishable below a critical rate",
               FIGURES, lambda plain, qk: best_loss(plain) - best_loss(qk), (-0.02, 0.02), **both),

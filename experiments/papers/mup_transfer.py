@@ -82,7 +82,10 @@ def losses_by_width(runs: list[Run]) -> dict[int, dict[float, float]]:
 
 def best_rates(runs: list[Run]) -> dict[int, float]:
     """Return the best learning rate of each width."""
-    return {width: min(found, key=found.get) for width, found in losses_by_width(runs).items()}
+    return {
+        width: min(found, key=lambda rate, found=found: found[rate])
+        for width, found in losses_by_width(runs).items()
+    }
 
 
 def span(runs: list[Run]) -> float:

@@ -13,6 +13,7 @@ the mean of seeds 0 to 2 of experiments/shakespeare_char.py:cpu, whose recipe th
 
 import math
 from pathlib import Path
+from typing import Any
 
 from nanojaxgpt.config import load_experiment
 from nanojaxgpt.paper import Arm, Claim, Paper, Run
@@ -30,7 +31,7 @@ def loss_before(run: Run) -> float:
 
 def get_paper() -> Paper:
     """Return the recipe with three seeds, and the losses at its beginning, middle and end."""
-    shared = dict(arms=("cpu",))
+    shared: dict[str, Any] = dict(arms=("cpu",))
     claims = (
         Claim("validation loss, step 2000", 1.8857, SOURCE, lambda run: run.at(2000),
               accept=(1.86, 1.94), **shared),

@@ -51,8 +51,10 @@ def load_plan(experiment: str, overrides: dict[str, str]) -> Plan:
     point that does not fit the config; of a `tpe` some random points are looked at.
     """
     base, found = config.load_config(experiment, overrides), load_sweep(experiment)
-    tpe = found if isinstance(found, Tpe) else None
-    points = (draws(tpe.space, EXAMPLES, tpe.seed) if tpe else found).points()
+    if isinstance(found, Tpe):
+        tpe, points = found, draws(found.space, EXAMPLES, found.seed).points()
+    else:
+        tpe, points = None, found.points()
     if not points:
         raise ConfigError(f"the sweep of {experiment} is an empty space")
     if twice := overrides.keys() & {field for point in points for field in point}:
