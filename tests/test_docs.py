@@ -259,8 +259,8 @@ def run_file(words: list[str]) -> None:
 
 
 def run_reference(words: list[str]) -> None:
-    """Compare the generated page; it is not written."""
-    assert load_script("config_reference").main(["--check"]) == 0
+    """Compare the generated pages; they are not written."""
+    assert load_script("reference").main(["--check"]) == 0
 
 
 def run_nothing(words: list[str]) -> None:
@@ -271,7 +271,7 @@ RUNNERS: list[tuple[str, Callable[[list[str]], None]]] = [
     ("nanojaxgpt", run_nanojaxgpt),
     ("python -m nanojaxgpt", run_nanojaxgpt),
     ("python scripts/launch.py", run_launch),
-    ("python scripts/config_reference.py", run_reference),
+    ("python scripts/reference.py", run_reference),
     ("pip install", run_pip),
     ("python -c", run_code),
     ("python -m pytest", run_file),
@@ -384,7 +384,7 @@ def test_readme_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) <= README_LINES
 
 
-def test_config_reference_is_up_to_date():
+def test_generated_pages_are_up_to_date():
     run_reference([])
 
 

@@ -1,9 +1,9 @@
-"""Write docs/config.md: every config field with its default, values and comment.
+"""Write the part of the docs that repeats the code: docs/config.md.
 
-    python scripts/config_reference.py           # write the page
-    python scripts/config_reference.py --check   # exit 1 where the committed page is out of date
+    python scripts/reference.py           # write them
+    python scripts/reference.py --check   # exit 1 if what is committed is out of date
 
-Defaults come from `base_config()`, comments from its source, values from checks.py.
+Defaults come from `base_config()`, comments from its source, and values from checks.py.
 """
 
 import inspect
@@ -15,18 +15,18 @@ from pathlib import Path
 from nanojaxgpt.checks import CHOICES, RANGES
 from nanojaxgpt.config import FREE_ON_RESUME, base_config, fields
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "config.md"
+DOCS = Path(__file__).resolve().parents[1] / "docs"
 HEAD = """\
 # Config reference
 
-<!-- Written by scripts/config_reference.py from nanojaxgpt/config.py and checks.py. -->
+<!-- Written by scripts/reference.py from nanojaxgpt/config.py and checks.py. -->
 
 Every field of an experiment, with its default. Set a field in an experiment file
 (`cfg.optim.learning_rate = 3e-4`) or on the command line (`--config.optim.learning_rate=3e-4`).
 `0` and `""` turn a feature off or leave the choice to the program, as the last column says.
 
 Fields marked "yes" under "resume" may change when a run is resumed. A change of any other field
-makes a different run: it is refused, and belongs into a new `--run`.
+makes a different run: it is refused, and belongs in a new `--run`.
 """
 LIMIT = 1e9  # beyond this a range has no upper end worth showing
 
@@ -72,8 +72,8 @@ def row(name: str, default: object, comment: str) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
-def page() -> str:
-    """Return the whole page as Markdown."""
+def config_page() -> str:
+    """Return docs/config.md."""
     lines, defaults = [HEAD], dict(fields(base_config()))
     for name, comment in comments().items():  # in the order of the source
         if name in defaults:
@@ -88,14 +88,19 @@ def page() -> str:
     return re.sub(r"(\|)\n## ", r"\1\n\n## ", "\n".join(lines)) + "\n"
 
 
+def pages() -> dict[Path, str]:
+    """Return what the generated pages should hold."""
+    return {DOCS / "config.md": config_page()}
+
+
 def main(arguments: list[str]) -> int:
-    """Write the page, or with --check compare it; return the exit code."""
-    if arguments != ["--check"]:
-        PAGE.write_text(page())
-        return 0
-    if not PAGE.exists() or PAGE.read_text() != page():
-        print(f"{PAGE} is out of date: python scripts/config_reference.py", file=sys.stderr)
-        return 1
+    """Write the pages, or with --check compare them; return the exit code."""
+    for path, text in pages().items():
+        if arguments != ["--check"]:
+            path.write_text(text)
+        elif path.read_text() != text:
+            print(f"{path} is out of date: python scripts/reference.py", file=sys.stderr)
+            return 1
     return 0
 
 
