@@ -107,6 +107,9 @@ TUPLES: dict[str, type] = {
 }
 
 
+DIGEST = re.compile(r"\s*[0-9a-fA-F]{64}\s*")
+
+
 def field_problems(name: str, value: Any, default: Any) -> list[str]:
     """Return what is wrong with one field by itself."""
     if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
@@ -163,6 +166,11 @@ def partner_problems(cfg: ConfigDict) -> list[str]:
         problems.append(
             f"model.seq_len={model.seq_len} does not divide by "
             f"train.loss_chunks={train.loss_chunks}"
+        )
+    if cfg.data.sha256 and not all(map(DIGEST.fullmatch, cfg.data.sha256.split(","))):
+        problems.append(
+            f"data.sha256={cfg.data.sha256!r} is not a SHA-256 in 64 hex digits, or several with "
+            "commas between"
         )
     if list(cfg.mesh.values()).count(-1) > 1:
         problems.append(f"only one mesh axis can be -1 (the rest): {dict(cfg.mesh)}")

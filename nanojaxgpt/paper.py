@@ -21,7 +21,7 @@ PASS, FAIL, NOT_RUN = "PASS", "FAIL", "NOT-RUN"
 
 # What the command line may set: where the data lie and what computes, never the recipe.
 FREE = re.compile(
-    r"data\.(source|tfds_dir|manual_dir|cache_dir|num_workers|prefetch_batches)"
+    r"data\.(source|sha256|tfds_dir|manual_dir|cache_dir|num_workers|prefetch_batches)"
     r"|mesh\..*|model\.(attention|unroll|remat)"
 )
 

@@ -25,8 +25,11 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import pyarrow
 import pytest
+import zstandard
 from conftest import ROOT
+from pyarrow import parquet
 
 from nanojaxgpt import checks, model, optim, sharding
 from nanojaxgpt.__main__ import main
@@ -139,8 +142,11 @@ def example(tmp_path_factory) -> Path:
         (folder / name).write_text(lines)
     (folder / "c4").mkdir()
     (folder / "c4" / "0.json.gz").write_bytes(gzip.compress(lines.encode()))
-    zstandard = pytest.importorskip("zstandard")
     (folder / "wiki.jsonl.zst").write_bytes(zstandard.ZstdCompressor().compress(lines.encode()))
+    (folder / "fineweb").mkdir()
+    parquet.write_table(pyarrow.table({"text": text.split("\n")}), folder / "fineweb" / "0.parquet")
+    messages = pyarrow.table({"message": [{"content": line} for line in text.split("\n")]})
+    parquet.write_table(messages, folder / "chats.parquet")
     shutil.copy(ROOT / "experiments" / "quickstart.py", folder / "mine.py")
     for name in ("experiments", "scripts"):
         (folder / name).symlink_to(ROOT / name)

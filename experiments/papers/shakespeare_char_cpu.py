@@ -4,11 +4,12 @@ Source: nanoGPT's README and config/train_shakespeare_char.py (commit 3adf61e), 
 validation loss of 1.88; its logs with seed 1337 say 1.8857, by 20 random batches (standard error
 about 0.02). Here the loss is over the whole validation split, 111,540 characters.
 
-    nanojaxgpt reproduce experiments/papers/shakespeare_char_cpu.py --config.data.source=text:PATH
+    nanojaxgpt reproduce experiments/papers/shakespeare_char_cpu.py
 
-PATH is Tiny Shakespeare: 1,115,394 bytes, char-rnn's data/tinyshakespeare/input.txt; another corpus
-is not run. Hardware: one or two CPU cores, 2 to 5 minutes for each of 3 seeds. Verified: 1.906,
-the mean of seeds 0 to 2 of experiments/shakespeare_char.py:cpu, whose recipe this is.
+Tiny Shakespeare is downloaded once; without a network, give a copy of its 1,115,394 bytes by
+--config.data.source=text:PATH. Another corpus is not run. Hardware: one or two CPU cores, 2 to 5
+minutes for each of 3 seeds. Verified: 1.906, the mean of seeds 0 to 2 of
+experiments/shakespeare_char.py:cpu, whose recipe this is.
 """
 
 import math

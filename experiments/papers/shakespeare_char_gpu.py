@@ -5,9 +5,9 @@ context 256, batch 64, dropout 0.2, 5,000 steps, about 3 minutes on an A100. The
 its best loss comes early (nanoGPT's issue 211 reports 1.48 at step 1,750), and that it rises after
 is part of the result. Here the loss is over the whole validation split, every 250 steps.
 
-    nanojaxgpt reproduce experiments/papers/shakespeare_char_gpu.py --config.data.source=text:PATH
+    nanojaxgpt reproduce experiments/papers/shakespeare_char_gpu.py
 
-PATH is Tiny Shakespeare, as for shakespeare_char_cpu.py. Hardware: one GPU, minutes for each of 3
+The corpus is that of shakespeare_char_cpu.py. Hardware: one GPU, minutes for each of 3
 seeds; on a CPU it is NOT-RUN. Not run yet: no GPU was at hand.
 """
 

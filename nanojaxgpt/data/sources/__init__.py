@@ -6,6 +6,7 @@ from fractions import Fraction
 from typing import Any
 
 from nanojaxgpt.data.sources.documents import BadTexts, DataConfig, Document, Source
+from nanojaxgpt.data.sources.download import check_digest, fetch, is_url
 from nanojaxgpt.data.sources.files import (
     identify_blocks,
     identify_jsonl,
@@ -15,6 +16,7 @@ from nanojaxgpt.data.sources.files import (
     read_text,
 )
 from nanojaxgpt.data.sources.hub import identify_hub, read_hub
+from nanojaxgpt.data.sources.parquet import identify_parquet, read_parquet
 from nanojaxgpt.data.sources.stdlib import identify_stdlib, read_stdlib
 from nanojaxgpt.data.sources.tfds import identify_tfds, read_tfds
 from nanojaxgpt.errors import ConfigError, DataError
@@ -26,9 +28,11 @@ SOURCES: dict[str, Source] = {
     "text": Source(read_text, identify_text),
     "blocks": Source(read_blocks, identify_blocks),
     "jsonl": Source(read_jsonl, identify_jsonl),
+    "parquet": Source(read_parquet, identify_parquet),
     "tfds": Source(read_tfds, identify_tfds),
     "hf": Source(read_hub, identify_hub),
 }
+DOWNLOADED = ("text", "blocks", "jsonl", "parquet")  # whose location may be a URL
 
 
 def read_documents(
@@ -39,7 +43,7 @@ def read_documents(
     `data` gives bad_text, tfds_dir and manual_dir; `report` hears what is skipped. Raises
     ConfigError for a source that does not exist, DataError for data that can't be read.
     """
-    reader, location = find_source(source)
+    reader, location = find_source(source, data)
     return drop_bad(reader.read, location, source, BadTexts(data.bad_text, report), data)
 
 
@@ -58,8 +62,12 @@ def drop_bad(
 
 def source_identity(source: str, data: DataConfig) -> dict[str, Any]:
     """Return what tells this content from any other, ready for JSON. Raises as `read_documents`."""
-    reader, location = find_source(source)
-    return {"kind": source.partition(":")[0], **reader.identify(location, data)}
+    reader, location = find_source(source, data)
+    kind, _, named = source.partition(":")
+    identity = {"kind": kind, **reader.identify(location, data)}
+    if kind in DOWNLOADED and is_url(named):  # which may have been altered since it came
+        check_digest(named, identity["files"][0]["sha256"], data.sha256)
+    return identity
 
 
 def weighted_sources(data: DataConfig) -> list[tuple[Fraction, str]]:
@@ -77,9 +85,15 @@ def weighted_sources(data: DataConfig) -> list[tuple[Fraction, str]]:
     return weighted
 
 
-def find_source(source: str) -> tuple[Source, str]:
-    """Return the functions of "KIND:LOCATION" and the location. Raises ConfigError."""
+def find_source(source: str, data: DataConfig) -> tuple[Source, str]:
+    """Return the functions of "KIND:LOCATION" and the location, a URL's file by its path.
+
+    Raises ConfigError, and DataError for a URL that can't be downloaded.
+    """
     kind, _, location = source.partition(":")
     if kind not in SOURCES:
         raise ConfigError(f"data.source={source!r}: no kind {kind!r}; known: {', '.join(SOURCES)}")
+    if kind in DOWNLOADED and is_url(location):
+        url, hash_sign, field = location.partition("#")
+        location = f"{fetch(url, data)}{hash_sign}{field}"
     return SOURCES[kind], location

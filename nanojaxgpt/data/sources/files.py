@@ -19,11 +19,18 @@ from typing import Any, BinaryIO
 
 from etils import epath
 
-from nanojaxgpt.data.sources.documents import DataConfig, Document, Refuse, check_text
+from nanojaxgpt.data.sources.documents import (
+    DataConfig,
+    Document,
+    Refuse,
+    check_text,
+    find_field,
+)
 from nanojaxgpt.errors import ConfigError, DataError
 
 TEXT_ENDINGS = (".txt",)
 JSON_ENDINGS = (".jsonl", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst")
+MISSING = object()
 WILDCARD = re.compile(r"[*?[]")
 
 
@@ -69,7 +76,7 @@ def make_block(
 def read_jsonl(location: str, data: DataConfig, refuse: Refuse) -> Iterator[Document]:
     """Yield one document per line: the field FIELD of its JSON object, PATH[#FIELD], else `text`.
 
-    Blank lines and empty texts are passed over.
+    `a.b` is the field b of the object a. Blank lines and empty texts are passed over.
     """
     location, field = split_field(location, "text")
     for name, path in find_files("jsonl", location, JSON_ENDINGS):
@@ -81,10 +88,11 @@ def read_jsonl(location: str, data: DataConfig, refuse: Refuse) -> Iterator[Docu
             except ValueError as error:  # UnicodeDecodeError is one
                 refuse(f"{path}:{number} is not JSON ({error})")
                 continue
-            if not isinstance(record, dict) or field not in record:
+            value = find_field(record, field, MISSING) if isinstance(record, dict) else MISSING
+            if value is MISSING:
                 fields = f"; it has {', '.join(record)}" if isinstance(record, dict) else ""
                 refuse(f"{path}:{number} has no field {field!r}{fields}")
-            elif text := check_text(f"{path}:{number}", record[field], refuse):
+            elif text := check_text(f"{path}:{number}", value, refuse):
                 yield Document(f"{name}:{number}", text)
 
 
@@ -187,7 +195,8 @@ def missing_files(kind: str, path: epath.Path, endings: tuple[str, ...]) -> str:
     if path.name == "tinyshakespeare.txt":
         return (
             f"no file {path}; it is Tiny Shakespeare, 1,115,394 bytes, from the char-rnn "
-            "repository's data/tinyshakespeare/input.txt: save it under that name"
+            "repository's data/tinyshakespeare/input.txt: save it under that name, or leave "
+            "data.source as it is in experiments/shakespeare_char.py, which downloads it"
         )
     return f"no file, folder or glob {path}; correct data.source"
 
