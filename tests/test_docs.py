@@ -144,7 +144,6 @@ def example(tmp_path_factory) -> Path:
     shutil.copy(ROOT / "experiments" / "quickstart.py", folder / "mine.py")
     for name in ("experiments", "scripts"):
         (folder / name).symlink_to(ROOT / name)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # pages share programs
     with pytest.MonkeyPatch.context() as patch:
         enter(patch, folder)
         train = ["train", "--config=experiments/quickstart.py", "--run=runs/quickstart"]
