@@ -84,6 +84,7 @@ OUTSIDE = {
     "pre-commit ": "needs a git hook; its hooks are the commands of .ci/run",
     "mkdocs ": ".ci/run builds the site",
     "ruff ": ".ci/run calls it",
+    "pyright": ".ci/run calls it",
 }
 
 
