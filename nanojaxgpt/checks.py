@@ -23,6 +23,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "data.bad_text": ("error", "skip"),
     "optim.optimizer": ("adamw", "adafactor", "lion", "sgd", "muon", "schedule_free"),
     "optim.schedule": ("cosine", "linear", "constant", "inverse_sqrt", "wsd"),
+    "init.state": ("params", "all"),
 }
 
 _COUNT, _SIZE = (0, 2**31 - 1), (1, 2**31 - 1)  # off or a number; at least one
@@ -174,6 +175,8 @@ def partner_problems(cfg: ConfigDict) -> list[str]:
         )
     if list(cfg.mesh.values()).count(-1) > 1:
         problems.append(f"only one mesh axis can be -1 (the rest): {dict(cfg.mesh)}")
+    if cfg.init.state == "all" and not cfg.init.from_run:
+        problems.append("init.state=all needs the run that it branches from: set init.from_run")
     if 0 in cfg.mesh.values():
         problems.append(f"a mesh axis has no devices: {dict(cfg.mesh)}; 1 leaves it unused")
     return problems

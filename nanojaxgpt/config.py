@@ -147,6 +147,7 @@ def base_config() -> ConfigDict:
     cfg.init = ConfigDict(
         dict(
             from_run="",  # start from the parameters of this run
+            state="params",  # params; all: go on from its step, with its optimizer and its batches
             step=0,  # 0: its newest checkpoint
             scale=1.0,  # of all matrices' random numbers, where there is no from_run
         )

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from nanojaxgpt import checkpoint, metrics, sharding
+from nanojaxgpt.branch import branch_state
 from nanojaxgpt.config import cache_dir
 from nanojaxgpt.data.loader import Data, fetch_ahead, open_data
 from nanojaxgpt.data.rows import (
@@ -27,6 +28,7 @@ from nanojaxgpt.data.rows import (
 from nanojaxgpt.data.sources import DataConfig
 from nanojaxgpt.errors import ConfigError, DataError
 from nanojaxgpt.evaluate import evaluate, make_eval_step
+from nanojaxgpt.horizon import warmup_warning
 from nanojaxgpt.hosts.joining import preflight
 from nanojaxgpt.hosts.process import StopRequest, stop_signals
 from nanojaxgpt.hosts.team import ALONE, Team
@@ -140,8 +142,9 @@ def start_state(
 ) -> TrainState:
     """Return the state to go on from.
 
-    1. This run's newest good checkpoint. 2. The parameters of another run (init.from_run).
-    3. Pretrained weights, when there is a reader for them. 4. From scratch, by train.seed.
+    1. This run's newest good checkpoint. 2. The parameters of another run (init.from_run), or its
+    whole state (init.state=all). 3. Pretrained weights, when there is a reader for them. 4. From
+    scratch, by train.seed.
     """
     folder = Path(run) / "checkpoints"
     found = checkpoint.restore(folder, job.abstract.items(), report=report, team=team)
@@ -150,6 +153,8 @@ def start_state(
         team.decide(lambda: checkpoint.set_aside(folder, step))
         report(f"going on from step {step}")
         return TrainState(jax.device_put(np.int32(step), job.shardings.step), **items)
+    if job.cfg.init.state == "all":
+        return branch_state(job, report, team)
     if job.cfg.init.from_run:
         other, model_cfg = Path(job.cfg.init.from_run), ModelConfig(**job.cfg.model)
         step, params = checkpoint.load_params(
@@ -201,7 +206,8 @@ def open_job(
 
 def begin_run(job: Job, run: Path, report: Callable[[str], None]) -> None:
     """Write what identifies the run into its directory, or check it against what is there."""
-    for name, old, new in enter_run(run, job.cfg):
+    newest = max(checkpoint.saved_steps(run / "checkpoints"), default=0)
+    for name, old, new in enter_run(run, job.cfg, newest):
         report(f"changed since the run began: {name} {old!r} -> {new!r}")
     (run / "tokenizer").mkdir(exist_ok=True)
     job.data.tokenizer.save(run / "tokenizer")
@@ -210,6 +216,8 @@ def begin_run(job: Job, run: Path, report: Callable[[str], None]) -> None:
         report(f"changed since the run began: {change}")
     num_params = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(job.abstract.params))
     report(f"{run}: {num_params:,} parameters, {job.data.size}, {len(devices)} x {devices[0]}")
+    if warning := warmup_warning(job.cfg):
+        report(warning)
     ramp = train_ramp(job.cfg)
     if ramp.steps:
         sizes = ", ".join(f"{rows} from step {begin + 1}" for begin, rows in ramp.stages())

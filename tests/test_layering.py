@@ -11,25 +11,26 @@ PACKAGE = "nanojaxgpt"
 LAYERS = {
     0: {"", "errors", "model", "attention", "loss", "optim", "sharding", "data.tokenizers",
         "data.subwords", "projection", "probe", "scaling", "data.rows", "data.tasks", "sweep",
-        "sweep.space", "rehearse.chips", "rehearse.collectives"},
+        "sweep.space", "rehearse.chips", "rehearse.collectives", "schedules",
+        "matrices"},
     1: {"config", "rundir", "arguments", "hosts", "hosts.process", "hosts.lifeline", "hosts.team",
         "hosts.joining", "hosts.watchdog", "checkpoint", "metrics", "sample", "evaluate", "data",
         "data.sources", "data.sources.documents", "data.sources.files", "data.sources.stdlib",
         "data.sources.download", "data.sources.parquet", "data.sources.tfds",
         "data.sources.builders", "data.sources.hub",
-        "data.shards", "data.store", "data.packing", "data.loader", "data.show", "checks"},
+        "data.shards", "data.store", "data.packing", "data.loader", "data.show", "checks",
+        "horizon"},
     2: {"train", "coordcheck", "sweep.plan", "sweep.claims", "sweep.launch", "sweep.together",
         "sweep.run", "sweep.report", "sweep.results", "sweep.plots", "sweep.search",
         "sweep.slurm", "sweep.verb",
         "rehearse", "rehearse.flops", "rehearse.targets", "rehearse.estimate", "rehearse.step",
-        "rehearse.search", "rehearse.report", "step", "loop", "paper", "reproduce"},
+        "rehearse.search", "rehearse.report", "step", "loop", "paper", "reproduce", "branch"},
     3: {"__main__"},
 }  # fmt: skip
 LAYER = {name: layer for layer, names in LAYERS.items() for name in names}
 # A mistake in a config is reported before jax is imported, so these import it only in functions.
-EARLY = {"", "__main__", "arguments", "checks", "config", "errors", "rundir", "paper"} | {
-    f"sweep.{name}" for name in ("space", "plan", "claims", "launch")
-}
+EARLY = {"", "__main__", "arguments", "checks", "config", "errors", "rundir", "paper", "horizon"}
+EARLY |= {f"sweep.{name}" for name in ("space", "plan", "claims", "launch")}
 NO_JAX = ("jax", "jaxlib", "flax", "optax", "orbax")
 TFDS = {"data.sources.tfds", "data.sources.builders"}
 MAX_LINES = 80
