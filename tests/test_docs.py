@@ -69,6 +69,7 @@ STOPS: list[tuple[str, tuple[str, ...], str]] = [
     (r"--multihost", ("hosts.joining.joined",), "the other processes are missing"),
     (r"^rehearse", ("rehearse.targets.open_target",), "compiles for minutes"),
     (r"^train.*/(gpt2|gpt3|llama3)\.py", ("train.fit",), "sized for accelerators"),
+    (r"init\.state=all", ("train.fit",), "needs a long run; test_branch.py makes a short one"),
     (r"^reproduce", ("reproduce.reproduce",), "trains for minutes"),
     (r"^coordcheck", ("coordcheck.check_coordinates",), "13 s; test_coordcheck.py runs it"),
     (r"--slurm=", ("sweep.slurm.submit_workers",), "needs sbatch"),
@@ -391,6 +392,13 @@ def test_pages_that_messages_name_exist():
 def test_site_lists_every_page():
     listed = re.findall(r"\b(\w+\.md)", (ROOT / "mkdocs.yml").read_text())
     assert sorted(listed) == sorted(path.name for path in (ROOT / "docs").glob("*.md"))
+
+
+def test_map_shows_every_module():
+    names = {path.name for path in (ROOT / "nanojaxgpt").glob("*.py")} - {"__init__.py"}
+    names |= {f"{path.parent.name}/" for path in (ROOT / "nanojaxgpt").glob("*/__init__.py")}
+    shown = re.findall(r"\w+\.py|\w+/", (ROOT / "docs" / "architecture.md").read_text())
+    assert not names - set(shown)
 
 
 def test_readme_is_short():
