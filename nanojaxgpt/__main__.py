@@ -67,8 +67,9 @@ def prepare(arguments: list[str]) -> None:
 
     A preparation that was stopped goes on; one that was done is opened and checked.
     """
-    _, cfg = open_experiment("prepare", prepare.__doc__, arguments, {})
+    parsed, cfg = open_experiment("prepare", prepare.__doc__, arguments, {})
     from nanojaxgpt.data import store
+    from nanojaxgpt.data.loader import inherited_tokenizer
     from nanojaxgpt.data.sources import DataConfig
 
     said: list[str] = []
@@ -77,7 +78,9 @@ def prepare(arguments: list[str]) -> None:
         said.append(line)
         warn(line)
 
-    corpus = store.prepare(DataConfig(**cfg.data), config.cache_dir(cfg), report)
+    run = Path(parsed.run) if parsed.run else None
+    inherited = inherited_tokenizer(cfg, run)
+    corpus = store.prepare(DataConfig(**cfg.data), config.cache_dir(cfg), report, inherited)
     print_table(store.describe(corpus))
     if not said:
         warn("all of it was already there")
@@ -101,12 +104,11 @@ def inspect(arguments: list[str]) -> None:
     parsed, cfg = open_experiment("inspect", inspect.__doc__, arguments, options)
     if parsed.step < 1 or parsed.rows < 0:
         raise ConfigError(f"--step={parsed.step} --rows={parsed.rows}: steps count from 1")
-    from nanojaxgpt.data.loader import open_data
+    from nanojaxgpt.data.loader import prepare_data
     from nanojaxgpt.data.rows import make_ramp
     from nanojaxgpt.data.show import show_step
-    from nanojaxgpt.data.sources import DataConfig
 
-    data = open_data(DataConfig(**cfg.data), config.cache_dir(cfg), warn)
+    data = prepare_data(cfg, warn, Path(parsed.run) if parsed.run else None)
     train = cfg.train
     ramp = make_ramp(train.batch_size, train.ramp_batch_size, train.ramp_steps)
     if parsed.split == "validation":
@@ -145,7 +147,7 @@ def rehearse(arguments: list[str]) -> None:
 
     target = targets.open_target(topology)
     if not cfg.model.vocab_size:
-        cfg = resolve(cfg, prepare_data(cfg, warn))
+        cfg = resolve(cfg, prepare_data(cfg, warn, Path(parsed.run) if parsed.run else None))
     name = parsed.config or parsed.run
     if parsed.mesh == "auto":
         found = search.search(cfg, target, warn)
@@ -178,7 +180,7 @@ def evaluate(arguments: list[str]) -> None:
     if parsed.data:
         cfg, data = open_other_data(cfg, parsed)
     else:
-        data = prepare_data(cfg, warn)
+        data = prepare_data(cfg, warn, Path(parsed.run))
         rundir.check_data(Path(parsed.run), data.identity)
     try:
         mesh = sharding.make_mesh(cfg.mesh)

@@ -14,8 +14,7 @@ from ml_collections import ConfigDict
 
 from nanojaxgpt import checkpoint, metrics, sharding
 from nanojaxgpt.branch import branch_state
-from nanojaxgpt.config import cache_dir
-from nanojaxgpt.data.loader import Data, fetch_ahead, open_data
+from nanojaxgpt.data.loader import Data, fetch_ahead, prepare_data
 from nanojaxgpt.data.rows import (
     Batch,
     Ramp,
@@ -25,7 +24,6 @@ from nanojaxgpt.data.rows import (
     make_train_rows,
     read_batch,
 )
-from nanojaxgpt.data.sources import DataConfig
 from nanojaxgpt.errors import ConfigError, DataError
 from nanojaxgpt.evaluate import evaluate, make_eval_step
 from nanojaxgpt.horizon import warmup_warning
@@ -51,25 +49,27 @@ from nanojaxgpt.step import (  # noqa: F401 - what a job is made of is found her
 
 
 def resolve(cfg: ConfigDict, data: Data) -> ConfigDict:
-    """Return the config with the vocabulary that the tokenizer gives. Raises ConfigError."""
+    """Return the config with the tokenizer and its vocabulary. Raises ConfigError.
+
+    data.tokenizer stays "" where the tokenizer of init.from_run is inherited, unless that is bytes.
+    """
     cfg, size = cfg.copy_and_resolve_references(), data.tokenizer.vocab_size
+    if not cfg.init.from_run or data.tokenizer.kind in ("bytes", "words"):
+        cfg.data.tokenizer = cfg.data.tokenizer or "bytes"
     if 0 < cfg.model.vocab_size < size:
         raise ConfigError(f"model.vocab_size={cfg.model.vocab_size}, but the tokenizer has {size}")
     cfg.model.vocab_size = cfg.model.vocab_size or size
     return cfg.lock()
 
 
-def prepare_data(cfg: ConfigDict, report: Callable[[str], None]) -> Data:
-    """Return the data of the config, tokenized now where it is not there yet."""
-    return open_data(DataConfig(**cfg.data), cache_dir(cfg), report)
-
-
-def prepare_together(cfg: ConfigDict, report: Callable[[str], None], team: Team) -> Data:
+def prepare_together(
+    cfg: ConfigDict, report: Callable[[str], None], team: Team, run: Path | None = None
+) -> Data:
     """Return the data, prepared by process 0 before the others open it, or make their own copy.
 
     Raises DataError on all hosts where one has other data.
     """
-    data = team.first_then_all(lambda: prepare_data(cfg, report), "to prepare the data")
+    data = team.first_then_all(lambda: prepare_data(cfg, report, run), "to prepare the data")
     if others := team.differing(data.identity):
         raise DataError(f"the corpus or its tokenizer is another one on {others} than on host 0")
     return data
@@ -183,7 +183,8 @@ def fit(
         report = ignore
     with stop_signals() as stop, own_run(run) if team.first else nullcontext():
         preflight(team, cfg, run)
-        state = train_job(open_job(cfg, loss_fn, report, team), run, stop, report, team)
+        job = open_job(cfg, loss_fn, report, team, run)
+        state = train_job(job, run, stop, report, team)
         if team.first:
             metrics.plot_losses(metrics.read_metrics(run), run / "loss.png", run.name)
         return state
@@ -198,9 +199,13 @@ def open_job(
     loss_fn: LossFn | None = None,
     report: Callable[[str], None] = print,
     team: Team = ALONE,
+    run: Path | None = None,
 ) -> Job:
-    """Return the job of a config, its data and its mesh opened. Raises ConfigError, DataError."""
-    data = prepare_together(cfg, report, team)
+    """Return the job of a config, its data and its mesh opened. Raises ConfigError, DataError.
+
+    `run` is the run directory, where the job is for one alone.
+    """
+    data = prepare_together(cfg, report, team, run)
     return make_job(resolve(cfg, data), data, sharding.make_mesh(cfg.mesh), loss_fn)
 
 
