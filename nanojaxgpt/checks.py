@@ -23,6 +23,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "data.bad_text": ("error", "skip"),
     "optim.optimizer": ("adamw", "adafactor", "lion", "sgd", "muon", "schedule_free"),
     "optim.schedule": ("cosine", "linear", "constant", "inverse_sqrt", "wsd"),
+    "init.state": ("params", "all"),
 }
 
 _COUNT, _SIZE = (0, 2**31 - 1), (1, 2**31 - 1)  # off or a number; at least one
@@ -94,9 +95,10 @@ RANGES: dict[str, tuple[float, float]] = {
     "sample.num_samples": _SIZE,
     "sample.temperature": _ANY,
     "sample.top_k": _COUNT,
-    "sample.top_p": (1e-6, 1.0),
+    "sample.top_p": _FRACTION,
     "sample.min_p": _FRACTION,
     "sample.seed": _COUNT,
+    "sample.end_ids": _COUNT,
 }
 
 TRACKERS = ("jsonl", "tensorboard", "wandb", "trackio")
@@ -107,6 +109,8 @@ TUPLES: dict[str, type] = {
     "data.mixture": str,
     "train.trackers": str,
     "optim.rate_multipliers": str,
+    "sample.stop": str,
+    "sample.end_ids": int,
 }
 
 
@@ -173,6 +177,8 @@ def partner_problems(cfg: ConfigDict) -> list[str]:
     for name in train.trackers:
         if name not in TRACKERS:
             problems.append(f"train.trackers={name!r} must be one of {', '.join(TRACKERS)}")
+    if "" in cfg.sample.stop:
+        problems.append("sample.stop holds an empty string, which is everywhere; leave it out")
     if cfg.data.sha256 and not all(map(DIGEST.fullmatch, cfg.data.sha256.split(","))):
         problems.append(
             f"data.sha256={cfg.data.sha256!r} is not a SHA-256 in 64 hex digits, or several with "
@@ -180,6 +186,8 @@ def partner_problems(cfg: ConfigDict) -> list[str]:
         )
     if list(cfg.mesh.values()).count(-1) > 1:
         problems.append(f"only one mesh axis can be -1 (the rest): {dict(cfg.mesh)}")
+    if cfg.init.state == "all" and not cfg.init.from_run:
+        problems.append("init.state=all needs the run that it branches from: set init.from_run")
     if 0 in cfg.mesh.values():
         problems.append(f"a mesh axis has no devices: {dict(cfg.mesh)}; 1 leaves it unused")
     return problems

@@ -9,8 +9,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from nanojaxgpt import config, metrics, rundir
-from nanojaxgpt.data.loader import open_data, resolve
-from nanojaxgpt.data.sources import DataConfig
+from nanojaxgpt.data.loader import prepare_data, resolve
 from nanojaxgpt.errors import CheckpointError
 
 PLOT = "loss.png"
@@ -47,7 +46,7 @@ def is_finished(cfg: ConfigDict, run: Path, report: Callable[[str], None]) -> bo
         saved = rundir.saved_steps(run / "checkpoints")
         if not saved or saved[-1] != cfg.train.num_steps or is_newer(last, run / PLOT):
             return False
-        data = open_data(DataConfig(**cfg.data), config.cache_dir(cfg), report)
+        data = prepare_data(cfg, report, run)
         changes = config.differences(rundir.load_run(run), resolve(cfg, data))
         if not all(config.FREE_ON_RESUME.fullmatch(name) for name, _, _ in changes):
             return False

@@ -26,6 +26,7 @@ import numpy as np
 import pytest
 
 from nanojaxgpt.config import base_config, override_config
+from nanojaxgpt.data import shards
 from nanojaxgpt.data.sources import DataConfig
 from nanojaxgpt.model import ModelConfig
 from nanojaxgpt.sweep.claims import run_path
@@ -106,6 +107,22 @@ def write_trial(folder: Path, trial: Trial, loss: float, state: str = "finished"
 def corpus(tmp_path) -> Path:
     """Return a text file of 20,000 random words."""
     return write_corpus(tmp_path, 20_000)
+
+
+@pytest.fixture
+def ten_documents(tmp_path) -> str:
+    """Return a source of ten documents, each longer than the one before."""
+    folder = tmp_path / "documents"
+    folder.mkdir()
+    for number in range(10):
+        (folder / f"{number}.txt").write_text(f"é document {number}\n" * (number + 1))
+    return f"text:{folder}"
+
+
+@pytest.fixture
+def small_shards(monkeypatch) -> None:
+    """Close a shard as soon as it has 100 bytes of text."""
+    monkeypatch.setattr(shards, "SHARD_BYTES", 100)
 
 
 @pytest.fixture

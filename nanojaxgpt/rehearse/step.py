@@ -95,12 +95,24 @@ def trace(cfg: ConfigDict, mesh: Mesh) -> tuple[Step, Any]:
     return step, step.train_step.trace(step.abstract, batch, make_hyper(cfg))
 
 
-def state_memory(step: Step, batch: Batch, available: float) -> Memory:
-    """Return the bytes of one device that shapes and shardings tell, without temporaries."""
+def state_memory(cfg: ConfigDict, step: Step, batch: Batch, available: float) -> Memory:
+    """Return the bytes of one device that shapes and shardings tell, without temporaries.
+
+    The optimizer's are those of a float32 master copy, too. Gradients have the dtype of the
+    parameters, their sum over micro-batches is float32.
+    """
     state = step.abstract
     params = estimate.shard_bytes(state.params)
     optimizer = estimate.shard_bytes((state.step, state.opt_state))
-    return Memory(params, optimizer, params, estimate.shard_bytes(batch), 0, available, True)
+    gradients = params
+    if cfg.train.accumulation_steps > 1:
+        gradients = estimate.shard_bytes(jax.tree.map(as_float32, state.params))
+    return Memory(params, optimizer, gradients, estimate.shard_bytes(batch), 0, available, True)
+
+
+def as_float32(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """Return an abstract array like this one, in float32."""
+    return jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=leaf.sharding)
 
 
 def count_flops(cfg: ConfigDict, mesh: Mesh, traced: Any) -> Flops:
@@ -165,7 +177,7 @@ def rehearse_step(cfg: ConfigDict, target: Target) -> Rehearsal:
     with jax.set_mesh(mesh):
         step, traced = trace(cfg, mesh)
         flops = count_flops(cfg, mesh, traced)
-        memory = state_memory(step, abstract_batch(cfg, mesh), chip.memory)
+        memory = state_memory(cfg, step, abstract_batch(cfg, mesh), chip.memory)
         began = time.monotonic()
         memory, program = compile_step(traced, memory)
         seconds = time.monotonic() - began
