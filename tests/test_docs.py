@@ -82,6 +82,7 @@ OUTSIDE = {
     "gcloud ": "needs a cloud account",
     "scancel ": "needs SLURM",
     "tail -f": "does not end",
+    "tensorboard ": "does not end",
     "pre-commit ": "needs a git hook; its hooks are the commands of .ci/run",
     "mkdocs ": ".ci/run builds the site",
     "ruff ": ".ci/run calls it",
