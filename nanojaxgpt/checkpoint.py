@@ -1,6 +1,7 @@
 """Orbax checkpoints of a state, with a fingerprint of every leaf; full or params-only restore."""
 
 import logging
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -121,7 +122,8 @@ def saved_steps(folder: Path) -> list[int]:
 
     The folder is asked, not a live manager, which also names saves that failed.
     """
-    return sorted(int(path.name) for path in Path(folder).glob("*") if path.name.isdigit())
+    names = [path.name for path in Path(folder).glob("*")]
+    return sorted(int(name) for name in names if re.fullmatch("[1-9][0-9]{0,9}", name))
 
 
 def restore(

@@ -33,6 +33,12 @@ RULES: dict[str, tuple[str, ...]] = {
     "norm": (),
 }
 
+# The config field that gives a dimension its size.
+FIELDS = {
+    "embed": "model.embed_dim", "vocab": "model.vocab_size", "heads": "model.num_heads",
+    "kv_heads": "model.num_kv_heads", "mlp": "model.mlp_dim", "positions": "model.seq_len",
+}  # fmt: skip
+
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
     """Return the mesh of these sizes over `devices` (default: all); -1 means the rest.
@@ -114,14 +120,15 @@ def tree_shardings(boxed: Any, mesh: Mesh) -> Any:
         # Adafactor's rows and columns keep the names of the weight they stand for.
         named = boxes and len(leaf.names) == len(shape)
         spec = partition_spec(leaf.names) if named else PartitionSpec()
-        for size, axis in zip(shape, spec, strict=False):
+        for size, axis, logical in zip(shape, spec, leaf.names if named else (), strict=False):
             parts = mesh.shape[axis] if axis else 1
             if size % parts:
                 name = jax.tree_util.keystr(path, simple=True, separator="/")
+                field = FIELDS.get(logical, "")
+                fits = f"; change one of them, to {field}={-(-size // parts) * parts} say"
                 raise ConfigError(
-                    f"{name}: a dimension of {size} does not divide over mesh.{axis}={parts}; "
-                    f"the mesh axis or the model must change (a vocabulary can be padded by "
-                    f"model.vocab_size, to {-(-size // parts) * parts} here)"
+                    f"{field or logical}={size} (of {name}) is not divisible by "
+                    f"mesh.{axis}={parts}{fits if field else ''}"
                 )
         return NamedSharding(mesh, spec)
 

@@ -122,8 +122,8 @@ def test_version(capsys):
         (["eval"], "which run?"),
         (["sample"], "which run?"),
         (["sample", "RUN", "--prompt"], "--prompt"),
-        (["eval", "RUN", "--step=newest"], "--step=newest"),
-        (["eval", "RUN", "--step=²"], "--step=²"),
+        (["eval", "RUN", "--step=newest"], "--step: 'newest' is not an integer"),
+        (["eval", "RUN", "--step=²"], "--step: '²' is not an integer"),
         (["train", "--config.train.seed"], "--config.train.seed has no value"),
     ],
 )
@@ -172,7 +172,7 @@ def test_run_has_the_name_of_its_experiment(folder, monkeypatch):
     ("override", "words"),
     [
         ("optim.learning_rat=1", "did you mean optim.learning_rate"),
-        ("train.num_steps=ten", "train.num_steps='ten' is not a int"),
+        ("train.num_steps=ten", "train.num_steps='ten' is not an integer"),
         ("optim.learning_rate=nan", "optim.learning_rate=nan"),
         ("optim.learning_rate=-1", "optim.learning_rate=-1.0 must be at least 0"),
         ("model.num_heads=3", "model.num_heads=3"),
@@ -228,7 +228,7 @@ def test_run_directory_that_can_not_be_written(folder, tmp_path, refused):
     (tmp_path / "file").write_text("here already")
     for path in (tmp_path / "file" / "run", tmp_path / "file"):
         err = refused(USAGE, "train", f"--config={folder}/tiny.py", f"--run={path}")
-        assert f"can't write to the run directory {path}" in err
+        assert f"--run={path}: {tmp_path}/file is a file, not a folder" in err
     assert (tmp_path / "file").read_text() == "here already"
 
 
@@ -325,7 +325,7 @@ def test_sample_refuses(arguments, code, words, run, refused):
 @pytest.mark.parametrize("verb", [verb for verb in VERBS if verb not in ("sweep", "reproduce")])
 def test_what_is_no_run(verb, tmp_path, run, refused):
     for path in (tmp_path / "nowhere", tmp_path):
-        assert "is no run" in refused(USAGE, verb, path)
+        assert "is not a run directory" in refused(USAGE, verb, path)
     assert str(run) in refused(USAGE, verb, run.with_name("runn"))
     assert not (tmp_path / "nowhere").exists()
 

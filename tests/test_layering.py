@@ -8,14 +8,14 @@ from conftest import ROOT
 
 PACKAGE = "nanojaxgpt"
 FLOORS = {
-    0: {"", "errors", "model", "attention", "loss", "optim", "sharding", "data.tokenizers",
-        "data.subwords", "projection", "probe", "scaling", "data.rows", "data.tasks", "sweep",
+    0: {"", "errors", "names", "checks", "model", "attention", "loss", "optim", "sharding",
+        "data.tokenizers", "data.subwords", "projection", "probe", "scaling", "data.rows", "data.tasks", "sweep",
         "sweep.space", "rehearse.chips", "rehearse.collectives"},
     1: {"config", "rundir", "arguments", "hosts", "hosts.process", "hosts.lifeline", "hosts.team",
         "hosts.joining", "hosts.watchdog", "checkpoint", "metrics", "sample", "evaluate", "data",
         "data.sources", "data.sources.documents", "data.sources.files", "data.sources.stdlib",
         "data.sources.tfds", "data.sources.builders", "data.sources.hub",
-        "data.shards", "data.store", "data.packing", "data.loader", "data.show", "checks"},
+        "data.shards", "data.store", "data.packing", "data.loader", "data.show"},
     2: {"train", "coordcheck", "sweep.plan", "sweep.claims", "sweep.launch", "sweep.together",
         "sweep.run", "sweep.report", "sweep.search", "sweep.slurm", "sweep.verb",
         "rehearse", "rehearse.flops", "rehearse.targets", "rehearse.estimate", "rehearse.step",
@@ -98,7 +98,7 @@ def test_no_rooms_import_each_other():
     assert cycle(USES) == []
 
 
-EARLY = {"", "__main__", "arguments", "checks", "config", "errors", "rundir", "paper"} | {
+EARLY = {"", "__main__", "arguments", "checks", "config", "errors", "names", "rundir", "paper"} | {
     f"sweep.{name}" for name in ("space", "plan", "claims", "launch")
 }
 

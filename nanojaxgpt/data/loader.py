@@ -10,10 +10,11 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from nanojaxgpt.checks import kind_of, read_float, read_int, show
 from nanojaxgpt.config import unknown_name
 from nanojaxgpt.data.packing import cover_rows, packed_rows, wrap_rows
 from nanojaxgpt.data.rows import Rows, Source, chain
-from nanojaxgpt.data.sources import DataConfig
+from nanojaxgpt.data.sources import DataConfig, check_sources
 from nanojaxgpt.data.store import Corpus, prepare
 from nanojaxgpt.data.tasks import TASKS, Task, task_rows
 from nanojaxgpt.data.tokenizers import Tokenizer, WordTokenizer
@@ -39,13 +40,30 @@ def open_data(data: DataConfig, cache_dir: Path, report: Callable[[str], object]
     Raises ConfigError for a name, an option or a weight that can't be used, DataError as
     `prepare` does.
     """
-    if not data.mixture and data.source.startswith("task:"):
+    check_data(data)
+    if is_task(data):
         return task_data(data.source)
+    return text_data(prepare(data, cache_dir, report), data)
+
+
+def is_task(data: DataConfig) -> bool:
+    """Return whether the data are generated, not read."""
+    return not data.mixture and data.source.startswith("task:")
+
+
+def check_data(data: DataConfig) -> None:
+    """Raise ConfigError or DataError where a source can't be used; nothing is read.
+
+    Cheap, so that a typo fails before jax is imported.
+    """
+    if is_task(data):
+        open_task(data.source)
+        return
     mixed = [entry.partition(" ")[2].strip() for entry in data.mixture]
     for name in (data.validation_source, *mixed):
         if name.startswith("task:"):
             raise ConfigError(f"{name} can only be data.source, alone: it has a split of its own")
-    return text_data(prepare(data, cache_dir, report), data)
+    check_sources(data)
 
 
 def text_data(corpus: Corpus, data: DataConfig) -> Data:
@@ -118,11 +136,12 @@ def open_task(spec: str) -> tuple[str, Task]:
         if option not in known:
             hint = ", ".join(f"{key}={value}" for key, value in known.items())
             raise ConfigError(f"{unknown_name('option', option, list(known))}; {name} has {hint}")
+        read = read_int if isinstance(known[option], int) else read_float
         try:
-            options[option] = type(known[option])(text)
+            options[option] = read(text)
         except ValueError:
-            kind = type(known[option]).__name__
-            raise ConfigError(f"{spec}: {option}={text!r} is not a {kind}") from None
+            kind = kind_of(known[option])
+            raise ConfigError(f"{spec}: {option}={show(text)} is not {kind}") from None
     return name, TASKS[name](**options)
 
 

@@ -76,15 +76,11 @@ def load_sweep(experiment: str) -> Space | Tpe:
     """Return what `sweep()` or `sweep(variant)` of an experiment file gives. Raises ConfigError."""
     path, _, variant = experiment.partition(":")
     module = config.load_module(path)
-    if not hasattr(module, "sweep"):
+    if not callable(getattr(module, "sweep", None)):
         raise ConfigError(f"{path} has no function sweep() -> Space; docs/sweeps.md shows one")
-    takes_variant = variant and inspect.signature(module.sweep).parameters
-    try:
+    with config.running(path, "sweep()"):
+        takes_variant = variant and inspect.signature(module.sweep).parameters
         found = module.sweep(variant) if takes_variant else module.sweep()
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
-    except Exception as error:
-        raise ConfigError(f"{path}: sweep(): {config.explain(error)}") from error
     if not isinstance(found, Space | Tpe):
         raise ConfigError(f"{path}: sweep returns a {type(found).__name__}, not a Space")
     return found

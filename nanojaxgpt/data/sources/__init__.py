@@ -3,10 +3,13 @@
 import re
 from collections.abc import Callable, Iterator
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
+from nanojaxgpt.checks import show
 from nanojaxgpt.data.sources.documents import BadTexts, DataConfig, Document, Source
 from nanojaxgpt.data.sources.files import (
+    check_location,
     identify_blocks,
     identify_jsonl,
     identify_text,
@@ -18,8 +21,12 @@ from nanojaxgpt.data.sources.hub import identify_hub, read_hub
 from nanojaxgpt.data.sources.stdlib import identify_stdlib, read_stdlib
 from nanojaxgpt.data.sources.tfds import identify_tfds, read_tfds
 from nanojaxgpt.errors import ConfigError, DataError
+from nanojaxgpt.names import nearest
 
-__all__ = ["DataConfig", "Document", "read_documents", "source_identity", "weighted_sources"]
+__all__ = [
+    "DataConfig", "Document", "check_sources", "read_documents", "source_identity",
+    "weighted_sources",
+]  # fmt: skip
 
 SOURCES: dict[str, Source] = {
     "stdlib": Source(read_stdlib, identify_stdlib),
@@ -29,6 +36,8 @@ SOURCES: dict[str, Source] = {
     "tfds": Source(read_tfds, identify_tfds),
     "hf": Source(read_hub, identify_hub),
 }
+PATH_KINDS = {".jsonl": "jsonl", ".json": "jsonl", ".gz": "jsonl", ".parquet": "parquet"}
+OTHER_KINDS = {"txt": "text", "file": "text", "json": "jsonl", "huggingface": "hf", "hub": "hf"}
 
 
 def read_documents(
@@ -69,7 +78,7 @@ def weighted_sources(data: DataConfig) -> list[tuple[Fraction, str]]:
         weight, _, source = item.strip().partition(" ")
         if not re.fullmatch(r"\d+(\.\d*)?|\.\d+", weight) or not source.strip():
             raise ConfigError(
-                f'data.mixture: {item!r} is no weight and source, as in "3 text:a.txt"'
+                f'data.mixture: {item!r} is not a weight and a source, as in "3 text:a.txt"'
             )
         if not Fraction(weight):
             raise ConfigError(f"data.mixture: the weight in {item!r} must be above 0")
@@ -80,6 +89,32 @@ def weighted_sources(data: DataConfig) -> list[tuple[Fraction, str]]:
 def find_source(source: str) -> tuple[Source, str]:
     """Return the functions of "KIND:LOCATION" and the location. Raises ConfigError."""
     kind, _, location = source.partition(":")
-    if kind not in SOURCES:
-        raise ConfigError(f"data.source={source!r}: no kind {kind!r}; known: {', '.join(SOURCES)}")
-    return SOURCES[kind], location
+    if kind in SOURCES:
+        return SOURCES[kind], location
+    known = f"known: {', '.join(SOURCES)}"
+    if names_a_path(source):
+        likely = PATH_KINDS.get(Path(source.partition("#")[0]).suffix, "text")
+        right = f"{likely if likely in SOURCES else 'text'}:{source}"
+        raise ConfigError(
+            f"data.source={show(source)} has no kind; did you mean data.source={right}? {known}"
+        )
+    hint = nearest(OTHER_KINDS.get(kind, kind), SOURCES)
+    raise ConfigError(f"data.source={show(source)}: no kind {show(kind)}{hint or ';'} {known}")
+
+
+def names_a_path(source: str) -> bool:
+    """Return whether a source is a bare path, without its kind."""
+    try:
+        return ":" not in source and ("/" in source or "." in source or Path(source).exists())
+    except OSError:
+        return False
+
+
+def check_sources(data: DataConfig) -> None:
+    """Raise ConfigError or DataError where a source has no such kind or file; nothing is read."""
+    sources = [source for _, source in weighted_sources(data)]
+    for source in [*sources, data.validation_source]:
+        if source:
+            reader, location = find_source(source)
+            if reader.read in (read_text, read_blocks, read_jsonl):
+                check_location(source.partition(":")[0], location)
