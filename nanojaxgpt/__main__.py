@@ -189,7 +189,7 @@ def evaluate(arguments: list[str]) -> None:
     parsed, cfg = open_run("eval", evaluate.__doc__, arguments, {})
     import jax
 
-    from nanojaxgpt import sharding
+    from nanojaxgpt import memory, sharding
     from nanojaxgpt.checkpoint import load_params
     from nanojaxgpt.model import ModelConfig, Transformer
     from nanojaxgpt.train import make_evaluation, prepare_data
@@ -201,7 +201,9 @@ def evaluate(arguments: list[str]) -> None:
     except ConfigError:  # the run's mesh does not fit this machine: one device does
         mesh = sharding.make_mesh({}, jax.devices()[:1])
     run, model_cfg = Path(parsed.run), ModelConfig(**cfg.model)
-    with jax.set_mesh(mesh):
+    lower = "What lowers it: eval.batch_size, train.loss_chunks, model.compute_dtype=bfloat16"
+    with memory.explained("the evaluation", mesh, lambda: lower), jax.set_mesh(mesh):
+        memory.check_model("the evaluation", cfg, mesh, 0, lower)
         step, params = load_params(run, model_cfg, mesh, chosen_step(run, parsed.step), warn)
         found = make_evaluation(cfg, data, mesh, Transformer(model_cfg))(params)
     if not found["tokens"]:
@@ -225,7 +227,7 @@ def sample(arguments: list[str]) -> None:
     cfg = config.override_config(cfg, {k: v for k, v in given.items() if v is not None})
     import jax
 
-    from nanojaxgpt import sharding
+    from nanojaxgpt import memory, sharding
     from nanojaxgpt.checkpoint import load_params
     from nanojaxgpt.data.tokenizers import load_tokenizer
     from nanojaxgpt.model import ModelConfig
@@ -240,15 +242,20 @@ def sample(arguments: list[str]) -> None:
             "the context less one"
         )
     mesh = sharding.make_mesh({}, jax.devices()[:1])
-    _, params = load_params(run, model_cfg, mesh, chosen_step(run, parsed.step), warn)
-    filters = Sampling(
-        how.temperature, how.top_k, how.top_p, how.min_p, tokenizer.vocab_size, tokenizer.end_id
-    )
-    chunks = stream(
-        model_cfg, params, [prompt] * how.num_samples,
-        max_tokens=how.max_tokens, seed=how.seed, how=filters,
-    )  # fmt: skip
-    texts = print_samples(chunks, tokenizer, prompt, how.num_samples)
+    length = min(model_cfg.seq_len, len(prompt) + how.max_tokens)
+    cache = memory.cache_bytes(model_cfg, how.num_samples, length)
+    lower = "What lowers it: fewer sample.num_samples, smaller sample.max_tokens"
+    with memory.explained("sampling", mesh, lambda: lower):
+        memory.check_model("sampling", cfg, mesh, cache, lower)
+        _, params = load_params(run, model_cfg, mesh, chosen_step(run, parsed.step), warn)
+        filters = Sampling(
+            how.temperature, how.top_k, how.top_p, how.min_p, tokenizer.vocab_size, tokenizer.end_id
+        )
+        chunks = stream(
+            model_cfg, params, [prompt] * how.num_samples,
+            max_tokens=how.max_tokens, seed=how.seed, how=filters,
+        )  # fmt: skip
+        texts = print_samples(chunks, tokenizer, prompt, how.num_samples)
     samples = [{"prompt": how.prompt, "text": text, "sampling": how.to_dict()} for text in texts]
     save_samples(run, samples)
 

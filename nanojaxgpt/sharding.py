@@ -36,7 +36,8 @@ RULES: dict[str, tuple[str, ...]] = {
 # The config field that gives a dimension its size.
 FIELDS = {
     "embed": "model.embed_dim", "vocab": "model.vocab_size", "heads": "model.num_heads",
-    "kv_heads": "model.num_kv_heads", "mlp": "model.mlp_dim", "positions": "model.seq_len",
+    "kv_heads": "model.num_kv_heads or num_heads", "mlp": "model.mlp_dim",
+    "positions": "model.seq_len",
 }  # fmt: skip
 
 
@@ -109,7 +110,7 @@ def tree_shardings(boxed: Any, mesh: Mesh) -> Any:
     """Return the NamedSharding of every leaf of a tree whose weights carry logical axes.
 
     Leaves without axes (steps, counters) are replicated. Raises ConfigError where a dimension
-    does not divide.
+    is not divisible.
     """
 
     def leaf_sharding(path: tuple, leaf: Any) -> Any:
@@ -124,11 +125,10 @@ def tree_shardings(boxed: Any, mesh: Mesh) -> Any:
             parts = mesh.shape[axis] if axis else 1
             if size % parts:
                 name = jax.tree_util.keystr(path, simple=True, separator="/")
-                field = FIELDS.get(logical, "")
-                fits = f"; change one of them, to {field}={-(-size // parts) * parts} say"
+                padded = f"; pad the vocabulary to {-(-size // parts) * parts}"
                 raise ConfigError(
-                    f"{field or logical}={size} (of {name}) is not divisible by "
-                    f"mesh.{axis}={parts}{fits if field else ''}"
+                    f"{FIELDS.get(logical, logical)}={size} (of {name}) is not divisible by "
+                    f"mesh.{axis}={parts}{padded if logical == 'vocab' else '; change one of them'}"
                 )
         return NamedSharding(mesh, spec)
 
@@ -154,14 +154,14 @@ def check_batch(field: str, batch_size: int, parts: int, seq_len: int, mesh: Mes
         split = f"{parts} micro-batches x " if parts > 1 else ""
         fits = -(-batch_size // (parts * shards)) * parts * shards
         raise ConfigError(
-            f"{field}={batch_size} does not divide by {split}{shards} devices of the mesh axes "
-            f"{', '.join(axes)}; the next that does is {fits}"
+            f"{field}={batch_size} is not divisible by {split}{shards} devices of the mesh axes "
+            f"{', '.join(axes)}; the next that is: {fits}"
         )
     if seq_len % mesh.shape["sequence"]:
         count = mesh.shape["sequence"]
         raise ConfigError(
-            f"model.seq_len={seq_len} does not divide by mesh.sequence={count}; "
-            f"the next that does is {-(-seq_len // count) * count}"
+            f"model.seq_len={seq_len} is not divisible by mesh.sequence={count}; "
+            f"the next that is: {-(-seq_len // count) * count}"
         )
 
 

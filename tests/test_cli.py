@@ -220,8 +220,8 @@ def test_a_process_ends_with_the_exit_code(folder, tmp_path):
         XLA_FLAGS="--xla_force_host_platform_device_count=3",
     )  # fmt: skip
     assert found.returncode == USAGE
-    assert "train.batch_size=8 does not divide by 3 devices" in found.stderr
-    assert "the next that does is 9" in found.stderr
+    assert "train.batch_size=8 is not divisible by 3 devices" in found.stderr
+    assert "the next that is: 9" in found.stderr
 
 
 def test_run_directory_that_can_not_be_written(folder, tmp_path, refused):

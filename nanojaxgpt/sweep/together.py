@@ -20,7 +20,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from nanojaxgpt import checkpoint, metrics, sharding
+from nanojaxgpt import checkpoint, memory, metrics, sharding
 from nanojaxgpt.data.loader import fetch_ahead
 from nanojaxgpt.errors import ConfigError
 from nanojaxgpt.hosts.process import StopRequest
@@ -61,6 +61,7 @@ class Stack:
         self.batches = self.spread(sharding.batch_sharding(job.mesh))
         self.numbers = self.spread(NamedSharding(job.mesh, PartitionSpec()))
         self.copies = -count % len(devices)
+        memory.check_state(job.cfg, job.mesh, job.abstract, (count + self.copies) // len(devices))
 
     def spread(self, one: NamedSharding) -> NamedSharding:
         """Return the layout of many trials' arrays that each have the layout `one`."""
@@ -260,7 +261,10 @@ def train_together(jobs: list[Job], runs: list[Path], stop: StopRequest) -> list
 
     Each goes on from its own newest checkpoint. Raises Stopped after a signal, all saved.
     """
+    first = jobs[0]
     with ExitStack() as owned:
+        lower = functools.partial(memory.suggestions, first.cfg, first.mesh)
+        owned.enter_context(memory.explained("vectorized training", first.mesh, lower))
         for run in runs:
             owned.enter_context(own_run(run))
         align(jobs, runs)
@@ -270,7 +274,7 @@ def train_together(jobs: list[Job], runs: list[Path], stop: StopRequest) -> list
             owned.callback(followers[-1].close)
         owned.callback(setattr, stop, "deferred", False)
         stop.deferred = True
-        stack = Stack(jobs[0], len(jobs))
+        stack = Stack(first, len(jobs))
         states = stack.place([follower.first for follower in followers], stack.states)
         hypers = stack.place([make_hyper(job.cfg) for job in jobs], stack.numbers)
         going = stack.place([np.bool_(not f.ended) for f in followers], stack.numbers)
@@ -281,7 +285,7 @@ def train_together(jobs: list[Job], runs: list[Path], stop: StopRequest) -> list
         step, began = stack.make_step(), 0.0
         fetch = make_batches(jobs, starts, stack)
         for number, batches in enumerate(
-            fetch_ahead(fetch, 0, rounds, jobs[0].cfg.data.prefetch_batches), 1
+            fetch_ahead(fetch, 0, rounds, first.cfg.data.prefetch_batches), 1
         ):
             states, numbers, going = step(states, batches, hypers, going)
             read = {name: np.asarray(values).tolist() for name, values in numbers.items()}
