@@ -20,7 +20,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise ConfigError instead of leaving the process."""
-        raise ConfigError(f"{message}; see nanojaxgpt {self.prog.split()[-1]} --help")
+        start = message if len(message) <= 300 else f"{message[:300]}..."
+        raise ConfigError(f"{start}; see nanojaxgpt {self.prog.split()[-1]} --help")
 
 
 def integer(low: int, high: int = MAX_INT) -> Callable[[str], int]:
@@ -84,6 +85,8 @@ def parse(
             argument.encode()
         except UnicodeEncodeError:
             raise ConfigError(f"the argument {show(argument)} is not valid UTF-8") from None
+        if "\0" in argument:
+            raise ConfigError(f"the argument {show(argument)} holds a NUL character")
     prog, first = f"nanojaxgpt {verb}", about.split("\n")[0]
     parser = Parser(prog=prog, description=first, allow_abbrev=False)
     parser.add_argument("path", metavar=path[0], nargs="?", help=path[1])

@@ -129,7 +129,8 @@ def read_int(text: str) -> int:
     if _INTEGER.fullmatch(text):
         return int(text)
     number = read_float(text)
-    if not math.isfinite(number) or number != int(number):
+    vanished = not number and re.search("[1-9]", text.lower().partition("e")[0])  # 1e-400
+    if vanished or not math.isfinite(number) or number != int(number):
         raise ValueError(f"{show(text)} is not an integer")
     return int(number)
 

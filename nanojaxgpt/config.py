@@ -275,24 +275,22 @@ def conform(given: dict[str, Any]) -> ConfigDict:
 
     All sections and fields must be there, and no others; `check_config` looks at the values.
     """
-    cfg, problems = base_config().unlock(), []
+    cfg, problems = base_config(), []
     known = [name for name, _ in fields(cfg)]
     for section, values in given.items():
         if not isinstance(values, dict):
             problems.append(f"the section {show(section)} is {kind_of(values)}, not a ConfigDict")
+            given = given | {section: ()}
             continue
         for name, value in values.items():
             if f"{section}.{name}" in known:
-                with cfg.ignore_type():
-                    cfg[section][name] = value
+                set_field(cfg, f"{section}.{name}", value)
             else:
                 problems.append(unknown_name("config field", f"{section}.{name}", known))
-    for section, values in cfg.items():
-        if section not in given:
-            problems.append(f"the section {section} is missing")
-        elif isinstance(given[section], dict):
-            missing = [f"{section}.{name}" for name in values if name not in given[section]]
-            problems += [f"the field {name} is missing" for name in missing]
+    there = {f"{section}.{name}" for section in given for name in given[section]}
+    if missing := [name for name in known if name not in there]:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        problems.append(f"missing: {', '.join(missing[:3])}{more}; start from base_config()")
     if problems:
         raise ConfigError("\n".join(problems))
     return cfg.lock()
@@ -309,6 +307,16 @@ def override_config(cfg: ConfigDict, overrides: dict[str, str]) -> ConfigDict:
         cfg[section][field] = parse_value(name, text, known[name])
     check_config(cfg)
     return cfg.lock()
+
+
+def set_field(cfg: ConfigDict, name: str, value: Any) -> None:
+    """Set a dotted field to a value of any type; `check_config` names a wrong one."""
+    section, field = name.split(".")
+    with cfg.unlocked(), cfg.ignore_type():
+        try:
+            cfg[section][field] = value
+        except (OverflowError, TypeError, ValueError) as error:  # 10**400 where a float belongs
+            raise ConfigError(f"{name}={show(value)}: {error}") from None
 
 
 def parse_value(name: str, text: str, default: Any) -> Any:
@@ -349,16 +357,16 @@ def to_json(cfg: ConfigDict) -> str:
 
 def from_json(text: str, origin: str = "config.json") -> ConfigDict:
     """Return the checked config in `text`. Raises ConfigError, naming `origin`."""
-    cfg = base_config().unlock()
-    known = dict(fields(cfg))
+    cfg = base_config()
+    known = [name for name, _ in fields(cfg)]
     try:
-        with cfg.ignore_type():  # check_config names what has a wrong type
-            for section, values in json.loads(text).items():
-                for name, value in values.items():
-                    if f"{section}.{name}" not in known:
-                        field = unknown_name("config field", f"{section}.{name}", list(known))
-                        raise ConfigError(f"{field}; another version wrote it")
-                    cfg[section][name] = tuple(value) if isinstance(value, list) else value
+        for section, values in json.loads(text).items():
+            for name, value in values.items():
+                if f"{section}.{name}" not in known:
+                    field = unknown_name("config field", f"{section}.{name}", known)
+                    raise ConfigError(f"{field}; another version wrote it")
+                value = tuple(value) if isinstance(value, list) else value
+                set_field(cfg, f"{section}.{name}", value)
         check_config(cfg)
     except (ValueError, AttributeError, RecursionError) as error:
         raise ConfigError(f"{origin} is not a config: {error}") from error

@@ -139,6 +139,8 @@ def open_task(spec: str) -> tuple[str, Task]:
         read = read_int if isinstance(known[option], int) else read_float
         try:
             options[option] = read(text)
+            if not math.isfinite(options[option]):
+                raise ValueError
         except ValueError:
             kind = kind_of(known[option])
             raise ConfigError(f"{spec}: {option}={show(text)} is not {kind}") from None

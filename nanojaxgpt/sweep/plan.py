@@ -100,12 +100,10 @@ def set_point(base: ConfigDict, point: Point) -> ConfigDict:
     """Return a copy of `base` with the values of a point, checked. Raises ConfigError."""
     cfg = base.copy_and_resolve_references()
     known = dict(config.fields(cfg))
-    with cfg.ignore_type():  # check_config names what has a wrong type
-        for name, value in point.items():
-            if name not in known:
-                raise ConfigError(config.unknown_name("config field", name, list(known)))
-            section, field = name.split(".")
-            cfg[section][field] = plain_value(value, known[name])
+    for name, value in point.items():
+        if name not in known:
+            raise ConfigError(config.unknown_name("config field", name, list(known)))
+        config.set_field(cfg, name, plain_value(value, known[name]))
     config.check_config(cfg)
     return cfg.lock()
 

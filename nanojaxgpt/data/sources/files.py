@@ -177,9 +177,7 @@ def find_files(kind: str, location: str, endings: tuple[str, ...]) -> list[tuple
         package = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs"}.get(scheme, "fsspec")
         raise DataError(f"{location} needs the package {package}: pip install {package}") from error
     except Exception as error:  # each kind of bucket has its own errors for a missing right
-        if "://" not in location:
-            raise
-        raise DataError(f"{location} can't be reached: {type(error).__name__}: {error}") from error
+        raise DataError(f"{location} can't be read: {type(error).__name__}: {error}") from error
     if not paths:
         raise DataError(missing_files(kind, path, endings))
     if "://" not in location:
