@@ -7,24 +7,33 @@ mean of three seeds must come out in [1.86, 1.94]. About 2 minutes on two CPU co
 gpu: 6 layers, 384 wide, context 256, batch 64, 5,000 steps, dropout 0.2; nanoGPT's best
 validation loss is 1.4697. A few minutes on one data-centre GPU; not yet run with this code.
 
-    nanojaxgpt train --config=experiments/shakespeare_char.py:cpu --config.data.source=text:PATH
+    nanojaxgpt train --config=experiments/shakespeare_char.py:cpu
 
-PATH is Tiny Shakespeare: 1,115,394 bytes, char-rnn's data/tinyshakespeare/input.txt.
+Tiny Shakespeare, char-rnn's data/tinyshakespeare/input.txt of 1,115,394 bytes, is downloaded once
+into the cache. Without a network, give a copy of it: --config.data.source=text:PATH.
 """
 
 from ml_collections import ConfigDict
 
 from nanojaxgpt.config import base_config
 
+CORPUS = (
+    "text:https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+)
+SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 NUM_PARAMS = {"cpu": 804_096, "gpu": 10_745_088}
+
+
+def set_corpus(cfg: ConfigDict) -> None:
+    """Let `cfg` train on Tiny Shakespeare by characters."""
+    cfg.data.source, cfg.data.sha256, cfg.data.tokenizer = CORPUS, SHA256, "chars"
 
 
 def get_config(variant: str = "cpu") -> ConfigDict:
     """Return the config of one recipe; nanoGPT's defaults where its files say nothing."""
     cfg = base_config()
     model, optim, train = cfg.model, cfg.optim, cfg.train
-    cfg.data.source = "text:../shared/data/tinyshakespeare.txt"
-    cfg.data.tokenizer = "chars"
+    set_corpus(cfg)
     model.mlp = "gelu"
     model.bias = model.norm_bias = False
     optim.beta2 = 0.99

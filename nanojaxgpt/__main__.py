@@ -31,7 +31,7 @@ USAGE = """\
 nanojaxgpt VERB ...
 
   train  --config=EXPERIMENT.py[:VARIANT] [--run=RUN]   train, or go on where RUN stopped
-  eval   RUN                                            validation loss, bits per byte
+  eval   RUN [--data=SOURCE]                            validation loss, bits per byte
   sample RUN --prompt=TEXT                              text, streamed as it is made
   prepare --config=EXPERIMENT.py[:VARIANT]              the corpus as tokens, as train would
   inspect --config=EXPERIMENT.py [--step=N] [--rows=4]  what the model sees at a step
@@ -185,8 +185,12 @@ def rehearse(arguments: list[str]) -> None:
 
 
 def evaluate(arguments: list[str]) -> None:
-    """Print the validation loss and bits per byte of a run's checkpoint, as JSON."""
-    parsed, cfg = open_run("eval", evaluate.__doc__, arguments, {})
+    """Print the validation loss and bits per byte of a run's checkpoint, as JSON.
+
+    With --data=SOURCE they are those of all of another source, by the run's own tokenizer.
+    """
+    about = "a source, as data.source names it, to evaluate on; default: the validation split"
+    parsed, cfg = open_run("eval", evaluate.__doc__, arguments, {"data": {"help": about}})
     import jax
 
     from nanojaxgpt import memory, sharding
@@ -194,8 +198,11 @@ def evaluate(arguments: list[str]) -> None:
     from nanojaxgpt.model import ModelConfig, Transformer
     from nanojaxgpt.train import make_evaluation, prepare_data
 
-    data = prepare_data(cfg, warn)
-    rundir.check_data(Path(parsed.run), data.identity)
+    if parsed.data:
+        cfg, data = open_other_data(cfg, parsed)
+    else:
+        data = prepare_data(cfg, warn)
+        rundir.check_data(Path(parsed.run), data.identity)
     try:
         mesh = sharding.make_mesh(cfg.mesh)
     except ConfigError:  # the run's mesh does not fit this machine: one device does
@@ -206,13 +213,30 @@ def evaluate(arguments: list[str]) -> None:
         memory.check_model("the evaluation", cfg, mesh, 0, lower)
         step, params = load_params(run, model_cfg, mesh, chosen_step(run, parsed.step), warn)
         found = make_evaluation(cfg, data, mesh, Transformer(model_cfg))(params)
+    if not found["tokens"] and parsed.data:
+        raise DataError(f"{parsed.data} has nothing to score: it is shorter than two tokens")
     if not found["tokens"]:
         raise DataError(
             f"{run} holds nothing out to validate on; set data.validation_fraction, "
             "data.validation_documents or data.validation_source (of a task: train_fraction), "
             "and train again"
         )
-    print(json.dumps({"step": step, **found}))
+    source = {"source": parsed.data} if parsed.data else {}
+    print(json.dumps({"step": step, **source, **found}))
+
+
+def open_other_data(cfg: Any, parsed: Any) -> tuple[Any, Any]:
+    """Return the config and the data to evaluate the source --data of `eval` on, all of it."""
+    from nanojaxgpt.data.loader import open_source
+    from nanojaxgpt.data.sources import DataConfig
+    from nanojaxgpt.data.tokenizers import load_tokenizer
+
+    # What the run's config says of its own source: which hash it has, how much is looked at.
+    own = {"data.sha256": "", "eval.num_batches": "0"}
+    cfg = config.override_config(cfg, own | parsed.overrides)
+    tokenizer = load_tokenizer(Path(parsed.run) / "tokenizer")
+    data = DataConfig(**cfg.data)
+    return cfg, open_source(parsed.data, tokenizer, data, config.cache_dir(cfg), warn)
 
 
 def sample(arguments: list[str]) -> None:

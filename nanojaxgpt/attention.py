@@ -42,7 +42,7 @@ def dense_mask(mask: Mask) -> jax.Array:
     seen_BTS = key_B1S <= query_BT1
     if mask.window:
         seen_BTS &= query_BT1 - key_B1S < mask.window
-    if mask.query_segments_BT is not None:
+    if mask.query_segments_BT is not None and mask.key_segments_BS is not None:
         seen_BTS &= mask.query_segments_BT[..., None] == mask.key_segments_BS[:, None]
     return seen_BTS[:, None]
 
@@ -58,7 +58,7 @@ def alibi_slopes(num_heads: int) -> np.ndarray:
 def alibi_bias(mask: Mask, num_heads: int) -> jax.Array:
     """Return the bias [B, N, T, S]: minus slope times distance."""
     distance_BTS = mask.query_positions_BT[..., None] - mask.key_positions_BS[:, None]
-    return -alibi_slopes(num_heads)[:, None, None] * distance_BTS[:, None].astype(jnp.float32)
+    return distance_BTS[:, None].astype(jnp.float32) * -alibi_slopes(num_heads)[:, None, None]
 
 
 def attend(
@@ -100,8 +100,9 @@ def attend(
             q_BTNH, k_BSNH, v_BSNH, mask.query_positions_BT, mask.query_segments_BT,
             mask.window, scale,
         )  # fmt: skip
+    library: Any = kernel  # xla or cudnn by now
     return jax.nn.dot_product_attention(
-        q_BTNH, k_BSKH, v_BSKH, bias, dense_mask(mask), scale=scale, implementation=kernel
+        q_BTNH, k_BSKH, v_BSKH, bias, dense_mask(mask), scale=scale, implementation=library
     )
 
 
@@ -237,7 +238,7 @@ def plain_attention(
     if bias_BNTS is not None:
         scores_BNTS += bias_BNTS
     weights_BNTS = jax.nn.softmax(jnp.where(dense_mask(mask), scores_BNTS, -1e30))
-    if dropout:
+    if dropout and rng is not None:
         kept_BNTS = jax.random.bernoulli(rng, 1 - dropout, weights_BNTS.shape)
         weights_BNTS = jnp.where(kept_BNTS, weights_BNTS / (1 - dropout), 0)
     weights_BKGTS = weights_BNTS.reshape(scores_BKGTS.shape).astype(v_BKSH.dtype)
@@ -272,7 +273,7 @@ def splash_attention(
     q_BNTH = jnp.swapaxes(q_BTNH, 1, 2) * scale
     k_BKSH, v_BKSH = jnp.swapaxes(k_BSKH, 1, 2), jnp.swapaxes(v_BSKH, 1, 2)
     arrays = [kernel, q_BNTH, k_BKSH, v_BKSH]
-    if mask.query_segments_BT is not None:
+    if mask.query_segments_BT is not None and mask.key_segments_BS is not None:
         arrays += [mask.query_segments_BT, mask.key_segments_BS]
 
     def shard(
@@ -303,8 +304,8 @@ def attend_windows(
     v_BSKH: jax.Array,
     mask: Mask,
     windows: tuple[int, ...],
-    layer: jax.Array,
-    **options: object,
+    layer: jax.Array | int,
+    **options: Any,
 ) -> jax.Array:
     """Return `attend` with the window of `layer`, a traced number; windows repeat over layers.
 

@@ -111,6 +111,7 @@ TUPLES: dict[str, type] = {
 
 KINDS = {bool: "true or false", int: "an integer", float: "a number", str: "a string",
          tuple: "a tuple", list: "a list", type(None): "None"}  # fmt: skip
+DIGEST = re.compile(r"\s*[0-9a-fA-F]{64}\s*")
 SHOWN = 100  # characters of a value in a message
 
 _INTEGER = re.compile(r"[+-]?\d+(_\d+)*", re.ASCII)
@@ -256,6 +257,11 @@ def partner_problems(cfg: ConfigDict) -> list[str]:
         problems.append(
             f"model.seq_len={model.seq_len} is not divisible by "
             f"train.loss_chunks={train.loss_chunks}"
+        )
+    if cfg.data.sha256 and not all(map(DIGEST.fullmatch, cfg.data.sha256.split(","))):
+        problems.append(
+            f"data.sha256={cfg.data.sha256!r} is not a SHA-256 in 64 hex digits, or several with "
+            "commas between"
         )
     if list(cfg.mesh.values()).count(-1) > 1:
         problems.append(f"only one mesh axis can be -1 (all other devices): {dict(cfg.mesh)}")

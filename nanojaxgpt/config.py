@@ -78,7 +78,8 @@ def base_config() -> ConfigDict:
     )
     cfg.data = ConfigDict(
         dict(
-            source="stdlib",  # KIND[:LOCATION]: stdlib, text:PATH, jsonl:PATH, ...; docs/data.md
+            source="stdlib",  # KIND[:LOCATION]: stdlib, text:PATH, jsonl:URL, ...; docs/data.md
+            sha256="",  # of what is downloaded, in hex; of several files with commas between
             mixture=(),  # in place of source: ("3 text:a.txt", "1 text:b.txt"), weight and source
             tokenizer="bytes",  # bytes, chars, sentencepiece, gpt2:FOLDER, hf:FILE; docs/data.md
             tokenizer_vocab_size=1024,  # of a tokenizer trained here
@@ -91,7 +92,7 @@ def base_config() -> ConfigDict:
             manual_dir="",  # files of yours that a TFDS builder asks for
             num_workers=0,  # processes that tokenize; 0: one per core
             prefetch_batches=2,  # made ahead of the step that needs them
-            cache_dir="",  # token stores; "": $XDG_CACHE_HOME/nanojaxgpt or ~/.cache/nanojaxgpt
+            cache_dir="",  # stores, downloads; "": $XDG_CACHE_HOME/nanojaxgpt, ~/.cache/nanojaxgpt
         )
     )
     cfg.optim = ConfigDict(
@@ -178,7 +179,7 @@ def base_config() -> ConfigDict:
 # What may change when a run goes on: none of it changes the function that is being trained.
 FREE_ON_RESUME = re.compile(
     r"(mesh|eval|checkpoint|sample)\..*|train\.(log_every_steps|hang_timeout_seconds)"
-    r"|data\.(cache_dir|tfds_dir|manual_dir|num_workers|prefetch_batches)|model\.(attention|unroll|remat)"
+    r"|data\.(sha256|cache_dir|tfds_dir|manual_dir|num_workers|prefetch_batches)|model\.(attention|unroll|remat)"
 )
 
 
@@ -388,6 +389,11 @@ def differences(old: ConfigDict, new: ConfigDict) -> list[tuple[str, Any, Any]]:
 
 
 def cache_dir(cfg: ConfigDict) -> Path:
-    """Return the folder that holds token stores."""
+    """Return the folder that holds token stores and downloads."""
+    return cache_path(cfg.data.cache_dir)
+
+
+def cache_path(cache_dir: str) -> Path:
+    """Return the folder that data.cache_dir stands for."""
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(cfg.data.cache_dir or Path(base) / "nanojaxgpt").expanduser()
+    return Path(cache_dir or Path(base) / "nanojaxgpt").expanduser()

@@ -140,8 +140,10 @@ def save(result: dict[str, Any], folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "coordcheck.json").write_text(json.dumps(result, indent=2) + "\n")
     layers = list(result["sizes"]["mup"])
-    shape = dict(nrows=len(PARAMETRIZATIONS), ncols=len(layers), squeeze=False, sharey="col")
-    figure, axes = plt.subplots(**shape, sharex=True, figsize=(3 * len(layers), 5))
+    figure, axes = plt.subplots(
+        len(PARAMETRIZATIONS), len(layers), figsize=(3 * len(layers), 5),
+        sharex=True, sharey="col", squeeze=False,
+    )  # fmt: skip
     for row, name in zip(axes, PARAMETRIZATIONS, strict=True):
         for axis, layer in zip(row, layers, strict=True):
             for step, values in enumerate(result["sizes"][name][layer]):

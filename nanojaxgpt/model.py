@@ -89,9 +89,9 @@ class ModelConfig:
 class Multipliers(NamedTuple):
     """Factors of the embeddings, of the attention's scores and of the logits; scalars."""
 
-    embed: jax.Array | float
-    attention: jax.Array | float
-    logit: jax.Array | float
+    embed: jax.typing.ArrayLike
+    attention: jax.typing.ArrayLike
+    logit: jax.typing.ArrayLike
 
 
 class Context(NamedTuple):
@@ -100,7 +100,7 @@ class Context(NamedTuple):
     mask: Mask
     positions_BT: jax.Array
     deterministic: bool
-    score_multiplier: jax.Array | float
+    score_multiplier: jax.typing.ArrayLike
 
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -120,7 +120,7 @@ REMAT: dict[str, Callable | None] = {
 }
 
 
-def scaled(x: jax.Array, factor: jax.Array | float) -> jax.Array:
+def scaled(x: jax.Array, factor: jax.typing.ArrayLike) -> jax.Array:
     """Return `x` times a scalar, in the dtype of `x`."""
     return x * jnp.asarray(factor, x.dtype)
 
@@ -163,7 +163,7 @@ class Weights(nn.Module):
     def weight(self, name: str, init: Callable, shape: tuple, axes: tuple) -> jax.Array:
         """Return the parameter `name`; it is stored as cfg.param_dtype."""
         boxed = nn.with_logical_partitioning(init, axes)
-        array = self.param(name, boxed, shape, jnp.dtype(self.cfg.param_dtype))
+        array: Any = self.param(name, boxed, shape, jnp.dtype(self.cfg.param_dtype))
         return array.astype(self.cfg.compute_dtype)
 
     def kernel(
@@ -230,7 +230,7 @@ class Block(Weights):
             q_BTNH = rotate(q_BTNH, context.positions_BT, cfg.rotary_base)
             k_BTKH = rotate(k_BTKH, context.positions_BT, cfg.rotary_base)
         q_BTNH = scaled(q_BTNH, context.score_multiplier)
-        scaling = dict(scale=cfg.attention_scale, alibi=cfg.positions == "alibi")
+        scaling: dict[str, Any] = dict(scale=cfg.attention_scale, alibi=cfg.positions == "alibi")
         if cfg.smeared_keys:
             gate_K = self.weight("smear_K", nn.initializers.zeros, (cfg.num_kv_heads,), ("norm",))
         if cache is not None:
@@ -244,12 +244,12 @@ class Block(Weights):
             if cfg.smeared_keys:
                 k_BTKH = smear(k_BTKH, gate_K, context.mask.key_segments_BS)
             # Kept only where `apply` is asked for intermediates, as probe.py does.
-            self.sow("intermediates", "heads", (q_BTNH, k_BTKH), reduce_fn=lambda _, new: new)
-            drop = cfg.dropout > 0 and not context.deterministic
+            heads: Any = (q_BTNH, k_BTKH)
+            self.sow("intermediates", "heads", heads, reduce_fn=lambda _, new: new)
             out_BTNH = attention.attend_windows(
                 q_BTNH, k_BTKH, v_BTKH, context.mask, cfg.windows, layer, **scaling,
                 kernel=cfg.attention, dropout=cfg.dropout,
-                rng=self.make_rng("dropout") if drop else None,
+                rng=self.make_rng("dropout") if cfg.dropout and not context.deterministic else None,
             )  # fmt: skip
         fan_in, axes = cfg.num_heads * cfg.head_dim, ("heads", "head_dim", "embed")
         shape = (cfg.num_heads, cfg.head_dim, cfg.embed_dim)
@@ -389,7 +389,7 @@ class Transformer(Weights):
             block,
             variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True, "dropout": True},
-            in_axes=(0, nn.broadcast),
+            in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType]
             length=cfg.num_layers,
             unroll=unroll,
             metadata_params={nn.PARTITION_NAME: "layers"},

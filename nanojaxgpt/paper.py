@@ -21,7 +21,7 @@ PASS, FAIL, NOT_RUN = "PASS", "FAIL", "NOT-RUN"
 
 # What the command line may set: where the data lie and what computes, never the recipe.
 FREE = re.compile(
-    r"data\.(source|tfds_dir|manual_dir|cache_dir|num_workers|prefetch_batches)"
+    r"data\.(source|sha256|tfds_dir|manual_dir|cache_dir|num_workers|prefetch_batches)"
     r"|mesh\..*|model\.(attention|unroll|remat)"
 )
 
@@ -75,6 +75,9 @@ class Arm:
         return trials
 
 
+UNSTATED = (math.nan, math.nan)
+
+
 @dataclass(frozen=True)
 class Claim:
     """A figure, where it was published, how it is measured, and what is accepted.
@@ -89,7 +92,7 @@ class Claim:
     published: float | str  # in words where the paper gives no number
     source: str
     measure: Callable[..., float]
-    accept: tuple[float, float] | None = None
+    accept: tuple[float, float] = UNSTATED
     arms: tuple[str, ...] = ()
     every_seed: bool = False
 
@@ -170,7 +173,7 @@ def paper_problems(paper: Paper) -> list[str]:
     for plot in paper.plots:
         problems += unknown_arms(f"plot {plot.file!r}", plot.arms, list(seeds))
     for claim in paper.claims:
-        if claim.accept is None:
+        if claim.accept is UNSTATED:
             problems.append(f"claim {claim.name!r} has no criterion; add accept=(low, high)")
         elif not claim.accept[0] <= claim.accept[1]:  # NaN fails this too
             problems.append(f"claim {claim.name!r}: accept={claim.accept} holds nothing")

@@ -1,6 +1,7 @@
 """In: a model, its parameters and tokens. Out: the attention that the model computes inside."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +14,10 @@ from nanojaxgpt.model import ModelConfig, Transformer
 @functools.partial(jax.jit, static_argnums=0)
 def attention_logits(cfg: ModelConfig, params: dict, batch: Batch) -> jax.Array:
     """Return what each layer's softmax is taken of, float32 [L, B, N, T, S]; -inf is not seen."""
-    _, kept = Transformer(cfg).apply(
+    kept: Any = Transformer(cfg).apply(
         {"params": params}, batch.tokens_BT, batch.positions_BT, batch.segments_BT,
         logits=False, mutable="intermediates",
-    )  # fmt: skip
+    )[1]  # fmt: skip
     q_LBTNH, k_LBSKH = kept["intermediates"]["layers"]["heads"]
     k_LBSNH = jnp.repeat(k_LBSKH, cfg.num_heads // cfg.num_kv_heads, axis=3)
     logits_LBNTS = cfg.attention_scale * jnp.einsum(

@@ -19,6 +19,8 @@ from nanojaxgpt.errors import DataError, NonFiniteError
 from nanojaxgpt.model import ModelConfig
 from nanojaxgpt.paper import FAIL, NOT_RUN, PASS, Arm, Claim, Paper, Plot, Run, Runs, verdict
 from nanojaxgpt.sweep.claims import read_outcome, run_path
+from nanojaxgpt.sweep.plan import show_point
+from nanojaxgpt.sweep.plots import draw_band, fit_axis, make_band
 from nanojaxgpt.sweep.run import run_trials
 from nanojaxgpt.train import Job, make_job, prepare_data, resolve
 
@@ -123,7 +125,7 @@ def measure(claim: Claim, runs: dict[str, list[Runs]], missing: dict[str, str]) 
             return Result(claim, {}, NOT_RUN, missing[name])
     try:
         if not claim.arms:
-            measured = {"": claim.measure()}
+            measured: dict[int | str, float] = {"": claim.measure()}
         else:
             by_seed = zip(*(runs[name] for name in claim.arms), strict=True)
             measured = {listed(row[0])[0].cfg.train.seed: claim.measure(*row) for row in by_seed}
@@ -258,18 +260,37 @@ def curve(run: Run) -> list[tuple[int, float]]:
     return [(step, loss) for step, loss in losses if math.isfinite(loss)]
 
 
-def draw_curves(names: list[str], figure: Any, *arms: list[Runs]) -> None:
-    """Draw the validation loss against the step, a color for each arm and a line for each run."""
-    axes = figure.subplots()
-    for index, (name, seeds) in enumerate(zip(names, arms, strict=True)):
-        for number, run in enumerate(run for runs in seeds for run in listed(runs)):
-            points = curve(run)
-            steps, losses = zip(*points, strict=True) if points else ((), ())
-            style = dict(marker="o", markersize=3, label="" if number else name)
-            axes.plot(steps, losses, f"C{index % 10}", **style)
+def draw_curves(arms: Sequence[Arm], figure: Any, *runs: list[Runs]) -> None:
+    """Draw the validation loss against the step, a color for each arm, a line for each point.
+
+    The point with the lowest loss at its end, by the mean over seeds, has the range of its seeds
+    and is named; the other points of the arm are faint.
+    """
+    axes, drawn = figure.subplots(), []
+    for index, (arm, seeds) in enumerate(zip(arms, runs, strict=True)):
+        found = [*zip(*map(listed, seeds), strict=True)]  # by point the runs of all seeds
+        bands = [make_band([curve(run) for run in same]) for same in found]
+        ends = [
+            math.inf if any(run.diverged for run in same) or not band.steps else band.mean[-1]
+            for same, band in zip(found, bands, strict=True)
+        ]
+        best = ends.index(min(ends))
+        for number, (point, band) in enumerate(zip(arm.points(), bands, strict=True)):
+            color = f"C{index % 10}"
+            if number == best:
+                label = f"{arm.name}, {show_point(point)}" if point else arm.name
+                draw_band(
+                    axes, band, color=color, label=label, linewidth=2, marker="o", markersize=4
+                )
+            else:
+                axes.plot(band.steps, band.mean, color=color, linewidth=0.8, alpha=0.45)
+        drawn += bands
+    fit_axis(axes, drawn)
+    if any(arm.space for arm in arms):
+        axes.set_title("thick: the best point of each arm; thin: the others", fontsize="small")
     axes.set(xlabel="step", ylabel="validation loss in nats per token")
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(fontsize="small")
 
 
 def draw(plot: Plot, found: Reproduction, folder: Path) -> bool:
@@ -292,11 +313,11 @@ def save(found: Reproduction, folder: Path, command: str) -> Path:
     """Write report.md, report.json, the paper's figures, and curves where there are any."""
     folder.mkdir(parents=True, exist_ok=True)
     rundir.write_text(folder / "report.json", to_json(found))
-    names, plots = list(found.runs), [*found.paper.plots]
+    plots, arms = [*found.paper.plots], [a for a in found.paper.arms if a.name in found.runs]
     runs = [run for arm in found.runs.values() for same in arm for run in listed(same)]
     if any(len(curve(run)) > 1 for run in runs):
-        curves = functools.partial(draw_curves, names)
-        plots.append(Plot("curves.png", "validation loss of every arm", curves, tuple(names)))
+        curves, names = functools.partial(draw_curves, arms), tuple(arm.name for arm in arms)
+        plots.append(Plot("curves.png", "validation loss of every arm", curves, names))
     drawn = [plot for plot in plots if draw(plot, found, folder)]
     rundir.write_text(folder / "report.md", "\n".join(to_markdown(found, command, drawn)) + "\n")
     return folder / "report.md"

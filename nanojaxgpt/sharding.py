@@ -178,7 +178,8 @@ def global_batch(rows: Callable[[int, int], Any], batch_size: int, seq_len: int,
     sharding, fetched = batch_sharding(mesh), {}
     devices, shards = [], []
     shape = (batch_size, seq_len)
-    for device, (row, column) in sharding.addressable_devices_indices_map(shape).items():
+    indices: Any = sharding.addressable_devices_indices_map(shape)
+    for device, (row, column) in indices.items():
         first, last, _ = row.indices(batch_size)
         if (first, last) not in fetched:
             fetched[first, last] = rows(first, last)

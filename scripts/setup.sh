@@ -1,21 +1,43 @@
 # Sourced by quickstart.sh and test.sh: a .venv with this package in it. Usage: . setup.sh [EXTRAS]
-# Needs Python 3.11 or newer and a package index; does nothing twice.
+#
+# Takes the newest Python from 3.12 on, for which jax still makes releases, else 3.11. Needs a
+# package index; does nothing twice. PYTHON names another interpreter, VENV another folder, and
+# PIP_CONSTRAINT, a variable of pip's own, a file of versions to keep to.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+venv=${VENV:-.venv}
 
-if [ ! -x .venv/bin/python ]; then
-  for python in "${PYTHON:-python3}" python3.14 python3.13 python3.12 python3.11; do
-    if "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
-      "$python" -m venv .venv
+# Prints the Pythons to try, best first. pyenv's are named by their paths, because its `python3.13`
+# on PATH may only say that the command is not found.
+pythons() {
+  if [ -n "${PYTHON:-}" ]; then
+    echo "$PYTHON"
+    return
+  fi
+  local minor
+  for minor in 14 13 12; do
+    echo "python3.$minor"
+    ls -d "${PYENV_ROOT:-$HOME/.pyenv}/versions/3.$minor".*/bin/python3 2>/dev/null | sort -rV
+  done
+  printf '%s\n' python3 python3.11
+}
+
+if [ ! -x "$venv/bin/python" ]; then
+  while read -r python; do
+    # A Python without ensurepip, as some distributions ship it, can't make an environment.
+    if "$python" -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+      "$python" -m venv "$venv"
       break
     fi
-  done
-  [ -x .venv/bin/python ] || { echo "nanojaxgpt needs Python 3.11 or newer" >&2; exit 2; }
+  done < <(pythons)
+  [ -x "$venv/bin/python" ] || { echo "nanojaxgpt needs Python 3.11 or newer" >&2; exit 2; }
 fi
 # What was installed for these files is not installed again.
-stamp=".venv/installed-$(cat setup.cfg pyproject.toml | cksum | cut -d' ' -f1)-${1:-plain}"
+files=(setup.cfg pyproject.toml ${PIP_CONSTRAINT:+"$PIP_CONSTRAINT"})
+stamp="$venv/installed-$(cat "${files[@]}" | cksum | cut -d' ' -f1)-${1:-plain}"
 if [ ! -e "$stamp" ]; then
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check -e ".${1:+[$1]}"
+  "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -e ".${1:+[$1]}"
   touch "$stamp"
 fi
-export PATH="$PWD/.venv/bin:$PATH"
+PATH="$(cd "$venv/bin" && pwd):$PATH"
+export PATH

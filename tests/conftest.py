@@ -1,5 +1,6 @@
 """What the tests share: eight CPU devices, a small corpus, a small config, the command line."""
 
+import json
 import os
 import subprocess
 import sys
@@ -20,6 +21,8 @@ import pytest
 from nanojaxgpt.config import base_config, override_config
 from nanojaxgpt.data.sources import DataConfig
 from nanojaxgpt.model import ModelConfig
+from nanojaxgpt.sweep.claims import run_path
+from nanojaxgpt.sweep.plan import Trial
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
@@ -81,6 +84,15 @@ def get_config():
     own = textwrap.indent(textwrap.dedent(own).strip(), "    ")
     path.write_text(f"{shared}{own}\n    return cfg\n\n{more}")
     return path
+
+
+def write_trial(folder: Path, trial: Trial, loss: float, state: str = "finished") -> None:
+    """Write what a trial leaves, without training it."""
+    path = run_path(folder, trial.name)
+    path.mkdir(parents=True)
+    records = [{"step": 1, "loss": 9.0}, {"step": 6, "validation_loss": loss}]
+    (path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    (path / "trial.json").write_text(json.dumps({"state": state, "seconds": 1.5, "message": ""}))
 
 
 @pytest.fixture

@@ -293,6 +293,31 @@ def test_eval_prints_json(run, capsys):
     assert json.loads(capsys.readouterr().out)["step"] == 2
 
 
+@pytest.mark.parametrize("packing", ["wrap", "pack"])
+def test_eval_of_another_source(run, tmp_path, capsys, refused, packing):
+    all_of_it = ["--config.eval.num_batches=0", f"--config.data.packing={packing}"]
+    assert main(["eval", str(run), *all_of_it]) == 0
+    held_out = json.loads(capsys.readouterr().out)
+    text = (run.parent / "corpus.txt").read_text()
+    tail = tmp_path / "tail.txt"
+    tail.write_text(text[int(len(text) * 0.9) :])
+    assert main(["eval", str(run), f"--data=text:{tail}", all_of_it[1]]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found == held_out | {"source": f"text:{tail}"}
+    assert found["tokens"] == len(tail.read_text()) - 1
+    tail.write_text("ash, \t")
+    for source, code, words in (
+        (f"text:{tail}", DATA, "'\\t' (U+0009) is not among"),
+        ("text:absent.txt", DATA, "no file, folder or glob absent.txt"),
+        ("task:copy", DATA, "has other words than the tokenizer"),
+        ("csv:absent", USAGE, "no kind 'csv'"),
+        ("text:http://127.0.0.1:1/a.txt", DATA, "can't be downloaded"),
+    ):
+        assert words in refused(code, "eval", run, f"--data={source}")
+    tail.write_text("a")
+    assert "shorter than two tokens" in refused(DATA, "eval", run, f"--data=text:{tail}")
+
+
 def test_sample_prints_text_and_keeps_it(run, tmp_path, capsys):
     run = copy(run, tmp_path / "run")
     assert main(["sample", str(run), "--prompt=elm", "--max_tokens=5", "--num_samples=2"]) == 0

@@ -68,7 +68,7 @@ def test_what_is_free_on_resume_is_not_what_is_trained():
     }  # fmt: skip
     assert {name for name in free if name.startswith(("train", "data", "model"))} == {
         "train.log_every_steps", "train.hang_timeout_seconds",
-        "data.cache_dir", "data.tfds_dir", "data.manual_dir",
+        "data.sha256", "data.cache_dir", "data.tfds_dir", "data.manual_dir",
         "data.num_workers", "data.prefetch_batches",
         "model.attention", "model.unroll", "model.remat",
     }  # fmt: skip

@@ -10,13 +10,14 @@ from dataclasses import replace
 import jax
 import pytest
 from conftest import ROOT
+from matplotlib.figure import Figure
 
 from nanojaxgpt import sharding
 from nanojaxgpt.__main__ import main
-from nanojaxgpt.config import override_config
+from nanojaxgpt.config import base_config, override_config
 from nanojaxgpt.errors import ConfigError, Stopped
 from nanojaxgpt.paper import Arm, Claim, Paper, Plot, Run, first_seeds, load_paper, verdict
-from nanojaxgpt.reproduce import measure, reproduce, save, to_markdown
+from nanojaxgpt.reproduce import draw_curves, measure, reproduce, save, to_markdown
 from nanojaxgpt.sweep import run
 from nanojaxgpt.sweep.space import choice, zip_
 
@@ -231,6 +232,26 @@ def test_a_claim_over_two_arms_compares_runs_of_one_seed():
     gap = claim(measure=lambda a, b: a.at(1) - b.at(1), accept=(2, 4), arms=("a", "b"))
     assert measure(gap, runs, {}).measured == {0: 2.0, 1: 3.5}
     assert measure(gap, runs, {"b": "no data"}).reason == "no data"
+
+
+def test_curves_name_the_best_point_of_each_arm():
+    def run(rate, seed, diverged=False):
+        losses = [(1, 3.0 + seed), (2, abs(rate - 2) + seed + 1)]
+        records = [{"step": step, "validation_loss": loss} for step, loss in losses]
+        return Run(ROOT, base_config(), records, diverged)
+
+    rates, seeds = (1.0, 2.0, 4.0), (0, 1, 2)
+    swept = Arm("swept", base_config(), seeds, choice("optim.learning_rate", *rates))
+    plain = Arm("plain", base_config(), seeds)
+    runs = [[run(rate, seed, rate == 2.0 and seed == 1) for rate in rates] for seed in seeds]
+    figure = Figure()
+    draw_curves([swept, plain], figure, runs, [run(2.0, seed) for seed in seeds])
+    (axes,) = figure.axes
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert labels == ["swept, learning_rate=1.0", "plain"]  # at 2.0 one seed diverged
+    ends = [line.get_ydata()[-1] for line in axes.lines]
+    assert ends == [3.0, 2.0, 4.0, 2.0]  # a line for each point: the means over three seeds
+    assert len(axes.collections) == 2
 
 
 def test_the_door_writes_a_report(tmp_path, capsys):

@@ -164,7 +164,7 @@ def test_unknown_source_is_a_config_error(source):
     ],
 )
 def test_unknown_kind_suggests_and_lists_the_known_ones(source, words):
-    with pytest.raises(ConfigError, match="known: stdlib, text, blocks, jsonl, tfds, hf") as caught:
+    with pytest.raises(ConfigError, match="known: stdlib, text, blocks, jsonl, parquet") as caught:
         read_documents(source)
     assert words in str(caught.value)
 
@@ -239,6 +239,17 @@ def test_json_field_is_chosen_and_identified(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", {"text": "a", "body": "b"})
     assert [d.text for d in read_documents(f"jsonl:{tmp_path}#body")] == ["b"]
     assert source_identity(f"jsonl:{tmp_path}#body") != source_identity(f"jsonl:{tmp_path}")
+
+
+def test_fields_within_fields(tmp_path):
+    records = [{"a": {"b": {"c": "deep"}, "d": "shallow"}}, {"a.d": "by its name", "a": {"d": "x"}}]
+    write_jsonl(tmp_path / "a.jsonl", *records)
+    assert [d.text for d in read_documents(f"jsonl:{tmp_path}#a.d")] == ["shallow", "by its name"]
+    skipping = dict(report=str, bad_text="skip")
+    assert [d.text for d in read_documents(f"jsonl:{tmp_path}#a.b.c", **skipping)] == ["deep"]
+    for field in ("a.b.x", "a.d.x"):
+        with pytest.raises(DataError, match=rf"a\.jsonl:1 has no field '{field}'; it has a;"):
+            list(read_documents(f"jsonl:{tmp_path}#{field}"))
 
 
 @pytest.mark.parametrize(
@@ -466,6 +477,18 @@ def test_hugging_face_datasets_are_loaded_by_name(monkeypatch):
         list(read_documents("hf:owner/name#label"))
     with pytest.raises(DataError, match="can't be loaded: ValueError: Unknown split"):
         list(read_documents("hf:owner/name@absent"))
+
+
+def test_hugging_face_fields_within_fields(monkeypatch):
+    made = Rows([{"a": {"b": "deep"}, "c.d": "flat"}])
+    text, number = types.SimpleNamespace(dtype="string"), types.SimpleNamespace(dtype="int64")
+    made.features = {"a": {"b": text, "n": number}, "c.d": text}
+    package = types.SimpleNamespace(load_dataset=lambda *_, **__: made)
+    monkeypatch.setitem(sys.modules, "datasets", package)
+    assert [d.text for d in read_documents("hf:owner/name#a.b")] == ["deep"]
+    assert [d.text for d in read_documents("hf:owner/name#c.d")] == ["flat"]
+    with pytest.raises(ConfigError, match=r"choose by #FIELD: a\.b, c\.d"):
+        list(read_documents("hf:owner/name"))
 
 
 def test_hugging_face_folder(tmp_path):

@@ -1,15 +1,13 @@
 """Sweeps: the algebra, the plan's checks, one compile with the bits of runs alone, the report."""
 
-import csv
 import json
-import random
 import re
 import signal
 
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT, write_tiny
+from conftest import ROOT, write_tiny, write_trial
 
 from nanojaxgpt import checkpoint, config, rundir, sharding
 from nanojaxgpt.__main__ import main
@@ -18,8 +16,11 @@ from nanojaxgpt.hosts import process
 from nanojaxgpt.metrics import read_metrics
 from nanojaxgpt.sweep import run, together
 from nanojaxgpt.sweep.claims import read_outcome, run_path
-from nanojaxgpt.sweep.plan import Trial, group_trials, load_trials, program_key
-from nanojaxgpt.sweep.report import Group, Result, group_seeds, seeds_needed, write_report
+from nanojaxgpt.sweep.plan import (
+    group_trials,
+    load_trials,
+    program_key,
+)
 from nanojaxgpt.sweep.run import run_trials
 from nanojaxgpt.sweep.space import (
     chain,
@@ -419,80 +420,3 @@ def test_a_sweep_without_one_finite_trial_exits_4(trials, tmp_path):
         write_trial(tmp_path, trial, float("nan"), "non-finite")
     with pytest.raises(NonFiniteError, match="every trial"):
         run_trials(tmp_path, trials, "", 16, quiet)
-
-
-def write_trial(folder, trial, loss, state="finished") -> None:
-    """Write what a trial leaves, without training it."""
-    path = run_path(folder, trial.name)
-    path.mkdir(parents=True)
-    records = [{"step": 1, "loss": 9.0}, {"step": 6, "validation_loss": loss}]
-    (path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
-    (path / "trial.json").write_text(json.dumps({"state": state, "seconds": 1.5, "message": ""}))
-
-
-def test_a_report_has_a_table_the_best_and_plots(write_experiment, tmp_path, capsys):
-    path = write_experiment(
-        f"product(choice('{RATE}', 1e-3, 1e-2), choice('model.mlp', 'gelu', 'relu'), "
-        f"choice('{SEED}', 0, 1))"
-    )
-    trials = load_trials(path, {})
-    found = [3.0, 3.2, 2.0, 2.2, 2.1, 2.5, 5.0, float("nan")]
-    for trial, loss in zip(trials, found, strict=True):
-        write_trial(tmp_path / "s", trial, loss, "finished" if loss == loss else "non-finite")
-    assert main(["sweep", "report", f"--config={path}", f"--dir={tmp_path}/s"]) == 0
-    out = capsys.readouterr().out
-    target = tmp_path / "s" / "report"
-    assert (target / "report.txt").read_text() == out
-    lines = out.splitlines()
-    assert lines[0].startswith("8 of 8 trials ended: 7 finished, 1 non-finite; 12 s")
-    assert lines[3].split() == [
-        "2.1000",
-        "0.1414",
-        "2",
-        "finished",
-        *["learning_rate=0.001", "mlp=relu"],
-    ]
-    assert "differ by 0.2000; for that to show at 5 %" in out
-    rows = list(csv.DictReader(open(target / "trials.csv")))  # noqa: SIM115
-    assert [float(row["validation_loss"]) for row in rows[:7]] == found[:7]
-    assert rows[7]["state"] == "non-finite"
-    assert rows[4][RATE] == "0.01"
-    best = config.load_config(str(target / "best.py"))
-    assert config.differences(best, trials[2].cfg) == []
-    pictures = {p.name for p in target.glob("*.png")}
-    assert pictures == {
-        "curves.png",
-        f"{RATE}.png",
-        "model.mlp.png",
-        f"{SEED}.png",
-        f"{RATE}-model.mlp.png",
-    }
-    assert (
-        main(["sweep", "report", f"--config={path}", f"--dir={tmp_path}/s", "--metric=lose"]) == 2
-    )
-    assert "no metric lose; did you mean loss?" in capsys.readouterr().err
-    assert main(["sweep", "status", f"--config={path}", f"--dir={tmp_path}/s"]) == 0
-    assert capsys.readouterr().out.startswith("8 trials: 7 finished, 1 non-finite")
-    text = write_report(tmp_path / "s", trials, "validation_loss", maximize=True)
-    assert "mlp=gelu" in text[3]
-
-
-def test_seeds_needed_keeps_its_promise():
-    def group(mean, spread, count):
-        rng = random.Random(repr((mean, count)))
-        values = [rng.gauss(mean, spread) for _ in range(count)]
-        trials = [Trial("", {SEED: seed}, None) for seed in range(count)]
-        results = [Result(t, "finished", 1.0, v, []) for t, v in zip(trials, values, strict=True)]
-        return group_seeds(results, maximize=False)[0]
-
-    needed = seeds_needed(
-        Group(group(0, 1, 9).results, 0.0, 1.0), Group(group(1, 1, 9).results, 1.0, 1.0)
-    )
-    assert needed == 16  # 2 x 2.8016 ** 2 = 15.7
-    rng, shown = np.random.default_rng(0), 0
-    for _ in range(2000):
-        a, b = rng.normal(0, 1, needed), rng.normal(1, 1, needed)
-        pooled = np.sqrt((a.var(ddof=1) + b.var(ddof=1)) / needed)
-        shown += abs(a.mean() - b.mean()) / pooled > 1.96
-    assert 0.76 < shown / 2000 < 0.85
-    assert seeds_needed(group(0, 1, 1), group(1, 1, 1)) == 0

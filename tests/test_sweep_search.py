@@ -267,6 +267,8 @@ def test_a_real_search_by_the_verbs(write_experiment, tmp_path, capsys, monkeypa
     lines = capsys.readouterr().out.split("\n")
     assert f"{states.count('pruned')} pruned" in lines[0]
     assert "finished" in lines[3]
+    assert main(["sweep", "report", f"--dir={folder}"]) == 0
+    assert capsys.readouterr().out.split("\n") == lines
     assert main(["sweep", "run", *arguments, "--mode=vmap"]) == 2
     assert main(["sweep", "run", *arguments, "--config.eval.every_steps=0",
                  "--config.data.validation_fraction=0.0"]) == 2  # fmt: skip

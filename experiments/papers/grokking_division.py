@@ -20,6 +20,7 @@ fall as is said above.
 
 import functools
 import math
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -86,8 +87,8 @@ def unseen_at(run: Run, step: float) -> float:
 
 def get_paper() -> Paper:
     """Return both arms, two seeds each, with the moments of fitting and of generalizing."""
-    one = dict(source=SOURCE, arms=("decay",), every_seed=True)
-    both = dict(source=SOURCE, arms=("decay", "no_decay"), every_seed=True)
+    one: dict[str, Any] = dict(source=SOURCE, arms=("decay",), every_seed=True)
+    both: dict[str, Any] = dict(source=SOURCE, arms=("decay", "no_decay"), every_seed=True)
     claims = (
         Claim("step at which 99 % of those trained on are right", "below 1,000",
               measure=lambda run: crossing(run, 0), accept=(1, 1499), **one),

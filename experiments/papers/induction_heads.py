@@ -123,12 +123,12 @@ def get_paper() -> Paper:
         ("one_layer_smeared", "copies", SMEARED, copies),
     ):
         name = arm.replace("_", " ")
-        shared = dict(arms=(arm,), every_seed=True)
+        one: dict[str, Any] = dict(arms=(arm,), every_seed=True)
         claims += [
-            Claim(f"{name}: repeat loss", published, source, repeat_loss, loss, **shared),
-            Claim(f"{name}: accuracy", published, source, repeat_accuracy, accuracy, **shared),
+            Claim(f"{name}: repeat loss", published, source, repeat_loss, loss, **one),
+            Claim(f"{name}: accuracy", published, source, repeat_accuracy, accuracy, **one),
         ]
-    shared = dict(source=SOURCE, arms=("two_layers",), every_seed=True)
+    shared: dict[str, Any] = dict(source=SOURCE, arms=("two_layers",), every_seed=True)
     claims += [
         Claim("two layers: steps from 2.5 to 0.5 nats", "abrupt", measure=steps_of_the_fall,
               accept=(0, 500), **shared),

@@ -5,9 +5,9 @@ instabilities" (arXiv:2309.14322), sections 2 and 3.1, figures 1 and 2. There, m
 1.2 B parameters train on C4 for 100,000 steps at learning rates from 3e-4 to 0.3: without qk-norm
 the high ones diverge, and every run whose attention logits pass 1e4 does; with it all train.
 
-    nanojaxgpt reproduce experiments/papers/lr_sensitivity_qknorm.py --config.data.source=text:PATH
+    nanojaxgpt reproduce experiments/papers/lr_sensitivity_qknorm.py
 
-PATH is Tiny Shakespeare, as for shakespeare_char_cpu.py. The model is the paper's but for its size
+The corpus is that of shakespeare_char_cpu.py. The model is the paper's but for its size
 (148 k parameters without tables): no biases, rotary positions, z-loss 1e-4, independent weight
 decay 1e-4, truncated normal weights, 5 % warmup, a cosine down to 1e-5. LR sensitivity is the
 paper's: the mean over learning rates of min(loss, loss before the first step) less the best loss.
@@ -20,14 +20,16 @@ LR sensitivity from 0.01 up 8.1 times that with qk-norm, over all rates 0.386 ag
 """
 
 import math
+from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from nanojaxgpt.config import base_config
+from nanojaxgpt.config import base_config, load_module
 from nanojaxgpt.paper import Arm, Claim, Paper, Plot, Run
 from nanojaxgpt.sweep.space import Space, choice, zip_
 
+SHAKESPEARE = load_module(str(Path(__file__).parents[1] / "shakespeare_char.py"))
 RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 FLOOR = 1e-5  # of the learning rate, where every cosine ends
 FIGURES = "Wortsman et al. 2023, figures 1 and 2"
@@ -39,8 +41,7 @@ def get_config(variant: str = "plain") -> ConfigDict:
     """Return the config of one arm, whose learning rate `rates` sets."""
     cfg = base_config()
     model, optim, train = cfg.model, cfg.optim, cfg.train
-    cfg.data.source = "text:../shared/data/tinyshakespeare.txt"
-    cfg.data.tokenizer = "chars"
+    SHAKESPEARE.set_corpus(cfg)
     model.num_layers, model.embed_dim, model.num_heads, model.seq_len = 3, 64, 4, 64
     model.positions, model.mlp = "rotary", "gelu"
     model.bias = model.norm_bias = model.tied_head = False
@@ -123,7 +124,7 @@ def draw_sweep(figure: Any, plain: list[list[Run]], qk_norm: list[list[Run]]) ->
 
 def get_paper() -> Paper:
     """Return two sweeps over the learning rate, and how they differ at its upper end."""
-    both = dict(arms=("plain", "qk_norm"))
+    both: dict[str, Any] = dict(arms=("plain", "qk_norm"))
     claims = [
         Claim("best loss without qk-norm less with it", "indistinguishable below a critical rate",
               FIGURES, lambda plain, qk: best_loss(plain) - best_loss(qk), (-0.02, 0.02), **both),

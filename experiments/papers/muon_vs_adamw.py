@@ -4,9 +4,9 @@ Source: modded-nanogpt (commit f411b3d3), records/track_3_optimization: a GPT of
 a validation loss of 3.28 on FineWeb in 3,600 steps by Muon (3,250 tuned), in 5,625 by Adam (4,875
 by a tuned variant). Here nanoGPT's CPU model on Tiny Shakespeare, 500 steps, the loss at their end.
 
-    nanojaxgpt reproduce experiments/papers/muon_vs_adamw.py --config.data.source=text:PATH
+    nanojaxgpt reproduce experiments/papers/muon_vs_adamw.py
 
-PATH is Tiny Shakespeare, as for shakespeare_char_cpu.py. Muon is that of docs/optimizers.md: the
+The corpus is that of shakespeare_char_cpu.py. Muon is that of docs/optimizers.md: the
 kernels by orthogonalized momentum 0.95 with updates of root mean square 0.2, the rest by Adam, one
 learning rate for both. Each optimizer has a grid of four rates, whose best may be at no end.
 

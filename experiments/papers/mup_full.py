@@ -7,7 +7,7 @@ cosine to a tenth). What is claimed and how it is measured is that of mup_transf
 
     nanojaxgpt reproduce experiments/papers/mup_full.py
 
-Tiny Shakespeare lies at ../shared/data/tinyshakespeare.txt, OpenWebText comes through `datasets`,
+Tiny Shakespeare is downloaded once, OpenWebText comes through `datasets`,
 GPT-2's encoder.json and vocab.bpe lie in the folder gpt2. Hardware: 576 runs, for GPUs; on a CPU it
 is NOT-RUN. Not run yet; mup_transfer.py is the scaled-down version.
 """

@@ -5,9 +5,9 @@ recipe is that of EleutherAI's nanoGPT-mup (commit b2a5e60), smaller: widths 32 
 2048, 120 steps of 1,024 characters of Tiny Shakespeare, one seed. Loss is the mean training loss
 over the run, as there.
 
-    nanojaxgpt reproduce experiments/papers/mup_transfer.py --config.data.source=text:PATH
+    nanojaxgpt reproduce experiments/papers/mup_transfer.py
 
-PATH is Tiny Shakespeare, as for shakespeare_char_cpu.py. Two checks: activations against width in
+The corpus is that of shakespeare_char_cpu.py. Two checks: activations against width in
 the first steps (`nanojaxgpt coordcheck`, widths 64 to 512), and the best of seven learning rates at
 each width. The claim is transfer, not a lower loss: in so short runs of so small a base, the
 standard model at its own best rate can end lower than muP's of the same width.
@@ -23,15 +23,17 @@ nanoGPT-mup has five.
 import functools
 import itertools
 import math
+from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from nanojaxgpt import config
-from nanojaxgpt.config import base_config
+from nanojaxgpt.config import base_config, load_module
 from nanojaxgpt.paper import Arm, Claim, Paper, Plot, Run
 from nanojaxgpt.sweep.space import Space, choice, product, zip_
 
+SHAKESPEARE = load_module(str(Path(__file__).parents[1] / "shakespeare_char.py"))
 WIDTHS, BASE, HEAD_DIM = (32, 64, 128, 256), 32, 16
 RATES = tuple(2.0**power for power in range(-10, -3))
 COORDINATE_WIDTHS, COORDINATE_STEPS = (64, 128, 256, 512), 4
@@ -44,8 +46,7 @@ def get_config(variant: str = "standard") -> ConfigDict:
     """Return the config of one parametrization at the base width."""
     cfg = base_config()
     model, optim, train = cfg.model, cfg.optim, cfg.train
-    cfg.data.source = "text:../shared/data/tinyshakespeare.txt"
-    cfg.data.tokenizer = "chars"
+    SHAKESPEARE.set_corpus(cfg)
     model.num_layers, model.embed_dim, model.head_dim, model.seq_len = 2, BASE, HEAD_DIM, 64
     model.num_heads = BASE // HEAD_DIM
     model.mlp = "gelu"
@@ -82,7 +83,10 @@ def losses_by_width(runs: list[Run]) -> dict[int, dict[float, float]]:
 
 def best_rates(runs: list[Run]) -> dict[int, float]:
     """Return the best learning rate of each width."""
-    return {width: min(found, key=found.get) for width, found in losses_by_width(runs).items()}
+    return {
+        width: min(found, key=lambda rate, found=found: found[rate])
+        for width, found in losses_by_width(runs).items()
+    }
 
 
 def span(runs: list[Run]) -> float:

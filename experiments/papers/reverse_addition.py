@@ -17,6 +17,7 @@ from so few examples plain sums are learned by luck, reversed ones always.
 """
 
 import math
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -80,7 +81,7 @@ def decoded_accuracy(run: Run) -> float:
 
 def get_paper() -> Paper:
     """Return both orders from 1,000 examples, three seeds each."""
-    both = dict(source=SOURCE, arms=("plain", "reversed"))
+    both: dict[str, Any] = dict(source=SOURCE, arms=("plain", "reversed"))
     claims = (
         Claim("reversed: unseen sums right, %", "99.8", SOURCE, accuracy, (95, 100),
               ("reversed",)),

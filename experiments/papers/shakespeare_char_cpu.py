@@ -4,15 +4,17 @@ Source: nanoGPT's README and config/train_shakespeare_char.py (commit 3adf61e), 
 validation loss of 1.88; its logs with seed 1337 say 1.8857, by 20 random batches (standard error
 about 0.02). Here the loss is over the whole validation split, 111,540 characters.
 
-    nanojaxgpt reproduce experiments/papers/shakespeare_char_cpu.py --config.data.source=text:PATH
+    nanojaxgpt reproduce experiments/papers/shakespeare_char_cpu.py
 
-PATH is Tiny Shakespeare: 1,115,394 bytes, char-rnn's data/tinyshakespeare/input.txt; another corpus
-is not run. Hardware: one or two CPU cores, 2 to 5 minutes for each of 3 seeds. Verified: 1.906,
-the mean of seeds 0 to 2 of experiments/shakespeare_char.py:cpu, whose recipe this is.
+Tiny Shakespeare is downloaded once; without a network, give a copy of its 1,115,394 bytes by
+--config.data.source=text:PATH. Another corpus is not run. Hardware: one or two CPU cores, 2 to 5
+minutes for each of 3 seeds. Verified: 1.906, the mean of seeds 0 to 2 of
+experiments/shakespeare_char.py:cpu, whose recipe this is.
 """
 
 import math
 from pathlib import Path
+from typing import Any
 
 from nanojaxgpt.config import load_experiment
 from nanojaxgpt.paper import Arm, Claim, Paper, Run
@@ -30,7 +32,7 @@ def loss_before(run: Run) -> float:
 
 def get_paper() -> Paper:
     """Return the recipe with three seeds, and the losses at its beginning, middle and end."""
-    shared = dict(arms=("cpu",))
+    shared: dict[str, Any] = dict(arms=("cpu",))
     claims = (
         Claim("validation loss, step 2000", 1.8857, SOURCE, lambda run: run.at(2000),
               accept=(1.86, 1.94), **shared),

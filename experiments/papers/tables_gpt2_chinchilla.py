@@ -17,6 +17,7 @@ and attention is as wide as its heads together, which for six models is not d_mo
 
 import functools
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -181,7 +182,7 @@ def worst_row_at_full_width() -> float:
     return max(errors)
 
 
-def equal(name: str, published: int, source: str, measure: functools.partial) -> Claim:
+def equal(name: str, published: int, source: str, measure: Callable[[], float]) -> Claim:
     """Return the claim that an integer is equal."""
     return Claim(name, published, source, measure, accept=(published, published))
 

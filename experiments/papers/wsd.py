@@ -5,9 +5,9 @@ Durations" (arXiv:2405.18392): at 33 M to 360 M parameters, a cooldown over the 
 steps is an "almost perfect match" of the cosine. Here nanoGPT's CPU model on Tiny Shakespeare, 500
 steps, each schedule at the best of three learning rates, three seeds.
 
-    nanojaxgpt reproduce experiments/papers/wsd.py --config.data.source=text:PATH
+    nanojaxgpt reproduce experiments/papers/wsd.py
 
-PATH is Tiny Shakespeare, as for shakespeare_char_cpu.py. The cosine ends at 10 % of its peak, the
+The corpus is that of shakespeare_char_cpu.py. The cosine ends at 10 % of its peak, the
 cooldown at 0, as in the paper. Until it begins, at step 400, it is the constant schedule's run.
 
 Hardware: one CPU core, 45 s a run. Verified on 2026-11-24 with three seeds: the cooldown ends

@@ -14,11 +14,11 @@ from nanojaxgpt.checks import kind_of, read_float, read_int, show
 from nanojaxgpt.config import unknown_name
 from nanojaxgpt.data.packing import cover_rows, packed_rows, wrap_rows
 from nanojaxgpt.data.rows import Rows, Source, chain
-from nanojaxgpt.data.sources import DataConfig, check_sources
-from nanojaxgpt.data.store import Corpus, prepare
+from nanojaxgpt.data.sources import DataConfig, check_sources, source_identity
+from nanojaxgpt.data.store import Corpus, Part, Report, prepare, prepare_store
 from nanojaxgpt.data.tasks import TASKS, Task, task_rows
 from nanojaxgpt.data.tokenizers import Tokenizer, WordTokenizer
-from nanojaxgpt.errors import ConfigError
+from nanojaxgpt.errors import ConfigError, DataError
 
 Fetched = TypeVar("Fetched")
 LARGEST_SUM = 2**31  # of a mixture's weights as integers, see rows.interleave
@@ -64,6 +64,27 @@ def check_data(data: DataConfig) -> None:
         if name.startswith("task:"):
             raise ConfigError(f"{name} can only be data.source, alone: it has a split of its own")
     check_sources(data)
+
+
+def open_source(
+    source: str, tokenizer: Tokenizer, data: DataConfig, cache_dir: Path, report: Report = print
+) -> Data:
+    """Return the data of one source by a tokenizer that is there: all of it is for validation.
+
+    Of a generated task it is the examples that are held out. Raises what `open_data` raises, and
+    DataError where the tokenizer can't write the source.
+    """
+    if source.startswith("task:"):
+        found = task_data(source)
+        if found.tokenizer.content_hash() != tokenizer.content_hash():
+            raise DataError(f"{source} has other words than the tokenizer of the model")
+        return found
+    content = source_identity(source, data)
+    try:
+        store = prepare_store(source, content, tokenizer, data, cache_dir, report)
+    except OSError as error:
+        raise DataError(f"can't make the token store below {cache_dir}: {error}") from error
+    return text_data(Corpus((Part(source, Fraction(1), store),), store), data)
 
 
 def text_data(corpus: Corpus, data: DataConfig) -> Data:

@@ -5,11 +5,13 @@ Dimensions: B rows, T tokens of a row. Places and indices are uint64 arrays.
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from nanojaxgpt.errors import DataError
+
+Array = Any  # of NumPy while it is read, of jax when it is on the devices
 
 
 class Batch(NamedTuple):
@@ -18,11 +20,11 @@ class Batch(NamedTuple):
     Where `segments_BT` is None a row is one segment; where `positions_BT` is None they are 0..T-1.
     """
 
-    tokens_BT: np.ndarray  # int32
-    targets_BT: np.ndarray  # int32
-    weights_BT: np.ndarray  # float32; 0: this target is not scored
-    segments_BT: np.ndarray | None = None  # int32; 1, 2, ... in each row, 0: padding
-    positions_BT: np.ndarray | None = None  # int32; they restart with each segment
+    tokens_BT: Array  # int32
+    targets_BT: Array  # int32
+    weights_BT: Array  # float32; 0: this target is not scored
+    segments_BT: Array | None = None  # int32; 1, 2, ... in each row, 0: padding
+    positions_BT: Array | None = None  # int32; they restart with each segment
 
 
 # (step, first_row, last_row) -> the rows [first_row, last_row) of that step's batch.

@@ -1,6 +1,5 @@
 """In: the config's section `data`. Out: its corpus as token ids on disk, opened as memmaps."""
 
-import fcntl
 import functools
 import hashlib
 import json
@@ -19,6 +18,7 @@ import numpy as np
 from nanojaxgpt.data import shards
 from nanojaxgpt.data.shards import describe_file, edge_hash, read_lengths, token_dtype, write_shards
 from nanojaxgpt.data.sources import DataConfig, read_documents, source_identity, weighted_sources
+from nanojaxgpt.data.sources.download import hold_lock
 from nanojaxgpt.data.tokenizers import (
     TRAINED,
     Tokenizer,
@@ -267,12 +267,7 @@ def making(folder: Path, report: Report) -> Iterator[Path | None]:
         raise DataError(f"nothing is prepared here: {shards.UNGUARDED}")
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock_path, unfinished = (folder.with_name(folder.name + e) for e in (".lock", ".unfinished"))
-    with open(lock_path, "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            report(f"another process is making {folder}; waiting for it")
-            fcntl.flock(lock, fcntl.LOCK_EX)
+    with hold_lock(lock_path, f"another process is making {folder}", report):
         if folder.exists():
             yield None
             return
@@ -283,7 +278,6 @@ def making(folder: Path, report: Report) -> Iterator[Path | None]:
             shutil.rmtree(unfinished, ignore_errors=True)
             raise
         os.rename(unfinished, folder)
-        lock_path.unlink(missing_ok=True)  # who waits for it still finds the folder
 
 
 def write_manifest(

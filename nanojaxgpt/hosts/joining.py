@@ -40,15 +40,17 @@ def place(coordinator: str, num_processes: int, process_id: int, seconds: float)
         devices = list(map(int, ids.split(","))) if ids else None
     except ValueError as error:
         raise ConfigError(f"an environment variable JAX_...: {error}") from error
-    found = (address, None if count < 0 else count, None if index < 0 else index, devices)
-    if None in found[:3]:
-        found = ClusterEnv.auto_detect_unset_distributed_params(*found, None, int(seconds))
-    if None in found[:3]:
+    if address is None or count < 0 or index < 0:
+        found = ClusterEnv.auto_detect_unset_distributed_params(
+            address, None if count < 0 else count, None if index < 0 else index,
+            devices, None, int(seconds),
+        )  # fmt: skip
+        address, count, index, devices = found
+    if address is None or count is None or index is None:
         raise ConfigError(
             "--multihost: this is no TPU pod and no SLURM step; give --coordinator=HOST:PORT, "
             "--num_processes=N and --process_id=I"
         )
-    address, count, index, devices = found
     if not 0 <= index < count:
         raise ConfigError(f"--process_id={index} is not from 0 to {count - 1}, of {count}")
     return address, count, index, devices

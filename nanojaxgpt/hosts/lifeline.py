@@ -63,6 +63,7 @@ class Lifeline:
 
     def leave(self, code: int, text: str) -> None:
         """Tell the others that this process ends, and why; process 0 waits until they are gone."""
+        self.ended = self.ended or (code, text)  # process 0 sends it back to this one, too
         self.send("end", index=self.index, code=code, text=text)
         self._outlast_the_others()
 

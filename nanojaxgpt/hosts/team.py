@@ -57,12 +57,13 @@ class Team:
     def all_or_none(self, work: Callable[[], Result]) -> Result:
         """Return work(), which all do. Raises its error, or ValueError where it fails elsewhere."""
         try:
-            result, error, said = work(), None, ""
-        except Exception as caught:
-            result, error, said = None, caught, str(caught).strip().split("\n")[0][:300]
-        for index, text in enumerate(self.gather(None if error is None else said)):
+            result = work()
+        except Exception as error:
+            self.gather(str(error).strip().split("\n")[0][:300])
+            raise
+        for index, text in enumerate(self.gather(None)):
             if text is not None:
-                raise error or ValueError(f"on {self.name(index)}: {text}")
+                raise ValueError(f"on {self.name(index)}: {text}")
         return result
 
     def differing(self, value: Any) -> str:

@@ -97,7 +97,7 @@ def read_collectives(text: str) -> Program:
                 if begun is not None:
                     begun.add(part)
             elif line.opcode == "while":
-                body = re.search(r"body=%?([\w.-]+)", line.rest)[1]
+                body = find(r"body=%?([\w.-]+)", line.rest)
                 trips = trip_count(line, computations[name], computations)
                 if not trips:
                     unknown.add(body)
@@ -137,7 +137,7 @@ def trip_count(
     """
     if known := re.search(r'known_trip_count":\{"n":"(\d+)"', loop.rest):
         return int(known[1])
-    names = (re.search(rf"{part}=%?([\w.-]+)", loop.rest)[1] for part in ("condition", "body"))
+    names = (find(rf"{part}=%?([\w.-]+)", loop.rest) for part in ("condition", "body"))
     condition, body = (computations.get(name, []) for name in names)
     bounds = constants(condition)
     if len(bounds) != 1 or not any("direction=LT" in i.rest for i in condition):
@@ -195,7 +195,7 @@ def operands(line: Instruction) -> list[str]:
 def read_collective(line: Instruction, inside: str, times: int, partitions: int) -> Collective:
     """Return one instruction's collective; `inside` is the name of its computation."""
     if kind := between_slices(line):
-        slices = len(re.search(r'megascale_target="\{([\d,]*)\}', line.rest)[1].split(","))
+        slices = len(find(r'megascale_target="\{([\d,]*)\}', line.rest).split(","))
         size = array_bytes(line.result) * (slices if kind == "all-gather" else 1)
         across = tuple(range(0, slices * partitions, partitions))
         return Collective(kind, size, (across,), times)
@@ -212,6 +212,14 @@ def read_collective(line: Instruction, inside: str, times: int, partitions: int)
     return Collective(kind, size, groups, times)
 
 
+def find(pattern: str, text: str) -> str:
+    """Return the first group of a pattern that XLA's text must contain. Raises ValueError."""
+    found = re.search(pattern, text)
+    if not found:
+        raise ValueError(f"XLA's text has changed: no {pattern} in {text[:200]}")
+    return found[1]
+
+
 BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "bf16": 2, "c64": 8, "c128": 16}
 
 
@@ -221,8 +229,7 @@ def array_bytes(text: str) -> float:
     for kind, sizes in re.findall(r"\b([a-z]\w*)\[([\d,]*)\]", text):
         if kind == "token" or (kind == "u32" and not sizes):
             continue  # the state of an asynchronous operation
-        bits = re.search(r"\d+", kind)
-        each = BYTES.get(kind) or int(bits[0]) / 8
+        each = BYTES.get(kind) or int(find(r"(\d+)", kind)) / 8
         total += each * math.prod(map(int, filter(None, sizes.split(","))))
     return total
 
@@ -255,7 +262,7 @@ def read_groups(text: str, partitions: int) -> Groups:
 
 def chains(pairs: Groups) -> Groups:
     """Return the rings or chains that (source, target) pairs make, each as one group."""
-    after = dict(pairs)
+    after = {pair[0]: pair[1] for pair in pairs}
     starts = [source for source in after if source not in set(after.values())]
     found, seen = [], set()
     for start in starts + list(after):

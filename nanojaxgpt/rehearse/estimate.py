@@ -1,7 +1,7 @@
 """In: shapes, shardings, a compiled step, a chip. Out: bytes, seconds, and which of them bounds."""
 
 import collections
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -87,7 +87,7 @@ def traffic(
     `places` are Target.places of mesh.devices.flat. A group over several slices works in two
     levels: over its links in each slice, and the part of one device over the network.
     """
-    rows: dict[tuple, list[float]] = collections.defaultdict(lambda: [0, 0.0, 0.0])
+    rows: dict[tuple[Any, ...], list[float]] = collections.defaultdict(lambda: [0, 0.0, 0.0])
     links, network = network_names(chip)
     for one in collectives:
         group = max(one.groups, key=lambda g: len(set(places[list(g), 0])))
@@ -104,7 +104,10 @@ def traffic(
                 sent = one.times * ring_bytes(one.kind, size, devices)
                 row = rows[one.kind, axes, name, devices]
                 row[:] = row[0] + one.times, row[1] + sent, row[2] + sent / speed
-    found = [Traffic(*key, int(row[0]), row[1], row[2]) for key, row in rows.items()]
+    found = [
+        Traffic(kind, axes, name, devices, int(times), sent, seconds)
+        for (kind, axes, name, devices), (times, sent, seconds) in rows.items()
+    ]
     return tuple(sorted(found, key=lambda t: -t.seconds))
 
 

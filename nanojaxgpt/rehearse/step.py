@@ -102,7 +102,7 @@ def count_flops(cfg: ConfigDict, mesh: Mesh, traced: Any) -> Flops:
     return Flops(train_flops(model, seq_len) * rows, weights, kept.weights, again)
 
 
-def temporaries_wanted(error: jax.errors.JaxRuntimeError, memory: Memory) -> int:
+def temporaries_wanted(error: Exception, memory: Memory) -> int:
     """Return the bytes, beyond `memory`, that a compiler out of memory asks for.
 
     libtpu writes "... HLO temporaries (44.05G) exceeds ..." or "Used 30.12G of 15.75G hbm".
@@ -111,9 +111,10 @@ def temporaries_wanted(error: jax.errors.JaxRuntimeError, memory: Memory) -> int
     text = str(error)
     apart = re.search(r"HLO temporaries \(([\d.]+)([KMGT]?)\)", text)
     whole = re.search(r"[Uu]sed ([\d.]+)([KMGT]?) of", text)
-    if "RESOURCE_EXHAUSTED" not in text or not (apart or whole):
+    found = apart or whole
+    if "RESOURCE_EXHAUSTED" not in text or not found:
         raise error
-    number, unit = (apart or whole).groups()
+    number, unit = found.groups()
     counted = memory.gradients if apart else memory.total
     return max(int(float(number) * UNITS[unit]) - counted, 0)
 

@@ -96,7 +96,7 @@ def fake_devices(count: int) -> tuple[Any, ...]:
             f"for TPUs: {INSTALL}"
         )
     try:
-        known = jax.config.jax_num_cpu_devices
+        known = jax.config.jax_num_cpu_devices  # pyright: ignore[reportAttributeAccessIssue]
         jax.config.update("jax_num_cpu_devices", max(count, known))
     except RuntimeError:
         pass  # the backend runs already

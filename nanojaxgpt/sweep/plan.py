@@ -4,6 +4,7 @@ No jax before `describe`: a wrong field is answered before a backend starts.
 """
 
 import inspect
+import json
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -13,10 +14,12 @@ from ml_collections import ConfigDict
 
 from nanojaxgpt import config
 from nanojaxgpt.errors import ConfigError
-from nanojaxgpt.sweep.space import Point, Space, Tpe, draws
+from nanojaxgpt.rundir import write_text
+from nanojaxgpt.sweep.space import Point, Space, Tpe, choice, draws
 
 SEED = "train.seed"
 EXAMPLES = 16  # points of a search that are checked ahead
+PLAN_FILE = "sweep.json"
 
 # What the compiled programs take as arguments (step.make_hyper), and what they never see.
 TRACED = re.compile(
@@ -51,8 +54,10 @@ def load_plan(experiment: str, overrides: dict[str, str]) -> Plan:
     point that does not fit the config; of a `tpe` some random points are looked at.
     """
     base, found = config.load_config(experiment, overrides), load_sweep(experiment)
-    tpe = found if isinstance(found, Tpe) else None
-    points = (draws(tpe.space, EXAMPLES, tpe.seed) if tpe else found).points()
+    if isinstance(found, Tpe):
+        tpe, points = found, draws(found.space, EXAMPLES, found.seed).points()
+    else:
+        tpe, points = None, found.points()
     if not points:
         raise ConfigError(f"the sweep of {experiment} is an empty space")
     if twice := overrides.keys() & {field for point in points for field in point}:
@@ -65,6 +70,47 @@ def load_plan(experiment: str, overrides: dict[str, str]) -> Plan:
             raise ConfigError(f"point {number} {error}") from None
         trials.setdefault(trial.name, trial)
     return Plan(base, list(trials.values()), tpe)
+
+
+def save_plan(folder: Path, plan: Plan, experiment: str, overrides: dict[str, str]) -> None:
+    """Write the plan into the sweep's folder, for `read_plan`. Raises ConfigError."""
+    search = plan.tpe._asdict() if plan.tpe else {}
+    search.pop("space", None)  # functions; what was drawn of it is in the journal
+    written = dict(
+        experiment=experiment,
+        overrides=overrides,
+        base=plan.base.to_dict(),
+        trials=[] if plan.tpe else [dict(name=t.name, point=t.point) for t in plan.trials],
+        search=search,
+    )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / PLAN_FILE, json.dumps(written, indent=2) + "\n")
+    except OSError as error:
+        raise ConfigError(f"can't write to the sweep's folder {folder}: {error}") from error
+
+
+def read_plan(folder: Path) -> Plan:
+    """Return the plan that was last run in a sweep's folder. Raises ConfigError.
+
+    The trials of a search, and the space that they are drawn from, are not in it.
+    """
+    path = folder / PLAN_FILE
+    if not path.is_file():
+        raise ConfigError(
+            f"{folder} has no {PLAN_FILE}, which `sweep run` writes; correct --dir, or name the "
+            "experiment by --config"
+        )
+    try:
+        written = json.loads(path.read_text())
+        base = config.from_json(json.dumps(written["base"]), str(path))
+        # A later version may have more fields, and so another hash: the name stays.
+        named = [(entry["name"], make_trial(base, entry["point"])) for entry in written["trials"]]
+        search = written["search"]
+        tpe = Tpe(space=choice(SEED), **search) if search else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{path} can't be read: {error!r}; name --config") from error
+    return Plan(base, [trial._replace(name=name) for name, trial in named], tpe)
 
 
 def load_trials(experiment: str, overrides: dict[str, str]) -> list[Trial]:

@@ -33,18 +33,22 @@ class Search(Protocol):
 
     def trials(self) -> list[Trial]:
         """Return the trials drawn so far."""
+        ...
 
     def left(self) -> int:
         """Return how many points are still to be drawn."""
+        ...
 
     def draw(self, claims: Claims) -> bool:
         """Draw one more point, unless another process is drawing; return whether."""
+        ...
 
     def settle(self) -> None:
         """Take note of how trials ended."""
 
     def watch(self, trial: Trial) -> Callable[[int], None]:
         """Return what is to be called after each evaluation of a trial; it raises Pruned."""
+        ...
 
 
 class Sweep(NamedTuple):
@@ -164,7 +168,7 @@ def choose_mode(sweep: Sweep, cfg: ConfigDict, mode: str, width: int) -> str:
     if width == 1 or (mode == "" and jax.default_backend() == "cpu"):
         return "map"
     seconds = {name: measured(sweep, cfg, name, width) for name in MEASURES}
-    best = min(seconds, key=seconds.get)
+    best = min(seconds, key=lambda name: seconds[name])
     figures = ", ".join(f"{name} {1e3 * time:.1f} ms" for name, time in seconds.items())
     sweep.report(f"mode {best}: a step of {count(width, 'trial')} takes {figures}")
     return best

@@ -19,7 +19,7 @@ from nanojaxgpt import config
 from nanojaxgpt.errors import ConfigError
 from nanojaxgpt.sweep.claims import Claims, read_outcome, run_path
 from nanojaxgpt.sweep.plan import Trial, make_trial
-from nanojaxgpt.sweep.report import read_curves
+from nanojaxgpt.sweep.results import read_curves
 from nanojaxgpt.sweep.run import Pruned
 from nanojaxgpt.sweep.space import Range, Tpe
 

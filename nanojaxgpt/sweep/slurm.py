@@ -69,11 +69,11 @@ def submit_workers(
     folder = folder.absolute()
     known = list(inspect.signature(slurm._make_sbatch_string).parameters)
     free = [name for name in known if name not in ("command", "folder", "map_count", *SETTINGS)]
-    settings = {"job_name": folder.parent.name} | SETTINGS
+    settings: dict[str, Any] = SETTINGS | {"job_name": folder.parent.name}
     settings |= parse_options(options, ["time", *free])
     if dry_run:
         command = f"{sys.executable} -u -m submitit.core._submit {folder}"
-        many = {"map_count": workers} if workers > 1 else {}
+        many: dict[str, Any] = {"map_count": workers} if workers > 1 else {}
         text = slurm._make_sbatch_string(command, folder, **many, **settings)
         return [text, f"# each of {workers}: nanojaxgpt {' '.join(arguments)}"]
     try:

@@ -49,12 +49,15 @@ class Chance(Protocol):
 
     def number(self, field: str, numbers: Range) -> float:
         """Return a number of the range."""
+        ...
 
     def pick(self, name: str, labels: Sequence[str]) -> int:
         """Return the index of one of the labels."""
+        ...
 
     def within(self, branch: str) -> "Chance":
         """Return the chance of what is drawn in a branch alone, where names may come again."""
+        ...
 
 
 class Dice:

@@ -9,9 +9,18 @@ from typing import Any
 from nanojaxgpt import config, rundir
 from nanojaxgpt.arguments import integer, parse
 from nanojaxgpt.errors import ConfigError
-from nanojaxgpt.sweep.plan import Plan, Trial, default_folder, describe, load_plan
+from nanojaxgpt.sweep.plan import (
+    Plan,
+    Trial,
+    default_folder,
+    describe,
+    load_plan,
+    read_plan,
+    save_plan,
+)
 
 ACTIONS = ("plan", "run", "status", "resume", "report")
+READERS = ("status", "report")  # which need no more than the sweep's folder
 MODES = ("map", "vmap", "auto")
 OPTIONS: dict[str, dict[str, Any]] = {
     "config": {"default": "", "help": "the experiment: FILE.py or FILE.py:VARIANT"},
@@ -36,17 +45,23 @@ def sweep(arguments: list[str]) -> None:
     if parsed.run not in ACTIONS:
         known = config.unknown_name("action", parsed.run or "", list(ACTIONS))
         raise ConfigError(f"{known}; nanojaxgpt sweep {'|'.join(ACTIONS)} --config=EXPERIMENT.py")
-    if not parsed.config:
-        raise ConfigError(f"which sweep? nanojaxgpt sweep {parsed.run} --config=EXPERIMENT.py")
+    stored = parsed.run in READERS and parsed.dir and not parsed.config
+    if not parsed.config and not stored:
+        enough = ", or the --dir of a sweep" if parsed.run in READERS else ""
+        raise ConfigError(f"sweep {parsed.run} needs --config=EXPERIMENT.py{enough}")
+    if stored and parsed.overrides:
+        raise ConfigError("--config.FIELD=VALUE needs the --config that it changes")
     if not parsed.slurm and (parsed.dry_run or parsed.slurm_options):
         raise ConfigError("--slurm_options and --dry_run need --slurm=WORKERS")
     folder = Path(parsed.dir) if parsed.dir else default_folder(parsed.config)
     rundir.check_folder("--dir", folder)
-    plan = load_plan(parsed.config, parsed.overrides)
+    plan = read_plan(folder) if stored else load_plan(parsed.config, parsed.overrides)
     if parsed.run == "plan":
         lines = plan_lines(parsed, plan, folder)
     else:
         search = open_search(plan, folder)
+        if parsed.run not in READERS and not parsed.slurm:
+            save_plan(folder, plan, parsed.config, parsed.overrides)
         trials = search.trials() if search else plan.trials
         lines = {"status": status, "report": report}.get(parsed.run, run)(
             parsed, arguments, folder, trials, search

@@ -8,6 +8,7 @@ from typing import Any
 
 from nanojaxgpt.checks import show
 from nanojaxgpt.data.sources.documents import BadTexts, DataConfig, Document, Source
+from nanojaxgpt.data.sources.download import check_digest, fetch, is_url
 from nanojaxgpt.data.sources.files import (
     check_location,
     identify_blocks,
@@ -18,6 +19,7 @@ from nanojaxgpt.data.sources.files import (
     read_text,
 )
 from nanojaxgpt.data.sources.hub import identify_hub, read_hub
+from nanojaxgpt.data.sources.parquet import identify_parquet, read_parquet
 from nanojaxgpt.data.sources.stdlib import identify_stdlib, read_stdlib
 from nanojaxgpt.data.sources.tfds import identify_tfds, read_tfds
 from nanojaxgpt.errors import ConfigError, DataError
@@ -33,11 +35,13 @@ SOURCES: dict[str, Source] = {
     "text": Source(read_text, identify_text),
     "blocks": Source(read_blocks, identify_blocks),
     "jsonl": Source(read_jsonl, identify_jsonl),
+    "parquet": Source(read_parquet, identify_parquet),
     "tfds": Source(read_tfds, identify_tfds),
     "hf": Source(read_hub, identify_hub),
 }
 PATH_KINDS = {".jsonl": "jsonl", ".json": "jsonl", ".gz": "jsonl", ".parquet": "parquet"}
 OTHER_KINDS = {"txt": "text", "file": "text", "json": "jsonl", "huggingface": "hf", "hub": "hf"}
+DOWNLOADED = ("text", "blocks", "jsonl", "parquet")  # whose location may be a URL
 
 
 def read_documents(
@@ -48,7 +52,7 @@ def read_documents(
     `data` gives bad_text, tfds_dir and manual_dir; `report` hears what is skipped. Raises
     ConfigError for a source that does not exist, DataError for data that can't be read.
     """
-    reader, location = find_source(source)
+    reader, location = find_source(source, data)
     return drop_bad(reader.read, location, source, BadTexts(data.bad_text, report), data)
 
 
@@ -67,8 +71,12 @@ def drop_bad(
 
 def source_identity(source: str, data: DataConfig) -> dict[str, Any]:
     """Return what tells this content from any other, ready for JSON. Raises as `read_documents`."""
-    reader, location = find_source(source)
-    return {"kind": source.partition(":")[0], **reader.identify(location, data)}
+    reader, location = find_source(source, data)
+    kind, _, named = source.partition(":")
+    identity = {"kind": kind, **reader.identify(location, data)}
+    if kind in DOWNLOADED and is_url(named):  # which may have been altered since it came
+        check_digest(named, identity["files"][0]["sha256"], data.sha256)
+    return identity
 
 
 def weighted_sources(data: DataConfig) -> list[tuple[Fraction, str]]:
@@ -86,7 +94,20 @@ def weighted_sources(data: DataConfig) -> list[tuple[Fraction, str]]:
     return weighted
 
 
-def find_source(source: str) -> tuple[Source, str]:
+def find_source(source: str, data: DataConfig) -> tuple[Source, str]:
+    """Return the functions of "KIND:LOCATION" and the location, a URL's file by its path.
+
+    Raises ConfigError, and DataError for a URL that can't be downloaded.
+    """
+    kind, _, location = source.partition(":")
+    reader, location = split_source(source)
+    if kind in DOWNLOADED and is_url(location):
+        url, hash_sign, field = location.partition("#")
+        location = f"{fetch(url, data)}{hash_sign}{field}"
+    return reader, location
+
+
+def split_source(source: str) -> tuple[Source, str]:
     """Return the functions of "KIND:LOCATION" and the location. Raises ConfigError."""
     kind, _, location = source.partition(":")
     if kind in SOURCES:
@@ -94,10 +115,8 @@ def find_source(source: str) -> tuple[Source, str]:
     known = f"known: {', '.join(SOURCES)}"
     if names_a_path(source):
         likely = PATH_KINDS.get(Path(source.partition("#")[0]).suffix, "text")
-        right = f"{likely if likely in SOURCES else 'text'}:{source}"
-        raise ConfigError(
-            f"data.source={show(source)} has no kind; did you mean data.source={right}? {known}"
-        )
+        right = f"data.source={likely}:{source}"
+        raise ConfigError(f"data.source={show(source)} has no kind; did you mean {right}? {known}")
     hint = nearest(OTHER_KINDS.get(kind, kind), SOURCES)
     raise ConfigError(f"data.source={show(source)}: no kind {show(kind)}{hint or ';'} {known}")
 
@@ -111,10 +130,11 @@ def names_a_path(source: str) -> bool:
 
 
 def check_sources(data: DataConfig) -> None:
-    """Raise ConfigError or DataError where a source has no such kind or file; nothing is read."""
+    """Raise ConfigError or DataError where a source has no kind or no file; nothing is read."""
     sources = [source for _, source in weighted_sources(data)]
     for source in [*sources, data.validation_source]:
         if source:
-            reader, location = find_source(source)
-            if reader.read in (read_text, read_blocks, read_jsonl):
-                check_location(source.partition(":")[0], location)
+            _, location = split_source(source)
+            kind = source.partition(":")[0]
+            if kind in DOWNLOADED and not is_url(location):
+                check_location(kind, location)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from nanojaxgpt.checks import kind_of
-from nanojaxgpt.errors import DataError
+from nanojaxgpt.errors import ConfigError, DataError
 
 
 @dataclass(frozen=True)
@@ -13,6 +13,7 @@ class DataConfig:
     """Which corpus, and how it becomes tokens: the fields of the config's section `data`."""
 
     source: str
+    sha256: str
     mixture: tuple[str, ...]
     tokenizer: str
     tokenizer_vocab_size: int
@@ -66,6 +67,35 @@ class Source(NamedTuple):
 
     read: Callable[[str, DataConfig, Refuse], Iterator[Document]]
     identify: Callable[[str, DataConfig], dict[str, Any]]
+
+
+def find_field(record: dict[str, Any], field: str, default: Any = None) -> Any:
+    """Return a field of a record, `default` where it has none.
+
+    A key of exactly this name comes first; else `a.b` is the field b of the record a.
+    """
+    if field in record:
+        return record[field]
+    value: Any = record
+    for name in field.split("."):
+        if not isinstance(value, dict) or name not in value:
+            return default
+        value = value[name]
+    return value
+
+
+def choose_field(source: str, field: str, texts: list[str]) -> str:
+    """Return which of the fields that hold text is read: `field`, or `text`, or the only one.
+
+    Raises ConfigError where that is none.
+    """
+    choice = field or ("text" if "text" in texts else texts[0] if len(texts) == 1 else "")
+    if choice not in texts:
+        problem = f"no text field {field!r}" if field else "no field that must be the text"
+        raise ConfigError(
+            f"{source}: {problem}; choose by #FIELD: {', '.join(texts) or 'it has none'}"
+        )
+    return choice
 
 
 def check_text(name: str, value: object, refuse: Refuse) -> str:

@@ -22,11 +22,18 @@ from typing import Any, BinaryIO
 from etils import epath
 
 from nanojaxgpt.checks import show
-from nanojaxgpt.data.sources.documents import DataConfig, Document, Refuse, check_text
+from nanojaxgpt.data.sources.documents import (
+    DataConfig,
+    Document,
+    Refuse,
+    check_text,
+    find_field,
+)
 from nanojaxgpt.errors import ConfigError, DataError
 
 TEXT_ENDINGS = (".txt",)
 JSON_ENDINGS = (".jsonl", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst")
+MISSING = object()
 WILDCARD = re.compile(r"[*?[]")
 JSON_KINDS = {list: "an array", str: "a string", int: "a number", float: "a number",
               bool: "true or false", type(None): "null"}  # fmt: skip
@@ -74,7 +81,7 @@ def make_block(
 def read_jsonl(location: str, data: DataConfig, refuse: Refuse) -> Iterator[Document]:
     """Yield one document per line: the field FIELD of its JSON object, PATH[#FIELD], else `text`.
 
-    Blank lines and empty texts are passed over.
+    `a.b` is the field b of the object a. Blank lines and empty texts are passed over.
     """
     location, field = split_field(location, "text")
     for name, path in find_files("jsonl", location, JSON_ENDINGS):
@@ -96,9 +103,11 @@ def read_jsonl(location: str, data: DataConfig, refuse: Refuse) -> Iterator[Docu
                     f"{path}:{number} holds {kind}, not an object; write one object per line, "
                     f'as in {{"{field}": "..."}}'
                 )
-            elif field not in record:
+                continue
+            value = find_field(record, field, MISSING)
+            if value is MISSING:
                 refuse(f"{path}:{number} has no field {field!r}; it has {', '.join(record)}")
-            elif text := check_text(f"{path}:{number}", record[field], refuse):
+            elif text := check_text(f"{path}:{number}", value, refuse):
                 yield Document(f"{name}:{number}", text)
 
 
@@ -139,7 +148,7 @@ def split_field(location: str, default: str) -> tuple[str, str]:
 
 def check_location(kind: str, location: str) -> None:
     """Raise ConfigError or DataError where a local path is not there or is no file or folder."""
-    path = split_field(location, "")[0] if kind == "jsonl" else location
+    path = split_field(location, "")[0] if kind in ("jsonl", "parquet") else location
     if not path:
         raise ConfigError(f"data.source={kind}: needs a path: {kind}:FILE, {kind}:FOLDER or a glob")
     if "://" in path or WILDCARD.search(path):
@@ -223,7 +232,8 @@ def missing_files(kind: str, path: epath.Path, endings: tuple[str, ...]) -> str:
     if path.name == "tinyshakespeare.txt":
         return (
             f"no file {path}; it is Tiny Shakespeare, 1,115,394 bytes, from the char-rnn "
-            "repository's data/tinyshakespeare/input.txt: save it under that name"
+            "repository's data/tinyshakespeare/input.txt: save it under that name, or leave "
+            "data.source as it is in experiments/shakespeare_char.py, which downloads it"
         )
     return f"no file, folder or glob {path}; correct data.source"
 
@@ -294,7 +304,7 @@ def decode(content: bytes, path: epath.Path, line: int, byte: int, refuse: Refus
 
 # What files begin with that are not text.
 MAGIC = {
-    b"PAR1": "it is a Parquet file",
+    b"PAR1": "it is a Parquet file: use parquet:PATH",
     b"ARROW1": "it is an Arrow file",
     b"\x1f\x8b": "it is packed by gzip: name it *.gz",
     b"\x28\xb5\x2f\xfd": "it is packed by zstd: name it *.zst",

@@ -6,7 +6,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from nanojaxgpt.data.sources.documents import DataConfig, Document, Refuse, check_text
+from nanojaxgpt.data.sources.documents import (
+    DataConfig,
+    Document,
+    Refuse,
+    check_text,
+    choose_field,
+    find_field,
+)
 from nanojaxgpt.errors import ConfigError, DataError
 
 NAME = re.compile(r"([^@#]+)(?:@([^#]+))?(?:#(.+))?")
@@ -15,9 +22,10 @@ NAME = re.compile(r"([^@#]+)(?:@([^#]+))?(?:#(.+))?")
 def read_hub(location: str, data: DataConfig, refuse: Refuse) -> Iterator[Document]:
     """Yield one document per row that has any text, in the dataset's order."""
     dataset, split, field = open_dataset(location)
-    for number, row in enumerate(dataset.select_columns([field])):
+    column = field if field in dataset.features else field.partition(".")[0]
+    for number, row in enumerate(dataset.select_columns([column])):
         name = f"{split}/{number}"
-        if text := check_text(f"hf:{location}, row {name}", row[field], refuse):
+        if text := check_text(f"hf:{location}, row {name}", find_field(row, field), refuse):
             yield Document(name, text)
 
 
@@ -61,10 +69,15 @@ def open_dataset(location: str) -> tuple[Any, str, str]:
         raise DataError(
             f"hf:{location} can't be loaded: {type(error).__name__}: {error}"
         ) from error
-    texts = [k for k, kind in dataset.features.items() if getattr(kind, "dtype", "") == "string"]
-    choice = field or ("text" if "text" in texts else texts[0] if len(texts) == 1 else "")
-    if choice not in texts:
-        raise ConfigError(
-            f"hf:{location}: which field? choose by #FIELD: {', '.join(texts) or 'none is text'}"
-        )
-    return dataset, split, choice
+    return dataset, split, choose_field(f"hf:{location}", field, text_features(dataset.features))
+
+
+def text_features(features: dict[str, Any], above: str = "") -> list[str]:
+    """Return the names of the features that hold text, `a.b` for one within another."""
+    found = []
+    for name, kind in features.items():
+        if isinstance(kind, dict):
+            found += text_features(kind, f"{above}{name}.")
+        elif getattr(kind, "dtype", "") in ("string", "large_string"):
+            found.append(above + name)
+    return found

@@ -11,7 +11,13 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from nanojaxgpt.data.sources.documents import DataConfig, Document, Refuse, check_text
+from nanojaxgpt.data.sources.documents import (
+    DataConfig,
+    Document,
+    Refuse,
+    check_text,
+    choose_field,
+)
 from nanojaxgpt.errors import ConfigError, DataError
 
 NAME = re.compile(r"(\w+)(?:/([^:@#]+))?(?::([\d.]+))?(?:@([^#]+))?(?:#(\w+))?")
@@ -99,7 +105,9 @@ def open_dataset(location: str, data: DataConfig) -> Prepared:
     except (KeyError, ValueError) as error:
         known = ", ".join(builder.info.splits)
         raise ConfigError(f"tfds:{location}: no split {split!r}; there is {known}") from error
-    return Prepared(builder, split, choose_field(location, field, builder.info.features))
+    features: Any = builder.info.features
+    texts = [k for k, kind in features.items() if isinstance(kind, tfds.features.Text)]
+    return Prepared(builder, split, choose_field(f"tfds:{location}", field, texts))
 
 
 def find_prepared(
@@ -151,17 +159,3 @@ def how_to_prepare(location: str) -> str:
         f"tfds.builder('{full}', file_format='array_record').download_and_prepare()\"\n"
         "and set data.tfds_dir to the folder that this fills (~/tensorflow_datasets)"
     )
-
-
-def choose_field(location: str, field: str, features: Any) -> str:
-    """Return the feature to read: the one named, or `text`, or the only one that holds text."""
-    import tensorflow_datasets as tfds
-
-    texts = [name for name, kind in features.items() if isinstance(kind, tfds.features.Text)]
-    choice = field or ("text" if "text" in texts else texts[0] if len(texts) == 1 else "")
-    if choice not in texts:
-        problem = f"no text field {field!r}" if field else "no field that must be the text"
-        raise ConfigError(
-            f"tfds:{location}: {problem}; choose by #FIELD: {', '.join(texts) or 'it has none'}"
-        )
-    return choice
