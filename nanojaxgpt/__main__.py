@@ -52,17 +52,9 @@ def train(arguments: list[str]) -> None:
     options = {
         "multihost": {"action": "store_true", "help": "train with other processes; docs/hosts.md"},
         "coordinator": {"default": "", "help": "HOST:PORT of process 0; default: found"},
-        "num_processes": {
-            "default": -1,
-            "type": integer(1),
-            "help": "of all hosts; default: found",
-        },
+        "num_processes": {"default": -1, "type": integer(1), "help": "of all hosts"},
         "process_id": {"default": -1, "type": integer(0), "help": "from 0; default: found"},
-        "join_seconds": {
-            "default": 300.0,
-            "type": number(1, 1e6),
-            "help": "to wait until all have joined; default: 300",
-        },
+        "join_seconds": {"default": 300.0, "type": number(1, 1e6), "help": "default: 300"},
     }
     parsed, cfg = open_experiment("train", train.__doc__, arguments, options)
     name, _, variant = parsed.config.partition(":")
@@ -145,11 +137,7 @@ def rehearse(arguments: list[str]) -> None:
     """
     options = {
         "topology": {"default": "", "help": "the hardware: v5e:16x16, v5p:4x4x4, h100:8, cpu:8"},
-        "slices": {
-            "default": 1,
-            "type": integer(1),
-            "help": "TPU slices of that shape; default: 1",
-        },
+        "slices": {"default": 1, "type": integer(1), "help": "TPU slices; default: 1"},
         "mesh": {
             "default": "config",
             "choices": ("config", "auto"),

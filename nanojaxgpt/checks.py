@@ -260,8 +260,8 @@ def partner_problems(cfg: ConfigDict) -> list[str]:
         )
     if cfg.data.sha256 and not all(map(DIGEST.fullmatch, cfg.data.sha256.split(","))):
         problems.append(
-            f"data.sha256={cfg.data.sha256!r} is not a SHA-256 in 64 hex digits, or several with "
-            "commas between"
+            f"data.sha256={show(cfg.data.sha256)} is not a SHA-256 in 64 hex digits, or "
+            "several with commas between"
         )
     if list(cfg.mesh.values()).count(-1) > 1:
         problems.append(f"only one mesh axis can be -1 (all other devices): {dict(cfg.mesh)}")

@@ -264,7 +264,7 @@ def load_module(path: str) -> ModuleType:
         raise ConfigError(f"no experiment file {show(path).strip(chr(39))}{hint}")
     if found.suffix != ".py":
         raise ConfigError(f"{path} is not an experiment: its name must end in .py")
-    with running(path, "it"):
+    with running(path, "the file"):
         spec = importlib.util.spec_from_file_location(found.stem, path)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
@@ -281,15 +281,15 @@ def conform(given: dict[str, Any]) -> ConfigDict:
     for section, values in given.items():
         if not isinstance(values, dict):
             problems.append(f"the section {show(section)} is {kind_of(values)}, not a ConfigDict")
-            given = given | {section: ()}
+            known = [name for name in known if name.split(".")[0] != section]
             continue
         for name, value in values.items():
             if f"{section}.{name}" in known:
                 set_field(cfg, f"{section}.{name}", value)
             else:
                 problems.append(unknown_name("config field", f"{section}.{name}", known))
-    there = {f"{section}.{name}" for section in given for name in given[section]}
-    if missing := [name for name in known if name not in there]:
+    pairs = [name.split(".") for name in known]
+    if missing := [f"{first}.{last}" for first, last in pairs if last not in given.get(first, ())]:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         problems.append(f"missing: {', '.join(missing[:3])}{more}; start from base_config()")
     if problems:

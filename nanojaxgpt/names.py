@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 NANOGPT, MAXTEXT, TRANSFORMERS = "nanoGPT", "MaxText", "transformers"
 
+SECONDARY = ("eval.", "checkpoint.", "init.", "sample.")  # sections that are suggested last
+
 
 class OtherName(NamedTuple):
     """What a name of other projects is called here.
@@ -182,6 +184,7 @@ def certain_names(name: str, known: Sequence[str]) -> list[str]:
     found = [k for k in known if leaf(k) == leaf(name)]
     if other := OTHER_NAMES.get(leaf(name)):
         found += [k for k in other.names if k in known or k.startswith("--")]
+    found.sort(key=lambda k: k.startswith(SECONDARY))
     return list(dict.fromkeys(found))
 
 
