@@ -29,7 +29,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 
 _COUNT, _SIZE = (0, 2**31 - 1), (1, 2**31 - 1)  # off or a number; at least one
 _FRACTION, _BELOW_ONE, _ANY = (0.0, 1.0), (0.0, math.nextafter(1.0, 0.0)), (0.0, 1e30)
-_ABOVE_ZERO, _AXIS = (1e-30, 1e30), (-1, 2**31 - 1)
+_ABOVE_ZERO, _AXIS, _ALL = (1e-30, 1e30), (-1, 2**31 - 1), (-math.inf, math.inf)
 
 RANGES: dict[str, tuple[float, float]] = {
     "model.num_layers": _SIZE,
@@ -215,7 +215,7 @@ def field_problems(name: str, value: Any, default: Any) -> list[str]:
     for item in items:
         if isinstance(item, str) and (problem := text_problem(name, item)):
             return [problem]
-        if name in RANGES and (problem := range_problem(item, *RANGES[name])):
+        if not isinstance(item, str) and (problem := range_problem(item, *RANGES.get(name, _ALL))):
             return [f"{name}={show(value)} {problem}"]
     return []
 

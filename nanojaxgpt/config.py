@@ -266,6 +266,8 @@ def load_module(path: str) -> ModuleType:
         raise ConfigError(f"{path} is not an experiment: its name must end in .py")
     with running(path, "the file"):
         spec = importlib.util.spec_from_file_location(found.stem, path)
+        if spec is None or spec.loader is None:
+            raise ImportError("it can't be imported")
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
     return module

@@ -4,7 +4,6 @@ Under muP they should not (Yang 2022, appendix D.1): the coordinate check of a p
 """
 
 import dataclasses
-import functools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -76,8 +75,7 @@ def measure(
     job, found = make_job(cfg, data, mesh), []
     sizes = make_sizes(ModelConfig(**cfg.model))
     hyper = make_hyper(cfg)
-    lower = functools.partial(memory.suggestions, cfg, mesh)
-    with memory.explained("training", mesh, lower), jax.set_mesh(mesh):
+    with memory.training_explained(cfg, mesh), jax.set_mesh(mesh):
         first, state = job.train_batch(0), job.init(jax.random.key(cfg.train.seed))
         for step in range(num_steps + 1):
             found.append({k: float(v) for k, v in sizes(state.params, first).items()})

@@ -11,7 +11,7 @@ import os
 import re
 import resource
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +31,8 @@ EXHAUSTED = re.compile(r"RESOURCE_EXHAUSTED|out of memory|bad_alloc", re.I)
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB", "ZiB", "YiB")
 OWN_GROUPS = Path("/proc/self/cgroup")
 SUGGESTED = 3  # changes that an error names
+# They train the same: preferred to what saves up to twice as much.
+HARMLESS = ("mesh.", "train.accumulation_steps", "train.loss_chunks", "model.remat")
 
 
 class Memory(NamedTuple):
@@ -257,6 +259,11 @@ def explained(what: str, mesh: Mesh, lower: Callable[[], str]) -> Iterator[None]
         ) from error
 
 
+def training_explained(cfg: ConfigDict, mesh: Mesh) -> AbstractContextManager[None]:
+    """Return the context that explains where training runs out of memory."""
+    return explained("training", mesh, functools.partial(suggestions, cfg, mesh))
+
+
 def suggestions(cfg: ConfigDict, mesh: Mesh) -> str:
     """Return the sentence that names the changes of one field which lower a step's memory most.
 
@@ -278,11 +285,12 @@ def suggestions(cfg: ConfigDict, mesh: Mesh) -> str:
             continue  # something is no longer divisible
         if saved > 0:
             text = " ".join(f"{name}={value}" for name, value in change.items())
-            found.append((saved, f"{text} (about {readable(saved)} less)"))
-    best = sorted(found, key=lambda one: -one[0])[:SUGGESTED]
+            rank = saved * (2 if text.startswith(HARMLESS) else 1)
+            found.append((rank, saved, f"{text} (about {readable(saved)} less)"))
+    best = sorted(sorted(found)[-SUGGESTED:], key=lambda one: -one[1])
     if not best:
         return "It takes a device with more memory, or more devices"
-    return "What lowers it most: " + ", ".join(text for _, text in best)
+    return "What lowers it most: " + ", ".join(text for *_, text in best)
 
 
 def step_bytes(cfg: ConfigDict, devices: list[Any]) -> float:

@@ -127,7 +127,7 @@ def tree_shardings(boxed: Any, mesh: Mesh) -> Any:
                 name = jax.tree_util.keystr(path, simple=True, separator="/")
                 padded = f"; pad the vocabulary to {-(-size // parts) * parts}"
                 raise ConfigError(
-                    f"{FIELDS.get(logical, logical)}={size} (of {name}) is not divisible by "
+                    f"{FIELDS.get(str(logical), logical)}={size} (of {name}) is not divisible by "
                     f"mesh.{axis}={parts}{padded if logical == 'vocab' else '; change one of them'}"
                 )
         return NamedSharding(mesh, spec)

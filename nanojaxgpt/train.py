@@ -227,7 +227,6 @@ def train_job(
 ) -> TrainState:
     """Train a job in the run directory that this process owns; raises what `fit` raises."""
     team.decide(lambda: begin_run(job, run, report))
-    lower = functools.partial(memory.suggestions, job.cfg, job.mesh)
-    with memory.explained("training", job.mesh, lower), jax.set_mesh(job.mesh):
+    with memory.training_explained(job.cfg, job.mesh), jax.set_mesh(job.mesh):
         state = start_state(job, run, report, team)
         return Loop(job, run, int(state.step), stop, team).train(state)

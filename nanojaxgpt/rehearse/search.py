@@ -45,7 +45,7 @@ def candidates(cfg: ConfigDict, target: Target) -> list[tuple[ConfigDict, float]
         try:
             memory = exact_memory(trial, target)
         except ConfigError:
-            continue  # something does not divide
+            continue  # something is not divisible
         found.append((trial, memory.available - memory.total))
     return sorted(found, key=lambda trial: expected_seconds(trial[0], target.topology.chip))
 

@@ -1,6 +1,5 @@
 """In: the trials of a sweep and their folder. Out: every trial done once, whoever runs it."""
 
-import functools
 import math
 import time
 from collections.abc import Callable
@@ -11,7 +10,7 @@ from typing import NamedTuple, Protocol
 import jax
 from ml_collections import ConfigDict
 
-from nanojaxgpt import memory, metrics
+from nanojaxgpt import metrics
 from nanojaxgpt.errors import ConfigError, MemoryExceeded, NonFiniteError
 from nanojaxgpt.hosts.process import StopRequest, stop_signals
 from nanojaxgpt.rundir import own_run
@@ -177,10 +176,7 @@ def choose_mode(sweep: Sweep, cfg: ConfigDict, mode: str, width: int) -> str:
 def measured(sweep: Sweep, cfg: ConfigDict, mode: str, width: int) -> float:
     """Return the seconds of a step of `width` trials; infinity where they don't fit together."""
     try:
-        job = sweep.open(cfg, mode)
-        lower = functools.partial(memory.suggestions, job.cfg, job.mesh)
-        with memory.explained("training", job.mesh, lower):
-            return MEASURES[mode](job, width)
+        return MEASURES[mode](sweep.open(cfg, mode), width)
     except MemoryExceeded:
         if mode == "map":
             raise

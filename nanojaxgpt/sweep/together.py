@@ -138,7 +138,7 @@ def make_batches(jobs: list[Job], starts: list[int], stack: Stack) -> Callable[[
 
 def measure_alone(job: Job, width: int) -> float:
     """Return the seconds of one step of `width` trials one after the other, without compiling."""
-    with jax.set_mesh(job.mesh):
+    with memory.training_explained(job.cfg, job.mesh), jax.set_mesh(job.mesh):
         state, batch = job.init(jax.random.key(0)), job.train_batch(0)
         hyper, seconds = make_hyper(job.cfg), []
         for _ in range(1 + MEASURED_STEPS):
@@ -151,7 +151,13 @@ def measure_alone(job: Job, width: int) -> float:
 
 def measure_together(job: Job, width: int) -> float:
     """Return the seconds of one vectorized step of `width` trials, compiling left out."""
-    stack, seconds = Stack(job, width), []
+    with memory.training_explained(job.cfg, job.mesh):
+        return time_stack(job, Stack(job, width), width)
+
+
+def time_stack(job: Job, stack: Stack, width: int) -> float:
+    """Return the seconds of one step of `width` copies of a job in `stack`."""
+    seconds = []
     with jax.set_mesh(job.mesh):
         states = stack.place([job.init(jax.random.key(0))] * width, stack.states)
         batches = stack.place([job.train_batch(0)] * width, stack.batches)
@@ -263,8 +269,7 @@ def train_together(jobs: list[Job], runs: list[Path], stop: StopRequest) -> list
     """
     first = jobs[0]
     with ExitStack() as owned:
-        lower = functools.partial(memory.suggestions, first.cfg, first.mesh)
-        owned.enter_context(memory.explained("vectorized training", first.mesh, lower))
+        owned.enter_context(memory.training_explained(first.cfg, first.mesh))
         for run in runs:
             owned.enter_context(own_run(run))
         align(jobs, runs)
