@@ -206,7 +206,7 @@ def check_state(cfg: ConfigDict, mesh: Mesh, state: Any, copies: int = 1) -> Non
         "batch": copies * memory.batch,
     }
     many = f" of {copies} trials on each device (by --width)" if copies > 1 else ""
-    check(f"a training step{many}", parts, mesh, lambda: suggestions(cfg, mesh))
+    check(f"a training step{many}", parts, mesh, lambda: suggestions(cfg, mesh, whole=False))
 
 
 def check_model(what: str, cfg: ConfigDict, mesh: Mesh, cache: int, lower: str) -> None:
@@ -264,15 +264,15 @@ def training_explained(cfg: ConfigDict, mesh: Mesh) -> AbstractContextManager[No
     return explained("training", mesh, functools.partial(suggestions, cfg, mesh))
 
 
-def suggestions(cfg: ConfigDict, mesh: Mesh) -> str:
+def suggestions(cfg: ConfigDict, mesh: Mesh, whole: bool = True) -> str:
     """Return the sentence that names the changes of one field which lower a step's memory most.
 
-    Savings are exact for parameters, optimizer and batch, and estimates for activations.
+    Savings are exact for state and batch; those of the `whole` step estimate activations too.
     """
     cfg = cfg.copy_and_resolve_references().unlock()
     cfg.mesh.update(dict(mesh.shape))
     devices = list(mesh.devices.flat)
-    now, found = step_bytes(cfg, devices), []
+    now, found = step_bytes(cfg, devices, whole), []
     for change in smaller_configs(cfg):
         trial = cfg.copy_and_resolve_references()
         for name, value in change.items():
@@ -280,7 +280,7 @@ def suggestions(cfg: ConfigDict, mesh: Mesh) -> str:
             trial[section][field] = value
         try:
             check_config(trial)
-            saved = now - step_bytes(trial, devices)
+            saved = now - step_bytes(trial, devices, whole)
         except ConfigError:
             continue  # something is no longer divisible
         if saved > 0:
@@ -293,13 +293,18 @@ def suggestions(cfg: ConfigDict, mesh: Mesh) -> str:
     return "What lowers it most: " + ", ".join(text for *_, text in best)
 
 
-def step_bytes(cfg: ConfigDict, devices: list[Any]) -> float:
-    """Return about how many bytes a training step takes on each device. Raises ConfigError."""
+def step_bytes(cfg: ConfigDict, devices: list[Any], whole: bool) -> float:
+    """Return the bytes of state and batch on each device, and about those of a `whole` step.
+
+    Raises ConfigError.
+    """
     mesh = sharding.make_mesh(cfg.mesh, devices)
     with jax.set_mesh(mesh):
         state = make_step(cfg, mesh).abstract
-    logits = device_tokens(cfg) / cfg.train.loss_chunks * cfg.model.vocab_size / cfg.mesh.tensor
     exact = state_memory(state, abstract_batch(cfg, mesh), math.inf).total
+    if not whole:
+        return exact
+    logits = device_tokens(cfg) / cfg.train.loss_chunks * cfg.model.vocab_size / cfg.mesh.tensor
     return exact + kept_activations(cfg, cfg.model.remat) + 4 * logits
 
 

@@ -88,8 +88,8 @@ def test_suggestions_lower_it_and_the_best_come_first():
     now = config(train__batch_size=512, mesh__data=8)
     for (change, size), _ in zip(changes, saved, strict=True):
         fields = dict(pair.split("=") for pair in change.split())
-        after = memory.step_bytes(override_config(now, fields), devices)
-        less = memory.step_bytes(now, devices) - after
+        after = memory.step_bytes(override_config(now, fields), devices, True)
+        less = memory.step_bytes(now, devices, True) - after
         assert float(size) == pytest.approx(less / 2**20, rel=0.01)
 
 
