@@ -6,12 +6,21 @@ jax is imported by the verbs, after the config is read: a mistake in it is answe
 import json
 import sys
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from nanojaxgpt import __version__, config, rundir
-from nanojaxgpt.arguments import integer, integers, number, open_experiment, open_run, parse
+from nanojaxgpt.arguments import (
+    chosen_step,
+    integer,
+    integers,
+    number,
+    open_experiment,
+    open_run,
+    parse,
+)
+from nanojaxgpt.commands.sample import sample
 from nanojaxgpt.data.loader import check_data
 from nanojaxgpt.data.sources import DataConfig
 from nanojaxgpt.errors import (
@@ -80,9 +89,10 @@ def prepare(arguments: list[str]) -> None:
 
     A preparation that was stopped goes on; one that was done is opened and checked.
     """
-    _, cfg = open_experiment("prepare", prepare.__doc__, arguments, {})
+    parsed, cfg = open_experiment("prepare", prepare.__doc__, arguments, {})
     check_data(DataConfig(**cfg.data))
     from nanojaxgpt.data import store
+    from nanojaxgpt.data.loader import inherited_tokenizer
 
     said: list[str] = []
 
@@ -90,7 +100,9 @@ def prepare(arguments: list[str]) -> None:
         said.append(line)
         warn(line)
 
-    corpus = store.prepare(DataConfig(**cfg.data), config.cache_dir(cfg), report)
+    run = Path(parsed.run) if parsed.run else None
+    inherited = inherited_tokenizer(cfg, run)
+    corpus = store.prepare(DataConfig(**cfg.data), config.cache_dir(cfg), report, inherited)
     print_table(store.describe(corpus))
     if not said:
         warn("all of it was already there")
@@ -113,11 +125,11 @@ def inspect(arguments: list[str]) -> None:
     }
     parsed, cfg = open_experiment("inspect", inspect.__doc__, arguments, options)
     check_data(DataConfig(**cfg.data))
-    from nanojaxgpt.data.loader import open_data
+    from nanojaxgpt.data.loader import prepare_data
     from nanojaxgpt.data.rows import make_ramp
     from nanojaxgpt.data.show import show_step
 
-    data = open_data(DataConfig(**cfg.data), config.cache_dir(cfg), warn)
+    data = prepare_data(cfg, warn, Path(parsed.run) if parsed.run else None)
     train = cfg.train
     ramp = make_ramp(train.batch_size, train.ramp_batch_size, train.ramp_steps)
     if parsed.split == "validation":
@@ -156,7 +168,7 @@ def rehearse(arguments: list[str]) -> None:
 
     target = targets.open_target(topology)
     if not cfg.model.vocab_size:
-        cfg = resolve(cfg, prepare_data(cfg, warn))
+        cfg = resolve(cfg, prepare_data(cfg, warn, Path(parsed.run) if parsed.run else None))
     name = parsed.config or parsed.run
     if parsed.mesh == "auto":
         found = search.search(cfg, target, warn)
@@ -189,7 +201,7 @@ def evaluate(arguments: list[str]) -> None:
     if parsed.data:
         cfg, data = open_other_data(cfg, parsed)
     else:
-        data = prepare_data(cfg, warn)
+        data = prepare_data(cfg, warn, Path(parsed.run))
         rundir.check_data(Path(parsed.run), data.identity)
     try:
         mesh = sharding.make_mesh(cfg.mesh)
@@ -225,100 +237,6 @@ def open_other_data(cfg: Any, parsed: Any) -> tuple[Any, Any]:
     tokenizer = load_tokenizer(Path(parsed.run) / "tokenizer")
     data = DataConfig(**cfg.data)
     return cfg, open_source(parsed.data, tokenizer, data, config.cache_dir(cfg), warn)
-
-
-def sample(arguments: list[str]) -> None:
-    """Print text that a run's checkpoint continues from a prompt, streamed as it is made."""
-    defaults = config.base_config().sample
-    options = {
-        name: {"default": None, "help": f"overrides the config's sample.{name}"}
-        for name in defaults
-    }
-    parsed, cfg = open_run("sample", sample.__doc__, arguments, options)
-    given = {f"sample.{name}": getattr(parsed, name) for name in defaults}
-    cfg = config.override_config(cfg, {k: v for k, v in given.items() if v is not None})
-    import jax
-
-    from nanojaxgpt import memory, sharding
-    from nanojaxgpt.checkpoint import load_params
-    from nanojaxgpt.data.tokenizers import load_tokenizer
-    from nanojaxgpt.model import ModelConfig
-    from nanojaxgpt.sample import Sampling, stream
-
-    run, how, model_cfg = Path(parsed.run), cfg.sample, ModelConfig(**cfg.model)
-    tokenizer = load_tokenizer(run / "tokenizer")
-    prompt = tokenizer.encode(how.prompt)
-    if not 0 < len(prompt) < model_cfg.seq_len:
-        raise ConfigError(
-            f"the prompt has {len(prompt)} tokens; it must have 1 to {model_cfg.seq_len - 1}, "
-            "the context less one"
-        )
-    mesh = sharding.make_mesh({}, jax.devices()[:1])
-    length = min(model_cfg.seq_len, len(prompt) + how.max_tokens)
-    cache = memory.cache_bytes(model_cfg, how.num_samples, length)
-    lower = "What lowers it: fewer sample.num_samples, smaller sample.max_tokens"
-    with memory.explained("sampling", mesh, lambda: lower):
-        memory.check_model("sampling", cfg, mesh, cache, lower)
-        _, params = load_params(run, model_cfg, mesh, chosen_step(run, parsed.step), warn)
-        filters = Sampling(
-            how.temperature, how.top_k, how.top_p, how.min_p, tokenizer.vocab_size, tokenizer.end_id
-        )
-        chunks = stream(
-            model_cfg, params, [prompt] * how.num_samples,
-            max_tokens=how.max_tokens, seed=how.seed, how=filters,
-        )  # fmt: skip
-        texts = print_samples(chunks, tokenizer, prompt, how.num_samples)
-    samples = [{"prompt": how.prompt, "text": text, "sampling": how.to_dict()} for text in texts]
-    save_samples(run, samples)
-
-
-def print_samples(chunks: Iterable[Any], tokenizer: Any, prompt: Any, count: int) -> list[str]:
-    """Print the first sample as it is made and the others after it; return all texts.
-
-    A character whose bytes are not all there yet is held back.
-    """
-    rows, shown = [list(prompt) for _ in range(count)], 0
-    for chunk in chunks:
-        for row, ids in zip(rows, chunk.tolist(), strict=True):
-            row.extend(ids)
-        text = until_end(tokenizer, rows[0], len(prompt)).rstrip("\ufffd")
-        print(text[shown:], end="", flush=True)
-        shown = max(shown, len(text))
-    texts = [until_end(tokenizer, row, len(prompt)) for row in rows]
-    print(texts[0][shown:])
-    for text in texts[1:]:
-        print("-" * 40 + f"\n{text}")
-    return texts
-
-
-def until_end(tokenizer: Any, ids: list[int], start: int) -> str:
-    """Return the text of the ids, up to the first end token from `start` on."""
-    end = tokenizer.end_id
-    return tokenizer.decode(ids[: ids.index(end, start)] if end in ids[start:] else ids)
-
-
-def save_samples(run: Path, samples: list[dict[str, Any]]) -> None:
-    """Append the samples to the run's samples/samples.jsonl, where it can be written."""
-    try:
-        (run / "samples").mkdir(exist_ok=True)
-        with open(run / "samples" / "samples.jsonl", "a") as file:
-            file.writelines(json.dumps(sample) + "\n" for sample in samples)
-    except OSError as error:
-        warn(f"the samples were not kept in {run}: {error.strerror}")
-
-
-def chosen_step(run: Path, text: str) -> int:
-    """Return the checkpoint's step that --step names; 0 for the newest."""
-    if text != "best":
-        return int(text or 0)
-    from nanojaxgpt.checkpoint import saved_steps
-    from nanojaxgpt.metrics import validation_losses
-
-    saved = saved_steps(run / "checkpoints")
-    losses = {step: loss for step, loss in validation_losses(run).items() if step in saved}
-    if not losses:
-        raise ConfigError(f"no checkpoint of {run} has a validation loss; leave out --step=best")
-    return min(losses, key=losses.get)
 
 
 def coordcheck(arguments: list[str]) -> None:

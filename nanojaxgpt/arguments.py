@@ -154,3 +154,17 @@ def open_run(
         except argparse.ArgumentTypeError as error:
             raise ConfigError(f"--step: {error}; it is a checkpoint's step, or best") from None
     return parsed, config.override_config(rundir.load_run(Path(parsed.run)), parsed.overrides)
+
+
+def chosen_step(run: Path, text: str) -> int:
+    """Return the checkpoint's step that --step names; 0 for the newest."""
+    if text != "best":
+        return int(text or 0)
+    from nanojaxgpt.checkpoint import saved_steps
+    from nanojaxgpt.metrics import validation_losses
+
+    saved = saved_steps(run / "checkpoints")
+    losses = {step: loss for step, loss in validation_losses(run).items() if step in saved}
+    if not losses:
+        raise ConfigError(f"no checkpoint of {run} has a validation loss; leave out --step=best")
+    return min(losses, key=losses.get)

@@ -25,6 +25,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "data.bad_text": ("error", "skip"),
     "optim.optimizer": ("adamw", "adafactor", "lion", "sgd", "muon", "schedule_free"),
     "optim.schedule": ("cosine", "linear", "constant", "inverse_sqrt", "wsd"),
+    "init.state": ("params", "all"),
 }
 
 _COUNT, _SIZE = (0, 2**31 - 1), (1, 2**31 - 1)  # off or a number; at least one
@@ -96,9 +97,10 @@ RANGES: dict[str, tuple[float, float]] = {
     "sample.num_samples": _SIZE,
     "sample.temperature": _ANY,
     "sample.top_k": _COUNT,
-    "sample.top_p": (1e-6, 1.0),
+    "sample.top_p": _FRACTION,
     "sample.min_p": _FRACTION,
     "sample.seed": _COUNT,
+    "sample.end_ids": _COUNT,
 }
 
 # What the tuples hold.
@@ -106,6 +108,8 @@ TUPLES: dict[str, type] = {
     "model.windows": int,
     "data.mixture": str,
     "optim.rate_multipliers": str,
+    "sample.stop": str,
+    "sample.end_ids": int,
 }
 
 
@@ -258,6 +262,8 @@ def partner_problems(cfg: ConfigDict) -> list[str]:
             f"model.seq_len={model.seq_len} is not divisible by "
             f"train.loss_chunks={train.loss_chunks}"
         )
+    if "" in cfg.sample.stop:
+        problems.append("sample.stop holds an empty string, which is everywhere; leave it out")
     if cfg.data.sha256 and not all(map(DIGEST.fullmatch, cfg.data.sha256.split(","))):
         problems.append(
             f"data.sha256={show(cfg.data.sha256)} is not a SHA-256 in 64 hex digits, or "
@@ -265,6 +271,8 @@ def partner_problems(cfg: ConfigDict) -> list[str]:
         )
     if list(cfg.mesh.values()).count(-1) > 1:
         problems.append(f"only one mesh axis can be -1 (all other devices): {dict(cfg.mesh)}")
+    if cfg.init.state == "all" and not cfg.init.from_run:
+        problems.append("init.state=all needs the run that it branches from: set init.from_run")
     if 0 in cfg.mesh.values():
         problems.append(f"a mesh axis of size 0 has no devices: {dict(cfg.mesh)}; 1 is unused")
     return problems

@@ -81,8 +81,9 @@ def base_config() -> ConfigDict:
             source="stdlib",  # KIND[:LOCATION]: stdlib, text:PATH, jsonl:URL, ...; docs/data.md
             sha256="",  # of what is downloaded, in hex; of several files with commas between
             mixture=(),  # in place of source: ("3 text:a.txt", "1 text:b.txt"), weight and source
-            tokenizer="bytes",  # bytes, chars, sentencepiece, gpt2:FOLDER, hf:FILE; docs/data.md
+            tokenizer="",  # bytes, chars, sentencepiece, ...; "": that of init.from_run, or bytes
             tokenizer_vocab_size=1024,  # of a tokenizer trained here
+            lossy_tokenizer=False,  # accept one that changes or miscounts texts, and count the loss
             packing="wrap",  # wrap: the stream cut at seq_len; pack: documents whole and apart
             validation_fraction=0.1,  # the tail of each source that is never trained on
             validation_documents=0,  # instead, so many last documents of each source; 0: off
@@ -157,20 +158,23 @@ def base_config() -> ConfigDict:
     cfg.init = ConfigDict(
         dict(
             from_run="",  # start from the parameters of this run
+            state="params",  # params; all: go on from its step, with its optimizer and its batches
             step=0,  # 0: its newest checkpoint
             scale=1.0,  # of all matrices' random numbers, where there is no from_run
         )
     )
     cfg.sample = ConfigDict(
         dict(
-            prompt="\n",
+            prompt="\n",  # "": a new document, from the tokenizer's end token
             max_tokens=256,
             num_samples=1,
-            temperature=0.8,  # 0: greedy
+            temperature=0.8,  # below 1e-5: greedy
             top_k=0,
             top_p=1.0,
             min_p=0.0,
             seed=0,
+            stop=(),  # strings; the text ends before the first that appears
+            end_ids=(),  # beside the tokenizer's end token
         )
     )
     return cfg.lock()
@@ -179,7 +183,8 @@ def base_config() -> ConfigDict:
 # What may change when a run goes on: none of it changes the function that is being trained.
 FREE_ON_RESUME = re.compile(
     r"(mesh|eval|checkpoint|sample)\..*|train\.(log_every_steps|hang_timeout_seconds)"
-    r"|data\.(sha256|cache_dir|tfds_dir|manual_dir|num_workers|prefetch_batches)|model\.(attention|unroll|remat)"
+    r"|data\.(sha256|lossy_tokenizer|cache_dir|tfds_dir|manual_dir|num_workers|prefetch_batches)"
+    r"|model\.(attention|unroll|remat)"
 )
 
 

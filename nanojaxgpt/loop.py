@@ -17,7 +17,7 @@ from nanojaxgpt.hosts.process import StopRequest
 from nanojaxgpt.hosts.team import ALONE, Team
 from nanojaxgpt.hosts.watchdog import Watchdog
 from nanojaxgpt.model import ModelConfig
-from nanojaxgpt.optim import Averaged
+from nanojaxgpt.optim import is_average
 from nanojaxgpt.step import TrainState, make_hyper
 
 
@@ -187,7 +187,7 @@ class Loop:
             validation_loss=found["loss"],
             validation_bits_per_byte=found["bits_per_byte"],
         )
-        average = " of the average" if isinstance(state.opt_state, Averaged) else ""
+        average = " of the average" if is_average(state.opt_state) else ""
         self.progress.say(
             f"step {step}: validation loss {found['loss']:.4f}{average}, "
             f"{found['bits_per_byte']:.4f} bits per byte over {found['tokens']:,} tokens"

@@ -81,14 +81,24 @@ def abstract_batch(cfg: ConfigDict, mesh: Mesh) -> Batch:
     return whole._replace(segments_BT=rows(jnp.int32), positions_BT=rows(jnp.int32))
 
 
-def state_memory(state: Any, batch: Batch, available: float) -> Memory:
-    """Return the bytes that the shapes and shardings of a TrainState tell, without temporaries.
+def state_memory(cfg: ConfigDict, state: Any, batch: Batch, available: float) -> Memory:
+    """Return the bytes of one device that shapes and shardings tell, without temporaries.
 
-    All gradients exist at once: an update depends on their global norm.
+    The optimizer's include a float32 master copy. All gradients exist at once, since an update
+    depends on their global norm; they have the dtype of the parameters, their sum over
+    micro-batches is float32.
     """
     params = shard_bytes(state.params)
     optimizer = shard_bytes((state.step, state.opt_state))
-    return Memory(params, optimizer, params, shard_bytes(batch), 0, available, True)
+    gradients = params
+    if cfg.train.accumulation_steps > 1:
+        gradients = shard_bytes(jax.tree.map(as_float32, state.params))
+    return Memory(params, optimizer, gradients, shard_bytes(batch), 0, available, True)
+
+
+def as_float32(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """Return an abstract array like this one, in float32."""
+    return jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=leaf.sharding)
 
 
 def device_tokens(cfg: ConfigDict) -> float:
@@ -198,7 +208,7 @@ def check_state(cfg: ConfigDict, mesh: Mesh, state: Any, copies: int = 1) -> Non
 
     `state` is the abstract TrainState, of which there are `copies` on a device.
     """
-    memory = state_memory(state, abstract_batch(cfg, mesh), math.inf)
+    memory = state_memory(cfg, state, abstract_batch(cfg, mesh), math.inf)
     parts = {
         "parameters": copies * memory.parameters,
         "optimizer state": copies * memory.optimizer,
@@ -301,7 +311,7 @@ def step_bytes(cfg: ConfigDict, devices: list[Any], whole: bool) -> float:
     mesh = sharding.make_mesh(cfg.mesh, devices)
     with jax.set_mesh(mesh):
         state = make_step(cfg, mesh).abstract
-    exact = state_memory(state, abstract_batch(cfg, mesh), math.inf).total
+    exact = state_memory(cfg, state, abstract_batch(cfg, mesh), math.inf).total
     if not whole:
         return exact
     logits = device_tokens(cfg) / cfg.train.loss_chunks * cfg.model.vocab_size / cfg.mesh.tensor
@@ -325,3 +335,6 @@ def smaller_configs(cfg: ConfigDict) -> Iterator[dict[str, Any]]:
         yield {"model.param_dtype": "bfloat16"}
     if model.compute_dtype != "bfloat16":
         yield {"model.compute_dtype": "bfloat16"}
+    if cfg.optim.ema_decay:
+        yield {"optim.ema_decay": 0.0}
+    yield {"optim.optimizer": "adafactor"}

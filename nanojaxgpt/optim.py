@@ -1,68 +1,20 @@
-"""Learning-rate schedules, the optimizer, and path patterns; every number may be traced."""
+"""The optimizer, its state, and path patterns; every number may be traced."""
 
-import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from nanojaxgpt.checks import parse_multiplier
 from nanojaxgpt.errors import ConfigError
-from nanojaxgpt.projection import INPUTS
-
-Hyper = Mapping[str, Any]  # what step.make_hyper gives: numbers, never a shape
+from nanojaxgpt.matrices import muon, scale_by_adafactor
+from nanojaxgpt.schedules import Hyper
 
 # The kernels, the tables and the head, in a tree boxed or plain.
 MATRICES = r"_[A-Z]{2,}\b"
-
-
-def _decay(hyper: Hyper, begin: jax.Array, step: jax.Array) -> jax.Array:
-    """Return how far `step` is from `begin` to the last step, from 0 to 1."""
-    return jnp.clip((step - begin) / jnp.maximum(hyper["num_steps"] - begin, 1), 0, 1)
-
-
-def _down(hyper: Hyper, progress: jax.Array) -> jax.Array:
-    """Return the fraction of the learning rate on a straight line down to final_fraction."""
-    return 1 - (1 - hyper["final_fraction"]) * progress
-
-
-def _cosine(step: jax.Array, hyper: Hyper) -> jax.Array:
-    progress = _decay(hyper, hyper["warmup_steps"], step)
-    return _down(hyper, (1 - jnp.cos(jnp.pi * progress)) / 2)
-
-
-def _linear(step: jax.Array, hyper: Hyper) -> jax.Array:
-    return _down(hyper, _decay(hyper, hyper["warmup_steps"], step))
-
-
-def _inverse_sqrt(step: jax.Array, hyper: Hyper) -> jax.Array:
-    warm = hyper["warmup_steps"] + 1
-    return jnp.sqrt(warm / jnp.maximum(step + 1, warm))
-
-
-def _wsd(step: jax.Array, hyper: Hyper) -> jax.Array:
-    begin = hyper["num_steps"] * (1 - hyper["decay_fraction"])
-    return _down(hyper, _decay(hyper, begin, step))
-
-
-SCHEDULES: dict[str, Callable[[jax.Array, Hyper], jax.Array]] = {
-    "cosine": _cosine,
-    "linear": _linear,
-    "constant": lambda step, hyper: jnp.ones(()),
-    "inverse_sqrt": _inverse_sqrt,
-    "wsd": _wsd,
-}
-
-
-def learning_rate(schedule: str, step: jax.Array, hyper: Hyper) -> jax.Array:
-    """Return the learning rate of the 0-based `step`: linear warmup, then the schedule."""
-    step = jnp.asarray(step, jnp.float32)
-    warmup = jnp.minimum((step + 1) / (hyper["warmup_steps"] + 1), 1)
-    return hyper["learning_rate"] * warmup * SCHEDULES[schedule](step, hyper)
 
 
 def path_mask(tree: Any, pattern: str, field: str) -> Any:
@@ -107,59 +59,13 @@ def decay_weights(
     return optax.stateless(add_decay)
 
 
-def muon_dimensions(params: Any) -> Any:
-    """Return which axes of each leaf Muon takes as the rows and columns of a matrix.
-
-    The kernels of the layers are matrices, one for each layer; tables, norms, biases and the head
-    are not (Jordan 2024), and get None.
-    """
-
-    def dimensions(path: tuple, leaf: jax.Array) -> MuonDimensionNumbers | None:
-        kernel = re.search(r"layers/(\w+)", jax.tree_util.keystr(path, simple=True, separator="/"))
-        if not kernel or kernel[1] not in INPUTS:
-            return None
-        axes, summed = list(range(1, leaf.ndim)), INPUTS[kernel[1]]
-        inputs, outputs = (axes[:summed], axes[summed:]) if summed else (axes[1:], axes[:1])
-        return MuonDimensionNumbers(tuple(inputs), tuple(outputs))
-
-    return jax.tree_util.tree_map_with_path(dimensions, params)
-
-
-def _muon(hyper: Hyper) -> optax.GradientTransformation:
-    """Return Muon for the kernels and Adam for the rest.
-
-    An update has a root mean square of 0.2, about Adam's, so that both take one learning rate
-    and one decay (Liu 2025, "Muon is scalable for LLM training").
-    """
-
-    def is_one(x: Any) -> bool:
-        return x is None or isinstance(x, MuonDimensionNumbers)
-
-    def labels(params: Any) -> Any:
-        found = muon_dimensions(params)
-        return jax.tree.map(lambda d: "muon" if d else "adam", found, is_leaf=is_one)
-
-    def resize(updates: Any, _: Any) -> Any:
-        def leaf(update: jax.Array, dimensions: MuonDimensionNumbers) -> jax.Array:
-            sides = [math.prod(update.shape[axis] for axis in axes) for axes in dimensions]
-            return update * (0.2 * math.sqrt(max(sides)))
-
-        return jax.tree.map(leaf, updates, muon_dimensions(updates))
-
-    orthogonal = scale_by_muon(beta=hyper["beta1"], weight_dimension_numbers=muon_dimensions)
-    muon = optax.chain(orthogonal, optax.stateless(resize))
-    return optax.partition({"muon": muon, "adam": OPTIMIZERS["adamw"](hyper)}, labels)
-
-
 # Each returns the direction of a step; decay and the learning rate are the same for all.
 OPTIMIZERS: dict[str, Callable[[Hyper], optax.GradientTransformation]] = {
     "adamw": lambda hyper: optax.scale_by_adam(hyper["beta1"], hyper["beta2"], hyper["eps"]),
-    "adafactor": lambda hyper: optax.chain(
-        optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)
-    ),
+    "adafactor": lambda hyper: scale_by_adafactor(),
     "lion": lambda hyper: optax.scale_by_lion(hyper["beta1"], hyper["beta2"]),
     "sgd": lambda hyper: optax.trace(hyper["beta1"]),
-    "muon": _muon,
+    "muon": lambda hyper: muon(hyper["beta1"], OPTIMIZERS["adamw"](hyper)),
     # The averaging below stands for the momentum.
     "schedule_free": lambda hyper: optax.scale_by_rms(
         hyper["beta2"], hyper["eps"], eps_in_sqrt=False, bias_correction=True
@@ -178,9 +84,10 @@ def make_optimizer(
     """Return the optimizer at learning rate `rate`; `hyper` and `rate` may be traced.
 
     Its state's structure depends on `name` and `ema` alone, so it can be rebuilt inside every
-    step. `multipliers` are (pattern, factor): the learning rate of the paths that have the pattern
-    is multiplied by the factor, and with it their decay if that is not independent; 0 freezes
-    them. With `ema`, and for schedule_free, the parameters are an average, see `average`.
+    step. Gradients and parameters are float32, see `Master`. `multipliers` are (pattern, factor):
+    the learning rate of the paths that have the pattern is multiplied by the factor, and with it
+    their decay if that is not independent; 0 freezes them. With `ema`, and for schedule_free, the
+    parameters are an average, see `average`.
     """
     optimizer = optax.chain(
         OPTIMIZERS[name](hyper),
@@ -214,10 +121,10 @@ def average(
     def init(params: Any) -> Averaged:
         return Averaged(inner.init(params), jax.tree.map(jnp.copy, params), jnp.float32(0))
 
-    def update(grads: Any, state: Averaged, params: Any) -> tuple[Any, Averaged]:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Averaged]:
         point = gradient_point(name, hyper, params, state)
-        updates, inner_state = inner.update(grads, state.inner, point)
-        fast = optax.apply_updates(state.fast, updates)
+        steps, inner_state = inner.update(updates, state.inner, point)
+        fast = optax.apply_updates(state.fast, steps)
         weight = fades * state.weight + newest
         share = newest / jnp.maximum(weight, jnp.finfo(jnp.float32).tiny)
         moved = jax.tree.map(lambda x, z: share.astype(x.dtype) * (z - x), params, fast)
@@ -229,15 +136,66 @@ def average(
 def gradient_point(name: str, hyper: Hyper, params: Any, opt_state: Any) -> Any:
     """Return the parameters at which the gradient is taken: where they are an average, the fast.
 
-    schedule_free takes it between the two, 1 - beta1 of the way from the average.
+    schedule_free takes it between the two, 1 - beta1 of the way from the average. The point is
+    rounded to the dtype of the parameters.
     """
-    if not isinstance(opt_state, Averaged):
+    weights, inner = split_master(params, opt_state)
+    if not isinstance(inner, Averaged):
         return params
-    if name != "schedule_free":
-        return opt_state.fast
-    return jax.tree.map(
-        lambda x, z: x + (1 - hyper["beta1"]).astype(x.dtype) * (z - x), params, opt_state.fast
-    )
+    point = inner.fast
+    if name == "schedule_free":
+        share = 1 - hyper["beta1"]
+        point = jax.tree.map(lambda x, z: x + share.astype(x.dtype) * (z - x), weights, point)
+    return cast_like(point, params)
+
+
+class Master(NamedTuple):
+    """The state of an optimizer whose parameters are stored in less than float32.
+
+    An update below a parameter's precision would be lost, so the optimizer moves `weights`, in
+    float32, and the parameters are these, rounded. `inner` is the state that it would have had.
+    """
+
+    inner: Any
+    weights: Any
+
+
+def cast_float32(tree: Any) -> Any:
+    """Return the tree in float32; leaves that are come back as given."""
+    return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
+
+
+def cast_like(tree: Any, like: Any) -> Any:
+    """Return the tree with the dtypes of another."""
+    return jax.tree.map(lambda x, y: x.astype(y.dtype), tree, like)
+
+
+def init_state(optimizer: optax.GradientTransformation, params: Any) -> Any:
+    """Return the optimizer's first state, all in float32, with a master copy where it takes one."""
+    weights = cast_float32(params)
+    return join_master(weights, optimizer.init(weights), params)[1]
+
+
+def split_master(params: Any, opt_state: Any) -> tuple[Any, Any]:
+    """Return the float32 weights and the optimizer's state without them."""
+    if isinstance(opt_state, Master):
+        return opt_state.weights, opt_state.inner
+    return params, opt_state
+
+
+def join_master(weights: Any, inner: Any, params: Any) -> tuple[Any, Any]:
+    """Return (parameters, optimizer's state) of float32 weights; `params` have the dtypes.
+
+    The reverse of `split_master`.
+    """
+    stored = cast_like(weights, params)
+    is_float32 = all(p.dtype == jnp.float32 for p in jax.tree.leaves(params))
+    return stored, inner if is_float32 else Master(inner, weights)
+
+
+def is_average(opt_state: Any) -> bool:
+    """Return whether the parameters are an average of those that the optimizer moves."""
+    return isinstance(split_master(None, opt_state)[1], Averaged)
 
 
 def scale_paths(tree: Any, multipliers: Sequence[tuple[str, jax.Array | float]]) -> Any:

@@ -52,13 +52,16 @@ Runs = Run | list[Run]
 class Arm:
     """One recipe, run once for each seed, at each point of `space` where it has one.
 
-    The seed takes the place of train.seed.
+    The seed takes the place of train.seed. With `branch_of`, the name of another arm, its runs
+    begin at step init.step of that arm's runs, each of the one with its seed and its values of the
+    fields that are swept there (init.state=all).
     """
 
     name: str
     config: ConfigDict
     seeds: tuple[int, ...] = (0,)
     space: Space | None = None
+    branch_of: str = ""
 
     def points(self) -> list[dict[str, Any]]:
         """Return what is set in the config: nothing, once, where there is no space."""
@@ -73,6 +76,30 @@ class Arm:
             cfg = set_point(self.config, point | {SEED: seed})
             trials.append(Trial(name, point | {SEED: seed}, cfg))
         return trials
+
+    def origin(self, trial: Trial) -> Trial:
+        """Return the run of this arm from which a trial of another arm branches.
+
+        Raises ConfigError where that is not exactly one, or does not keep the trial's init.step.
+        """
+        values, step = dict(config.fields(trial.cfg)), trial.cfg.init.step
+        found = [
+            one
+            for one in self.trials(trial.cfg.train.seed)
+            if all(values[field] == value for field, value in one.point.items())
+        ]
+        if len(found) != 1:
+            raise ConfigError(f"{trial.name} matches {len(found)} runs of {self.name!r}, not one")
+        kept, last = self.config.checkpoint, found[0].cfg.train.num_steps
+        saved = kept.every_steps and kept.keep_every_steps
+        if not (0 < step <= last) or (
+            step != last and (not saved or step % kept.every_steps or step % kept.keep_every_steps)
+        ):
+            raise ConfigError(
+                f"{trial.name} begins at init.step={step}, and {self.name!r} keeps no checkpoint "
+                "of it; set its checkpoint.every_steps and keep_every_steps"
+            )
+        return found[0]
 
 
 UNSTATED = (math.nan, math.nan)
@@ -169,7 +196,7 @@ def paper_problems(paper: Paper) -> list[str]:
     if len(seeds) < len(paper.arms):
         problems.append("two arms have the same name")
     for arm in paper.arms:
-        problems += arm_problems(arm)
+        problems += arm_problems(arm) or branch_problems(arm, paper.arms)
     for plot in paper.plots:
         problems += unknown_arms(f"plot {plot.file!r}", plot.arms, list(seeds))
     for claim in paper.claims:
@@ -201,6 +228,26 @@ def arm_problems(arm: Arm) -> list[str]:
     if not points:
         return [f"arm {arm.name!r} has an empty space"]
     return [] if len(names) == len(points) else [f"arm {arm.name!r} has two points of one name"]
+
+
+def branch_problems(arm: Arm, arms: tuple[Arm, ...]) -> list[str]:
+    """Return what is wrong with the arm that an arm branches from, if it does."""
+    known = {other.name: other for other in arms if other.name != arm.name}
+    if not arm.branch_of:
+        return []
+    if arm.branch_of not in known:
+        return unknown_arms(f"arm {arm.name!r}", (arm.branch_of,), list(known))
+    origin = known[arm.branch_of]
+    if origin.branch_of:
+        return [f"arm {arm.name!r} branches from {origin.name!r}, which is a branch itself"]
+    if not set(arm.seeds) <= set(origin.seeds):
+        return [f"arm {arm.name!r} has seeds that {origin.name!r} does not have"]
+    try:
+        for trial in arm.trials(arm.seeds[0]):
+            origin.origin(trial)
+    except ConfigError as error:
+        return [f"arm {arm.name!r}: {error}"]
+    return []
 
 
 def unknown_arms(what: str, named: tuple[str, ...], known: list[str]) -> list[str]:

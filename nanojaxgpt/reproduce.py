@@ -19,7 +19,7 @@ from nanojaxgpt.errors import DataError, NonFiniteError
 from nanojaxgpt.model import ModelConfig
 from nanojaxgpt.paper import FAIL, NOT_RUN, PASS, Arm, Claim, Paper, Plot, Run, Runs, verdict
 from nanojaxgpt.sweep.claims import read_outcome, run_path
-from nanojaxgpt.sweep.plan import show_point
+from nanojaxgpt.sweep.plan import Trial, set_point, show_point
 from nanojaxgpt.sweep.plots import draw_band, fit_axis, make_band
 from nanojaxgpt.sweep.run import run_trials
 from nanojaxgpt.train import Job, make_job, prepare_data, resolve
@@ -68,12 +68,21 @@ def reproduce(paper: Paper, folder: Path, report: Report = print) -> Reproductio
         except DataError as error:
             missing[arm.name] = str(error)
             report(f"{arm.name}: {NOT_RUN}: {error}")
-    arms = [arm for arm in paper.arms if arm.name not in missing]
-    trials = [trial for arm in arms for seed in arm.seeds for trial in arm.trials(seed)]
-    try:
-        run_trials(folder, trials, mode="map", width=1, report=report)
-    except NonFiniteError as error:
-        report(str(error))  # that every run diverges is a result, too
+    arms = [arm for arm in paper.arms if not missing.keys() & {arm.name, arm.branch_of}]
+    missing |= {arm.name: missing[arm.branch_of] for arm in paper.arms if arm.branch_of in missing}
+    for branched in (False, True):  # branches need the runs that they begin in
+        trials = [
+            trial
+            for arm in arms
+            if bool(arm.branch_of) == branched
+            for seed in arm.seeds
+            for trial in arm_trials(paper, arm, seed, folder)
+            if not (branched and diverged(Path(trial.cfg.init.from_run)))
+        ]
+        try:
+            run_trials(folder, trials, mode="map", width=1, report=report)
+        except NonFiniteError as error:
+            report(str(error))  # that every run diverges is a result, too
     runs = {arm.name: [find_runs(arm, seed, folder) for seed in arm.seeds] for arm in arms}
     results = []
     for claim in paper.claims:
@@ -96,20 +105,46 @@ def check_arm(paper: Paper, arm: Arm, folder: Path) -> None:
             f"{arm.config.data.source} is not the corpus of this paper: its tokens are not those "
             f"of hash {paper.tokens}"
         )
-    for trial in (trial for seed in arm.seeds for trial in arm.trials(seed)):
+    trials = [t for seed in arm.seeds for t in arm_trials(paper, arm, seed, folder)]
+    for trial in trials:
         run = run_path(folder, trial.name)
         if (run / "config.json").exists():
             rundir.enter_run(run, resolve(trial.cfg, data))
             rundir.check_data(run, data.identity)
 
 
+def arm_trials(paper: Paper, arm: Arm, seed: int, folder: Path) -> list[Trial]:
+    """Return the runs of a seed as they are trained in `folder`: branches name their origins."""
+    trials = arm.trials(seed)
+    if not arm.branch_of:
+        return trials
+    origin = next(other for other in paper.arms if other.name == arm.branch_of)
+    found = []
+    for trial in trials:
+        path = run_path(folder, origin.origin(trial).name).resolve()
+        point = {"init.from_run": str(path), "init.state": "all"}
+        found.append(trial._replace(cfg=set_point(trial.cfg, point)))
+    return found
+
+
+def diverged(run: Path) -> bool:
+    """Return whether the run of a trial ended at a loss that is not finite."""
+    return read_outcome(run.parents[1], run.name).get("state") == "non-finite"
+
+
 def find_runs(arm: Arm, seed: int, folder: Path) -> Runs:
-    """Return an arm's runs with this seed, which have ended: one, or one for each point."""
+    """Return an arm's runs with this seed, which have ended: one, or one for each point.
+
+    A branch of a run that diverged was never begun, and counts as diverged.
+    """
     found = []
     for trial in arm.trials(seed):
         path = run_path(folder, trial.name)
-        diverged = read_outcome(folder, trial.name)["state"] == "non-finite"
-        found.append(Run(path, rundir.load_run(path), metrics.read_metrics(path), diverged))
+        if read_outcome(folder, trial.name):
+            cfg, records = rundir.load_run(path), metrics.read_metrics(path)
+            found.append(Run(path, cfg, records, diverged(path)))
+        else:
+            found.append(Run(path, trial.cfg, [], diverged=True))
     return found if arm.space else found[0]
 
 

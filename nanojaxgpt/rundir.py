@@ -14,7 +14,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from nanojaxgpt import config
+from nanojaxgpt import config, horizon
 from nanojaxgpt.checks import show
 from nanojaxgpt.errors import ConfigError, DataError
 
@@ -67,25 +67,30 @@ def check_start(cfg: ConfigDict, run: Path) -> None:
             raise ConfigError(f"init.from_run: {error}") from None
 
 
-def enter_run(run: Path, cfg: ConfigDict) -> list[tuple[str, Any, Any]]:
+def enter_run(run: Path, cfg: ConfigDict, step: int | None = None) -> list[tuple[str, Any, Any]]:
     """Write `cfg` as the run's config, or check that it goes on with the run that is there.
 
-    Returns the differences that are allowed (config.FREE_ON_RESUME). Raises ConfigError with
-    the differences that are not.
+    Returns the differences that are allowed: config.FREE_ON_RESUME and, for a run whose newest
+    checkpoint is that of `step` (0: none), its length where the schedule allows it. Raises
+    ConfigError with the differences that are not.
     """
-    free = []
+    changes = []
     if (Path(run) / "config.json").exists():
-        changes = config.differences(load_run(run), cfg)
-        free = [change for change in changes if config.FREE_ON_RESUME.fullmatch(change[0])]
-        if len(free) < len(changes):
+        old = load_run(run)
+        changes = config.differences(old, cfg)
+        held = {name for name, *_ in changes if not config.FREE_ON_RESUME.fullmatch(name)}
+        problem = "its length can't change here"
+        if step is not None:
+            problem = horizon.length_problem(old, cfg, held, step)
+        if held and problem:
             lines = [f"  {name}: {old!r} there, {new!r} here" for name, old, new in changes]
             raise ConfigError(
-                f"{run} holds a run of another config:\n" + "\n".join(lines) + "\n"
+                f"{run} holds a run of another config:\n" + "\n".join(lines) + f"\n{problem};\n"
                 f"choose another --run, or start from its parameters by "
                 f"--config.init.from_run={run}"
             )
     write_text(Path(run) / "config.json", config.to_json(cfg))
-    return free
+    return changes
 
 
 @contextmanager

@@ -12,9 +12,10 @@ from ml_collections import ConfigDict
 
 from nanojaxgpt import checkpoint, optim, sharding
 from nanojaxgpt.data.rows import Batch
+from nanojaxgpt.horizon import decay_begin
 from nanojaxgpt.loss import loss_sum
 from nanojaxgpt.model import ModelConfig, Multipliers, Transformer, init_params
-from nanojaxgpt.optim import Hyper
+from nanojaxgpt.schedules import Hyper, learning_rate
 
 # In the order of model.Multipliers.
 MULTIPLIERS = ("embed_multiplier", "attention_multiplier", "logit_multiplier")
@@ -26,7 +27,8 @@ class TrainState(NamedTuple):
     """All that training carries from step to step; `step` counts the updates done.
 
     `params` are what is evaluated and sampled. Where they are an average, the parameters that
-    the optimizer moves are in its state, see optim.average.
+    the optimizer moves are in its state, see optim.average; where they are stored in less than
+    float32, their float32 copy is, see optim.Master.
     """
 
     step: jax.Array
@@ -62,6 +64,7 @@ def make_hyper(cfg: ConfigDict) -> dict[str, Any]:
     """
     numbers = {k: v for k, v in cfg.optim.items() if isinstance(v, int | float)}
     numbers |= {"num_steps": cfg.train.num_steps, "z_loss": cfg.train.z_loss}
+    numbers["decay_begin"] = decay_begin(cfg)
     numbers |= {name: cfg.model[name] for name in MULTIPLIERS}
     hyper: dict[str, Any] = {name: np.float32(value) for name, value in numbers.items()}
     entries = optim.rate_multipliers(cfg.optim.rate_multipliers, cfg.optim.optimizer, 1)
@@ -92,7 +95,8 @@ def first_state(cfg: ConfigDict, params: Any) -> TrainState:
     """Return the state at step 0 of these parameters, boxed like them or plain like them."""
     name, ema = cfg.optim.optimizer, cfg.optim.ema_decay > 0
     optimizer = optim.make_optimizer(name, make_hyper(cfg), 0.0, "", ema=ema)
-    return TrainState(jnp.int32(0), params, optimizer.init(params), optim.init_recent())
+    opt_state = optim.init_state(optimizer, params)
+    return TrainState(jnp.int32(0), params, opt_state, optim.init_recent())
 
 
 def make_train_step(
@@ -122,20 +126,23 @@ def make_train_step(
         weight = jnp.maximum(jnp.sum(batch.weights_BT), 1e-9)
         norm = optax.global_norm(grads) / weight
         scale = optim.clip_factor(norm, hyper["clip_norm"]) / weight
-        grads = jax.tree.map(lambda grad: grad * scale.astype(grad.dtype), grads)
-        rate = optim.learning_rate(schedule, state.step, hyper)
+        grads = jax.tree.map(lambda grad: grad * scale, grads)
+        rate = learning_rate(schedule, state.step, hyper)
         optimizer = optim.make_optimizer(name, hyper, rate, decay_pattern, multipliers, ema)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        weights, inner = optim.split_master(state.params, state.opt_state)
+        updates, new_inner = optimizer.update(grads, inner, weights)
+        new_weights = optax.apply_updates(weights, updates)
         limit = state.recent.norm_limit(hyper["spike_factor"])
         made = jnp.isfinite(loss) & jnp.isfinite(norm) & (norm <= limit)
+
         # Number by number, this is part of the update's own pass over the state; to leave out the
         # whole update for one overflow took a second and a third (1.02x to 1.07x of a step on CPU).
-        params, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(made & jnp.isfinite(new), new, old),
-            (params, opt_state),
-            (state.params, state.opt_state),
-        )
+        def keep_finite(new: jax.Array, old: jax.Array, stored: jax.Array) -> jax.Array:
+            return jnp.where(made & jnp.isfinite(new.astype(stored.dtype)), new, old)
+
+        weights = jax.tree.map(keep_finite, new_weights, weights, state.params)
+        inner = jax.tree.map(keep_finite, new_inner, inner, inner)
+        params, opt_state = optim.join_master(weights, inner, state.params)
         recent = state.recent.remember(norm, made)
         numbers = {"loss": loss / weight, "grad_norm": norm, "learning_rate": rate}
         numbers |= {"norm_limit": limit, "skipped": recent.skipped}
@@ -147,10 +154,13 @@ def make_train_step(
 def accumulate(
     loss_fn: LossFn, params: Any, batch: Batch, hyper: Hyper, rng: jax.Array, parts: int
 ) -> tuple[jax.Array, Any]:
-    """Return loss and gradient sums over the batch, made in `parts` micro-batches."""
+    """Return loss and gradient sums over the batch, float32, made in `parts` micro-batches.
+
+    Each micro-batch's gradient has the dtype of the parameters.
+    """
     value_and_grad = jax.value_and_grad(loss_fn)
     if parts == 1:
-        return value_and_grad(params, batch, hyper, rng)
+        return optim.cast_float32(value_and_grad(params, batch, hyper, rng))
 
     def split(x: jax.Array) -> jax.Array:
         # Rows are dealt out like cards, so that each device's rows stay on that device.
@@ -162,7 +172,7 @@ def accumulate(
         found = value_and_grad(params, micro, hyper, jax.random.fold_in(rng, index))
         return jax.tree.map(jnp.add, total, found), None
 
-    zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
+    zero = optim.cast_float32((jnp.float32(0), jax.tree.map(jnp.zeros_like, params)))
     return jax.lax.scan(add, zero, (jax.tree.map(split, batch), jnp.arange(parts)))[0]
 
 

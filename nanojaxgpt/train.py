@@ -13,8 +13,8 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from nanojaxgpt import checkpoint, memory, metrics, sharding
-from nanojaxgpt.config import cache_dir
-from nanojaxgpt.data.loader import Data, fetch_ahead, open_data
+from nanojaxgpt.branch import branch_state
+from nanojaxgpt.data.loader import Data, fetch_ahead, prepare_data
 from nanojaxgpt.data.rows import (
     Batch,
     Ramp,
@@ -24,9 +24,9 @@ from nanojaxgpt.data.rows import (
     make_train_rows,
     read_batch,
 )
-from nanojaxgpt.data.sources import DataConfig
 from nanojaxgpt.errors import ConfigError, DataError
 from nanojaxgpt.evaluate import evaluate, make_eval_step
+from nanojaxgpt.horizon import warmup_warning
 from nanojaxgpt.hosts.joining import preflight
 from nanojaxgpt.hosts.process import StopRequest, stop_signals
 from nanojaxgpt.hosts.team import ALONE, Team
@@ -49,25 +49,27 @@ from nanojaxgpt.step import (  # noqa: F401 - what a job is made of is found her
 
 
 def resolve(cfg: ConfigDict, data: Data) -> ConfigDict:
-    """Return the config with the vocabulary that the tokenizer gives. Raises ConfigError."""
+    """Return the config with the tokenizer and its vocabulary. Raises ConfigError.
+
+    data.tokenizer stays "" where the tokenizer of init.from_run is inherited, unless that is bytes.
+    """
     cfg, size = cfg.copy_and_resolve_references(), data.tokenizer.vocab_size
+    if not cfg.init.from_run or data.tokenizer.kind in ("bytes", "words"):
+        cfg.data.tokenizer = cfg.data.tokenizer or "bytes"
     if 0 < cfg.model.vocab_size < size:
         raise ConfigError(f"model.vocab_size={cfg.model.vocab_size}, but the tokenizer has {size}")
     cfg.model.vocab_size = cfg.model.vocab_size or size
     return cfg.lock()
 
 
-def prepare_data(cfg: ConfigDict, report: Callable[[str], None]) -> Data:
-    """Return the data of the config, tokenized now where it is not there yet."""
-    return open_data(DataConfig(**cfg.data), cache_dir(cfg), report)
-
-
-def prepare_together(cfg: ConfigDict, report: Callable[[str], None], team: Team) -> Data:
+def prepare_together(
+    cfg: ConfigDict, report: Callable[[str], None], team: Team, run: Path | None = None
+) -> Data:
     """Return the data, prepared by process 0 before the others open it, or make their own copy.
 
     Raises DataError on all hosts where one has other data.
     """
-    data = team.first_then_all(lambda: prepare_data(cfg, report), "to prepare the data")
+    data = team.first_then_all(lambda: prepare_data(cfg, report, run), "to prepare the data")
     if others := team.differing(data.identity):
         raise DataError(f"the corpus or its tokenizer is another one on {others} than on host 0")
     return data
@@ -146,8 +148,9 @@ def start_state(
 ) -> TrainState:
     """Return the state to go on from.
 
-    1. This run's newest good checkpoint. 2. The parameters of another run (init.from_run).
-    3. Pretrained weights, when there is a reader for them. 4. From scratch, by train.seed.
+    1. This run's newest good checkpoint. 2. The parameters of another run (init.from_run), or its
+    whole state (init.state=all). 3. Pretrained weights, when there is a reader for them. 4. From
+    scratch, by train.seed.
     """
     folder = Path(run) / "checkpoints"
     found = checkpoint.restore(folder, job.abstract.items(), report=report, team=team)
@@ -156,6 +159,8 @@ def start_state(
         team.decide(lambda: checkpoint.set_aside(folder, step))
         report(f"going on from step {step}")
         return TrainState(jax.device_put(np.int32(step), job.shardings.step), **items)
+    if job.cfg.init.state == "all":
+        return branch_state(job, report, team)
     if job.cfg.init.from_run:
         other, model_cfg = Path(job.cfg.init.from_run), ModelConfig(**job.cfg.model)
         step, params = checkpoint.load_params(
@@ -184,7 +189,8 @@ def fit(
         report = ignore
     with stop_signals() as stop, own_run(run) if team.first else nullcontext():
         preflight(team, cfg, run)
-        state = train_job(open_job(cfg, loss_fn, report, team), run, stop, report, team)
+        job = open_job(cfg, loss_fn, report, team, run)
+        state = train_job(job, run, stop, report, team)
         if team.first:
             metrics.plot_losses(metrics.read_metrics(run), run / "loss.png", run.name)
         return state
@@ -199,15 +205,20 @@ def open_job(
     loss_fn: LossFn | None = None,
     report: Callable[[str], None] = print,
     team: Team = ALONE,
+    run: Path | None = None,
 ) -> Job:
-    """Return the job of a config, its data and its mesh opened. Raises ConfigError, DataError."""
-    data = prepare_together(cfg, report, team)
+    """Return the job of a config, its data and its mesh opened. Raises ConfigError, DataError.
+
+    `run` is the run directory, where the job is for one alone.
+    """
+    data = prepare_together(cfg, report, team, run)
     return make_job(resolve(cfg, data), data, sharding.make_mesh(cfg.mesh), loss_fn)
 
 
 def begin_run(job: Job, run: Path, report: Callable[[str], None]) -> None:
     """Write what identifies the run into its directory, or check it against what is there."""
-    for name, old, new in enter_run(run, job.cfg):
+    newest = max(checkpoint.saved_steps(run / "checkpoints"), default=0)
+    for name, old, new in enter_run(run, job.cfg, newest):
         report(f"changed since the run began: {name} {old!r} -> {new!r}")
     (run / "tokenizer").mkdir(exist_ok=True)
     job.data.tokenizer.save(run / "tokenizer")
@@ -216,6 +227,8 @@ def begin_run(job: Job, run: Path, report: Callable[[str], None]) -> None:
         report(f"changed since the run began: {change}")
     num_params = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(job.abstract.params))
     report(f"{run}: {num_params:,} parameters, {job.data.size}, {len(devices)} x {devices[0]}")
+    if warning := warmup_warning(job.cfg):
+        report(warning)
     ramp = train_ramp(job.cfg)
     if ramp.steps:
         sizes = ", ".join(f"{rows} from step {begin + 1}" for begin, rows in ramp.stages())

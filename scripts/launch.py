@@ -20,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 PREEMPTED = 75
+GRACE_SECONDS = 120  # to save, before a pod is killed
 ROOT = Path(__file__).resolve().parents[1]
 ARCHIVE = "nanojaxgpt.tar"
 VERBS = ("setup", "start", "status", "tail", "stop", "kill")
@@ -77,13 +78,14 @@ SBATCH = """\
 #SBATCH --job-name={name}
 #SBATCH --nodes={nodes}
 #SBATCH --ntasks-per-node=1
-#SBATCH --gpus-per-node={gpus}
+#SBATCH --gres=gpu:{gpus}
 #SBATCH --time={time}
 #SBATCH --signal=TERM@{signal_seconds}
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output={name}.log
-# One process has all GPUs of its node; jax would give it only the first.
+# One process has all GPUs of its node; jax would give it only the first. It counts them from 0,
+# which --gpus-per-task breaks: that shows each task a part of them under other numbers.
 export JAX_LOCAL_DEVICE_IDS={devices}
 cd {folder} || exit 1
 srun --kill-on-bad-exit=0 {train}
@@ -97,7 +99,7 @@ JOBSET = """\
 apiVersion: jobset.x-k8s.io/v1alpha2
 kind: JobSet
 metadata:
-  name: {name}
+  name: {name}{labels}
 spec:
   failurePolicy:
     maxRestarts: 1000
@@ -119,7 +121,7 @@ spec:
         template:
           spec:
             restartPolicy: Never
-            terminationGracePeriodSeconds: 120
+            terminationGracePeriodSeconds: {grace}
             nodeSelector:
               cloud.google.com/gke-tpu-accelerator: {accelerator}
               cloud.google.com/gke-tpu-topology: {topology}
@@ -135,6 +137,12 @@ spec:
             - name: shared
               persistentVolumeClaim: {{claimName: {claim}}}
 """
+
+
+# Kueue admits a JobSet that names one of its queues; without the label it starts at once.
+QUEUE = """
+  labels: {{kueue.x-k8s.io/queue-name: {queue}}}"""
+PLACE = ("project", "location", "cluster", "queue")  # gcluster keeps those that are left out
 
 
 def train_command(args: argparse.Namespace, *flags: str) -> Command:
@@ -199,17 +207,20 @@ def slurm(args: argparse.Namespace) -> str:
 
 
 def gke(args: argparse.Namespace) -> str:
-    """Return the JobSet's manifest, after the line that does the same by XPK."""
-    line = shlex.join(
-        [
-            "xpk", "workload", "create", f"--workload={args.name}", f"--cluster={args.cluster}",
-            f"--tpu-type={args.tpu_type}", f"--docker-image={args.image}", "--max-restarts=1000",
-            f"--command={shlex.join(train_command(args))}",
-        ]
-    )  # fmt: skip
+    """Return the JobSet's manifest, after the line that has Cluster Toolkit make one of its own."""
+    words = ["gcluster", "job", "submit", f"--name={args.name}"]
+    words += [f"--{key}={value}" for key in PLACE if (value := getattr(args, key))]
+    words += [
+        f"--image={args.image}", f"--compute-type={args.compute_type}",
+        f"--topology={args.topology}", f"--mount={args.claim};/shared;rw",
+        "--restarts=0", f"--restart-on-exit-codes={PREEMPTED}", f"--grace-period={GRACE_SECONDS}s",
+        f"--command={shlex.join(train_command(args))}", f"--dry-run-out={args.name}.yaml",
+    ]  # fmt: skip
     settings = vars(args) | {"command": train_command(args)}
     quoted = {key: json.dumps(value) for key, value in settings.items()}  # JSON is YAML too
-    return "# " + line.replace("\n", "\n# ") + "\n" + JOBSET.format(**quoted, preempted=PREEMPTED)
+    quoted["labels"] = QUEUE.format(**quoted) if args.queue else ""
+    line = shlex.join(words).replace("\n", "\n# ")
+    return f"# {line}\n" + JOBSET.format(**quoted, preempted=PREEMPTED, grace=GRACE_SECONDS)
 
 
 def run_stages(stages: list[list[Command]]) -> int:
@@ -281,8 +292,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     slurm.add_argument("--signal_seconds", type=int, default=120, help="to save, before the end")
     gke.add_argument("--hosts", type=int, required=True)
     gke.add_argument("--chips", type=int, default=4, help="of each host")
+    gke.add_argument("--queue", default="", help="of Kueue, where the cluster has it")
+    for name in ("project", "location", "cluster"):
+        gke.add_argument(f"--{name}", default="", help="of gcluster; default: its own config")
     for name, example in (
-        ("cluster", "my-cluster"), ("tpu_type", "v5litepod-16"), ("image", "REGISTRY/nanojaxgpt"),
+        ("compute_type", "ct5lp-hightpu-4t"), ("image", "REGISTRY/nanojaxgpt"),
         ("accelerator", "tpu-v5-lite-podslice"), ("topology", "4x4"), ("claim", "shared"),
     ):  # fmt: skip
         gke.add_argument(f"--{name}", required=True, help=f"such as {example}")

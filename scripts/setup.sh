@@ -1,25 +1,24 @@
 # Sourced by quickstart.sh and test.sh: a .venv with this package in it. Usage: . setup.sh [EXTRAS]
 #
 # Takes the newest Python from 3.12 on, for which jax still makes releases, else 3.11. Needs a
-# package index; does nothing twice. PYTHON names another interpreter, VENV another folder, and
-# PIP_CONSTRAINT, a variable of pip's own, a file of versions to keep to.
+# package index; does nothing twice. PYTHON=3.12 or PYTHON=/usr/bin/python3 names another one, VENV
+# another folder, and PIP_CONSTRAINT, pip's own variable, a file of versions to keep to.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 venv=${VENV:-.venv}
 
-# Prints the Pythons to try, best first. pyenv's are named by their paths, because its `python3.13`
-# on PATH may only say that the command is not found.
+# Prints the Pythons to try, best first. Those of pyenv are named by their paths too: its
+# `python3.13` on PATH may only say that the command is not found.
 pythons() {
-  if [ -n "${PYTHON:-}" ]; then
-    echo "$PYTHON"
-    return
-  fi
-  local minor
-  for minor in 14 13 12; do
-    echo "python3.$minor"
-    ls -d "${PYENV_ROOT:-$HOME/.pyenv}/versions/3.$minor".*/bin/python3 2>/dev/null | sort -rV
+  local version
+  for version in ${PYTHON:-3.14 3.13 3.12 3 3.11}; do
+    case $version in
+      3*) echo "python$version"
+          { ls -d "${PYENV_ROOT:-$HOME/.pyenv}"/versions/$version.*/bin/python3 || true; } \
+            2>/dev/null | sort -rV ;;
+      *) echo "$version" ;;
+    esac
   done
-  printf '%s\n' python3 python3.11
 }
 
 if [ ! -x "$venv/bin/python" ]; then

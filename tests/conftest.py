@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import textwrap
 from pathlib import Path
 
@@ -13,12 +14,19 @@ os.environ["XLA_FLAGS"] = (
     f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0 "
     "--xla_cpu_collective_call_terminate_timeout_seconds=600"
 )
+# What one process has compiled, the other workers and all child processes read.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    compiled = tempfile.TemporaryDirectory(prefix="nanojaxgpt-compiled-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import jax
 import numpy as np
 import pytest
 
 from nanojaxgpt.config import base_config, override_config
+from nanojaxgpt.data import shards
 from nanojaxgpt.data.sources import DataConfig
 from nanojaxgpt.model import ModelConfig
 from nanojaxgpt.sweep.claims import run_path
@@ -99,6 +107,22 @@ def write_trial(folder: Path, trial: Trial, loss: float, state: str = "finished"
 def corpus(tmp_path) -> Path:
     """Return a text file of 20,000 random words."""
     return write_corpus(tmp_path, 20_000)
+
+
+@pytest.fixture
+def ten_documents(tmp_path) -> str:
+    """Return a source of ten documents, each longer than the one before."""
+    folder = tmp_path / "documents"
+    folder.mkdir()
+    for number in range(10):
+        (folder / f"{number}.txt").write_text(f"é document {number}\n" * (number + 1))
+    return f"text:{folder}"
+
+
+@pytest.fixture
+def small_shards(monkeypatch) -> None:
+    """Close a shard as soon as it has 100 bytes of text."""
+    monkeypatch.setattr(shards, "SHARD_BYTES", 100)
 
 
 @pytest.fixture

@@ -376,11 +376,12 @@ def test_sample_prints_text_and_keeps_it(run, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        (["--prompt=" + "elm " * 10], USAGE, "the prompt has 40 tokens"),
-        (["--prompt="], USAGE, "the prompt has 0 tokens"),
+        (["--prompt="], USAGE, "no end token to start from"),
         (["--prompt=Z"], DATA, "'Z'"),
         (["--top_p=2"], USAGE, "sample.top_p=2.0"),
         (["--seed=x"], USAGE, "sample.seed='x'"),
+        (["--end_ids=99"], USAGE, "sample.end_ids holds 99"),
+        (["--config.sample.stop=('',)"], USAGE, "sample.stop holds an empty string"),
         (["--step=3"], CHECKPOINT, "no checkpoint of step 3"),
     ],
 )

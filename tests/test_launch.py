@@ -9,6 +9,7 @@ import sys
 import time
 
 import pytest
+import yaml
 from conftest import ROOT
 from test_hosts import free_address
 
@@ -134,22 +135,48 @@ def test_batch_script(capfd):
     out = printed(
         capfd, "slurm", "start", "job", "--nodes=4", "--gpus=2", "--time=1:00", train=TRAIN
     )
-    for line in ("--nodes=4", "--gpus-per-node=2", "--time=1:00", "--signal=TERM@120", "--requeue"):
+    for line in ("--nodes=4", "--gres=gpu:2", "--time=1:00", "--signal=TERM@120", "--requeue"):
         assert f"#SBATCH {line}\n" in out
     assert "JAX_LOCAL_DEVICE_IDS=0,1\n" in out
+    assert not [line for line in out.split("\n") if line.startswith("#SBATCH --gpus")]
     assert subprocess.run(["bash", "-n", "-c", out]).returncode == 0
 
 
+GKE = ["--compute_type=ct5lp-hightpu-4t", "--image=r/i:1", "--accelerator=t", "--topology=4x4",
+       "--claim=s", "--hosts=4"]  # fmt: skip
+
+
 def test_manifest(capfd):
-    options = ["--cluster=c", "--tpu_type=v5litepod-16", "--image=r/i:1", "--accelerator=t",
-               "--topology=4x4", "--claim=s", "--hosts=4"]  # fmt: skip
-    out = printed(capfd, "gke", "start", "job", *options, train=TRAIN)
+    out = printed(capfd, "gke", "start", "job", *GKE, train=TRAIN)
     command = next(line for line in out.split("\n") if line.strip().startswith("command:"))
     assert json.loads(command.split(":", 1)[1]) == ["nanojaxgpt", "train", "--multihost", *TRAIN]
-    assert "# xpk workload create --workload=job --cluster=c --tpu-type=v5litepod-16" in out
-    manifest = [line for line in out.split("\n") if not line.startswith("#")]
-    assert "        parallelism: 4" in manifest
-    assert "            onExitCodes: {operator: NotIn, values: [75]}" in manifest
+    manifest = yaml.safe_load(out)
+    assert manifest["metadata"] == {"name": "job"}
+    job = manifest["spec"]["replicatedJobs"][0]["template"]["spec"]
+    assert job["parallelism"] == job["completions"] == 4
+    (rule,) = job["podFailurePolicy"]["rules"]
+    assert rule["onExitCodes"] == {"operator": "NotIn", "values": [75]}
+    queued = yaml.safe_load(printed(capfd, "gke", "start", "job", *GKE, "--queue=q", train=TRAIN))
+    assert queued["metadata"].pop("labels") == {"kueue.x-k8s.io/queue-name": "q"}
+    assert queued == manifest
+
+
+# Flags of `gcluster job submit`, as cmd/job/submit.go of Cluster Toolkit declares them.
+GCLUSTER = {"name", "project", "location", "cluster", "queue", "image", "compute-type", "topology",
+            "mount", "restarts", "restart-on-exit-codes", "grace-period", "command",
+            "dry-run-out"}  # fmt: skip
+
+
+def test_cluster_toolkit_gets_the_same_job(capfd):
+    out = printed(capfd, "gke", "start", "job", *GKE, "--cluster=c", "--queue=q", train=TRAIN)
+    lines = [line.removeprefix("# ") for line in out.split("\n") if line.startswith("# ")]
+    gcluster, job, submit, *flags = shlex.split("\n".join(lines))
+    assert (gcluster, job, submit) == ("gcluster", "job", "submit")
+    given = dict(flag.removeprefix("--").split("=", 1) for flag in flags)
+    assert given.keys() == GCLUSTER - {"project", "location"}  # which its own config has
+    assert shlex.split(given["command"]) == ["nanojaxgpt", "train", "--multihost", *TRAIN]
+    assert given["dry-run-out"] == "job.yaml"
+    assert (given["restarts"], given["restart-on-exit-codes"]) == ("0", "75")
 
 
 def test_workers_of_a_sweep_know_nothing_of_each_other(capfd):

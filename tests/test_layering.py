@@ -1,43 +1,53 @@
-"""The house's floors: who may import whom, how long a function may be, what the public ones say."""
+"""Which module may import which, how long a function may be, and what the public ones document."""
 
 import ast
+from collections.abc import Callable
 from pathlib import Path
 
-import pytest
 from conftest import ROOT
 
 PACKAGE = "nanojaxgpt"
-FLOORS = {
+# A module imports only modules of its own layer and of lower ones.
+LAYERS = {
     0: {"", "errors", "names", "checks", "model", "attention", "loss", "optim", "sharding",
         "data.tokenizers", "data.subwords", "projection", "probe", "scaling", "data.rows",
-        "data.tasks", "sweep", "sweep.space", "rehearse.chips", "rehearse.collectives"},
+        "data.tasks", "sweep",
+        "sweep.space", "rehearse.chips", "rehearse.collectives", "schedules",
+        "matrices", "commands"},
     1: {"config", "rundir", "arguments", "hosts", "hosts.process", "hosts.lifeline", "hosts.team",
         "hosts.joining", "hosts.watchdog", "checkpoint", "metrics", "sample", "evaluate", "data",
         "data.sources", "data.sources.documents", "data.sources.files", "data.sources.stdlib",
         "data.sources.download", "data.sources.parquet", "data.sources.tfds",
         "data.sources.builders", "data.sources.hub",
-        "data.shards", "data.store", "data.packing", "data.loader", "data.show"},
+        "data.shards", "data.manifests", "data.exactness", "data.store",
+        "data.packing", "data.loader", "data.show", "horizon",
+        "text_stream"},
     2: {"train", "coordcheck", "sweep.plan", "sweep.claims", "sweep.launch", "sweep.together",
         "sweep.run", "sweep.report", "sweep.results", "sweep.plots", "sweep.search",
         "sweep.slurm", "sweep.verb",
         "rehearse", "rehearse.flops", "rehearse.targets", "rehearse.estimate", "rehearse.step",
-        "rehearse.search", "rehearse.report", "step", "loop", "memory", "paper", "reproduce"},
+        "rehearse.search", "rehearse.report", "step", "loop", "memory", "paper", "reproduce",
+        "branch", "commands.sample"},
     3: {"__main__"},
 }  # fmt: skip
-FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
+LAYER = {name: layer for layer, names in LAYERS.items() for name in names}
+# A mistake in a config is reported before jax is imported, so these import it only in functions.
+EARLY = {"", "__main__", "arguments", "checks", "config", "errors", "horizon", "names", "paper"}
+EARLY |= {"rundir"} | {f"sweep.{name}" for name in ("space", "plan", "claims", "launch")}
 NO_JAX = ("jax", "jaxlib", "flax", "optax", "orbax")
 TFDS = {"data.sources.tfds", "data.sources.builders"}
 MAX_LINES = 80
-TABLES = {"base_config"}  # a list of fields with a comment each, not a course of action
+TABLES = {"base_config"}  # a list of fields with a comment each, not control flow
 
 
-def room(path: Path) -> str:
+def module_name(path: Path) -> str:
+    """Return "a.b" for nanojaxgpt/a/b.py, and "" for the package itself."""
     parts = path.relative_to(ROOT / PACKAGE).with_suffix("").parts
     return ".".join(part for part in parts if part != "__init__")
 
 
-ROOMS = {room(path): path for path in sorted((ROOT / PACKAGE).rglob("*.py"))}
-TREES = {name: ast.parse(path.read_text()) for name, path in ROOMS.items()}
+PATHS = {module_name(path): path for path in sorted((ROOT / PACKAGE).rglob("*.py"))}
+TREES = {name: ast.parse(path.read_text()) for name, path in PATHS.items()}
 
 
 def imported(tree: ast.AST) -> set[str]:
@@ -52,29 +62,40 @@ def imported(tree: ast.AST) -> set[str]:
     return names
 
 
-def top(tree: ast.Module) -> ast.Module:
-    """Return what runs as a module is imported, without its functions and classes."""
+def packages(names: set[str]) -> set[str]:
+    """Return the top-level packages of imported names."""
+    return {name.split(".")[0] for name in names}
+
+
+def top_level(tree: ast.Module) -> ast.Module:
+    """Return the statements that run on import, without functions and classes."""
     kept = [n for n in tree.body if not isinstance(n, ast.FunctionDef | ast.ClassDef)]
     return ast.Module(kept, [])
 
 
-def rooms_used(tree: ast.AST) -> set[str]:
-    """Return the rooms of the package that a module imports."""
+def modules_used(tree: ast.AST) -> set[str]:
+    """Return the modules of the package that a module imports."""
     found = set()
     for name in imported(tree):
         parts = name.split(".")
         if parts[0] != PACKAGE:
             continue
-        inside = [".".join(parts[1:size]) for size in range(len(parts), 0, -1)]
-        found.add(next(candidate for candidate in inside if candidate in ROOMS))
+        prefixes = [".".join(parts[1:size]) for size in range(len(parts), 0, -1)]
+        found.add(next(prefix for prefix in prefixes if prefix in PATHS))
     return found
 
 
-USES = {name: rooms_used(tree) - {name} for name, tree in TREES.items()}
+USES = {name: modules_used(tree) - {name} for name, tree in TREES.items()}
+
+
+def offenders(check: Callable[[str, ast.Module], object]) -> dict[str, object]:
+    """Return {module: what `check` found}, for the modules where it found something."""
+    found = {name: check(name, tree) for name, tree in TREES.items()}
+    return {name: problem for name, problem in found.items() if problem}
 
 
 def cycle(uses: dict[str, set[str]]) -> list[str]:
-    """Return rooms that import each other in a circle, or nothing."""
+    """Return modules on an import cycle or depending on one; empty if there is none."""
     left = {name: set(used) for name, used in uses.items()}
     while free := [name for name, used in left.items() if not used & left.keys()]:
         for name in free:
@@ -82,82 +103,80 @@ def cycle(uses: dict[str, set[str]]) -> list[str]:
     return sorted(left)
 
 
-def test_every_room_has_a_floor():
-    new = set(ROOMS) - set(FLOOR)
-    assert not new, f"give {new} a floor in this test"
-    assert not set(FLOOR) - set(ROOMS)
+def test_every_module_has_a_layer():
+    new = set(PATHS) - set(LAYER)
+    assert not new, f"add {new} to LAYERS in this file"
+    assert not set(LAYER) - set(PATHS), "LAYERS names modules that do not exist"
 
 
-@pytest.mark.parametrize("name", ROOMS)
-def test_rooms_import_from_no_higher_floor(name):
-    higher = {used for used in USES[name] if FLOOR[used] > FLOOR[name]}
-    assert not higher, f"{name} (floor {FLOOR[name]}) imports {higher}"
+def test_no_module_imports_from_a_higher_layer():
+    assert not offenders(lambda name, _: {u for u in USES[name] if LAYER[u] > LAYER[name]})
 
 
-def test_no_rooms_import_each_other():
+def test_there_are_no_import_cycles():
     assert cycle({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}, "e": set()}) == list("abcd")
     assert USES["train"] >= {"model", "checkpoint", "data.loader", "loop", "step"}
     assert cycle(USES) == []
 
 
-EARLY = {"", "__main__", "arguments", "checks", "config", "errors", "names", "rundir", "paper"} | {
-    f"sweep.{name}" for name in ("space", "plan", "claims", "launch")
-}
+def test_config_errors_come_before_jax_is_imported():
+    def jax_on_import(name: str, _: ast.Module) -> list[str]:
+        if name not in EARLY and not name.startswith(("data", "hosts")):
+            return []
+        seen, waiting = set(), [name]
+        while waiting:
+            current = waiting.pop()
+            seen.add(current)
+            waiting += modules_used(top_level(TREES[current])) - seen
+        return [used for used in seen if packages(imported(top_level(TREES[used]))) & set(NO_JAX)]
+
+    assert not offenders(jax_on_import)
 
 
-@pytest.mark.parametrize(
-    "name", [n for n in ROOMS if n in EARLY or n.startswith(("data", "hosts"))]
-)
-def test_these_rooms_answer_before_jax_is_imported(name):
-    seen, waiting = set(), [name]
-    while waiting:
-        current = waiting.pop()
-        seen.add(current)
-        tree = top(TREES[current])
-        assert not {n for n in imported(tree) if n.split(".")[0] in NO_JAX}, current
-        waiting += rooms_used(tree) - seen
+def test_experiments_do_not_import_jax():
+    begins = {f"{PACKAGE}.{n}" for n in ("config.base_config", "config.load_experiment")}
+    begins.add(f"{PACKAGE}.paper.Paper")
+    for path in sorted((ROOT / "experiments").rglob("*.py")):
+        # A paper's measures may import it when they run.
+        names = imported(top_level(ast.parse(path.read_text())))
+        assert names & begins, path
+        assert not packages(names) & set(NO_JAX), path
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "experiments").rglob("*.py")), ids=str)
-def test_experiments_import_no_jax(path):
-    names = imported(top(ast.parse(path.read_text())))  # a paper's measures may, when they run
-    begins = ("config.base_config", "config.load_experiment", "paper.Paper")
-    assert names & {f"{PACKAGE}.{name}" for name in begins}
-    assert not {name for name in names if name.split(".")[0] in NO_JAX}
+def test_no_other_framework_is_imported():
+    def other(name: str, tree: ast.Module) -> set[str]:
+        # TensorFlow Datasets runs without TensorFlow where it only reads.
+        outside = {"tensorflow_datasets"} if name not in TFDS else set()
+        return packages(imported(tree)) & ({"tensorflow", "torch", "tf", "clu"} | outside)
 
-
-@pytest.mark.parametrize("name", ROOMS)
-def test_one_framework(name):
-    roots = {imported_name.split(".")[0] for imported_name in imported(TREES[name])}
-    # Of TensorFlow Datasets only what runs without TensorFlow, and only where it is read.
-    outside = {"tensorflow_datasets"} if name not in TFDS else set()
-    assert not roots & ({"tensorflow", "torch", "tf", "clu"} | outside)
+    assert not offenders(other)
 
 
 def functions(tree: ast.AST) -> list[ast.FunctionDef]:
+    """Return every function of a module, nested ones and methods included."""
     return [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
 
 
-@pytest.mark.parametrize("name", ROOMS)
-def test_no_function_is_long(name):
-    long = {
-        f.name: f.end_lineno - f.lineno + 1
-        for f in functions(TREES[name])
-        if f.end_lineno - f.lineno >= MAX_LINES and f.name not in TABLES
-    }
-    assert not long
+def test_no_function_is_long():
+    def too_long(_: str, tree: ast.Module) -> dict[str, int]:
+        sizes = [(f.name, f.end_lineno - f.lineno + 1) for f in functions(tree)]
+        return {name: n for name, n in sizes if n > MAX_LINES and name not in TABLES}
+
+    assert not offenders(too_long)
 
 
-@pytest.mark.parametrize("name", ROOMS)
-def test_every_function_has_type_hints(name):
-    bare = set()
-    for function in functions(TREES[name]):
-        a = function.args
-        arguments = [*a.posonlyargs, *a.args, *a.kwonlyargs, *filter(None, [a.vararg, a.kwarg])]
-        untyped = {x.arg for x in arguments if not x.annotation} - {"self", "cls"}
-        if untyped or not function.returns:
-            bare.add(function.name)
-    assert not bare
+def test_every_function_has_type_hints():
+    def bare(_: str, tree: ast.Module) -> set[str]:
+        found = set()
+        for function in functions(tree):
+            a = function.args
+            arguments = [*a.posonlyargs, *a.args, *a.kwonlyargs, *filter(None, [a.vararg, a.kwarg])]
+            untyped = {x.arg for x in arguments if not x.annotation} - {"self", "cls"}
+            if untyped or not function.returns:
+                found.add(function.name)
+        return found
+
+    assert not offenders(bare)
 
 
 def public(tree: ast.Module) -> list[tuple[str, ast.AST]]:
@@ -170,14 +189,17 @@ def public(tree: ast.Module) -> list[tuple[str, ast.AST]]:
     return [(name, node) for name, node in found if not node.name.startswith("_")]
 
 
-@pytest.mark.parametrize("name", ROOMS)
-def test_everything_public_says_what_it_is(name):
-    tree = TREES[name]
-    assert ast.get_docstring(tree), "a module begins with one sentence of what goes in and out"
-    told = {full: ast.get_docstring(node) for full, node in public(tree)}
-    # What implements a Protocol is told there.
-    protocols = {n.name for n in tree.body if isinstance(n, ast.ClassDef)
-                 for base in n.bases if ast.unparse(base) == "Protocol"}  # fmt: skip
-    known = {full.split(".")[1] for full in told if full.split(".")[0] in protocols and "." in full}
-    silent = {full for full, text in told.items() if not text and full.split(".")[-1] not in known}
-    assert not silent
+def test_everything_public_has_a_docstring():
+    def undocumented(_: str, tree: ast.Module) -> set[str]:
+        if not ast.get_docstring(tree):
+            return {"the module"}
+        docs = {full: ast.get_docstring(node) for full, node in public(tree)}
+        # Implementations of a Protocol are documented there.
+        protocols = {n.name for n in tree.body if isinstance(n, ast.ClassDef)
+                     for base in n.bases if ast.unparse(base) == "Protocol"}  # fmt: skip
+        known = {full.split(".")[1] for full in docs
+                 if full.split(".")[0] in protocols and "." in full}  # fmt: skip
+        return {full for full, text in docs.items()
+                if not text and full.split(".")[-1] not in known}  # fmt: skip
+
+    assert not offenders(undocumented)

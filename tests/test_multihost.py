@@ -69,8 +69,6 @@ def start(tmp_path_factory):
             "PYTHONUNBUFFERED": "1",
             "JAX_PLATFORMS": "cpu",
             "JAX_NUM_CPU_DEVICES": str(4 // count),
-            "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
         process = subprocess.Popen(
             [*command, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,

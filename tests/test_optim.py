@@ -1,4 +1,4 @@
-"""Schedules at their corners, AdamW against its formula, decay and clipping."""
+"""Schedules at their ends, AdamW against its formula, decay and clipping."""
 
 import jax
 import jax.numpy as jnp
@@ -7,23 +7,24 @@ import optax
 import pytest
 
 from nanojaxgpt.checks import CHOICES
+from nanojaxgpt.config import base_config
 from nanojaxgpt.errors import ConfigError
 from nanojaxgpt.optim import (
     NORMS_NEEDED,
     OPTIMIZERS,
-    SCHEDULES,
     clip_factor,
     frozen_gradients,
     gradient_point,
     init_recent,
-    learning_rate,
     make_optimizer,
     path_mask,
     rate_multipliers,
 )
+from nanojaxgpt.schedules import SCHEDULES, learning_rate
+from nanojaxgpt.step import make_hyper
 
 HYPER = dict(
-    learning_rate=1.0, num_steps=100.0, warmup_steps=9.0, final_fraction=0.1, decay_fraction=0.2,
+    learning_rate=1.0, num_steps=100.0, warmup_steps=9.0, final_fraction=0.1, decay_begin=80.0,
     beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, independent_decay=0.0, ema_decay=0.0,
 )  # fmt: skip
 HYPER = {name: jnp.float32(value) for name, value in HYPER.items()}
@@ -39,12 +40,49 @@ def test_warmup_is_linear_and_then_the_schedule_begins_at_the_top(schedule):
     np.testing.assert_allclose(rates(schedule)[:10], np.arange(1, 11) / 10, rtol=1e-6)
 
 
-def test_schedules_end_where_they_say():
+# At the last of 100 steps, after 9 of warm-up, down to a tenth: cosine and linear are one step of
+# the 91 before their end.
+LAST = {
+    "cosine": 0.1 + 0.9 * (1 + np.cos(np.pi * 90 / 91)) / 2,
+    "linear": 0.1 + 0.9 / 91,
+    "constant": 1.0,
+    "inverse_sqrt": np.sqrt(10 / 100),
+    "wsd": 0.1,
+}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_every_schedule_at_its_first_and_its_last_step(schedule):
+    np.testing.assert_allclose(rates(schedule)[[0, 99]], [0.1, LAST[schedule]], rtol=1e-5)
+
+
+def test_schedules_in_between():
     assert rates("constant")[10:].tolist() == [1] * 91
     np.testing.assert_allclose(rates("cosine")[100], 0.1, rtol=1e-5)
     np.testing.assert_allclose(rates("linear")[[9, 100]], [1, 0.1], rtol=1e-5)
     np.testing.assert_allclose(rates("inverse_sqrt")[39], 0.5, rtol=1e-5)
-    np.testing.assert_allclose(rates("wsd")[[50, 80, 90, 100]], [1, 1, 0.55, 0.1], rtol=1e-5)
+    np.testing.assert_allclose(rates("wsd")[[50, 79, 89, 99]], [1, 1, 0.55, 0.1], rtol=1e-5)
+    assert rates("wsd")[10:80].tolist() == [1] * 70  # no bit less before its decay
+
+
+@pytest.mark.parametrize(
+    ("num_steps", "fraction", "expected"),
+    [
+        (10, 0.4, [1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25, 0]),
+        (4, 1.0, [0.75, 0.5, 0.25, 0]),
+        (3, 0.0, [1, 1, 1]),
+        (1000, 0.3, [1] * 700 + [1 - step / 300 for step in range(1, 301)]),
+    ],
+)
+def test_wsd_decays_over_whole_steps_to_the_last(num_steps, fraction, expected):
+    cfg = base_config().unlock()
+    cfg.train.num_steps, cfg.optim.decay_fraction = num_steps, fraction
+    cfg.optim.learning_rate, cfg.optim.warmup_steps, cfg.optim.final_fraction = 1.0, 0, 0.0
+    hyper = make_hyper(cfg)
+    found = [float(learning_rate("wsd", step, hyper)) for step in range(num_steps)]
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    begin = num_steps - round(num_steps * fraction)
+    assert found[:begin] == [1.0] * begin
 
 
 def test_cosine_is_nanogpts():
@@ -161,6 +199,106 @@ def test_muon_turns_each_layers_kernel_into_an_orthogonal_matrix_and_leaves_the_
     expected, _ = adam.update(rest, adam.init(rest), rest)
     np.testing.assert_allclose(found["embed_VD"], expected["embed_VD"], rtol=1e-6)
     np.testing.assert_allclose(found["layers"]["q_bias"], expected["q_bias"], rtol=1e-6)
+
+
+# Of Adafactor's test: each leaf's shape, and that of one matrix or vector in it.
+LEAVES = {
+    "layers/q_DNH": ((2, 6, 2, 4), (6, 8)),
+    "layers/o_NHD": ((2, 2, 4, 6), (8, 6)),
+    "layers/down_DF": ((2, 6, 16), (6, 16)),
+    "layers/q_bias": ((2, 2, 4), (8,)),
+    "embed_VD": ((9, 6), (9, 6)),
+    "norm_scale": ((6,), (6,)),
+}
+
+
+def as_tree(leaves: dict) -> dict:
+    """Return the tree of arrays by path."""
+    tree: dict = {"layers": {}}
+    for name, leaf in leaves.items():
+        (tree["layers"] if "/" in name else tree)[name.split("/")[-1]] = jnp.float32(leaf)
+    return tree
+
+
+def adafactor_numpy(weights: list, steps: list, rate: float, decay: float) -> list:
+    """Return arrays after Adafactor's steps, by its formulas in float64 (Shazeer 2018)."""
+    weights, moments = [w.astype(np.float64) for w in weights], [0.0] * len(weights)
+    for step, grads in enumerate(steps, 1):
+        fade = 1 - step**-0.8
+        for index, g in enumerate(np.float64(g) for g in grads):
+            square = g**2 + 1e-30
+            # The averages by row and column are those of the matrix of averages, as all is linear.
+            moments[index] = v = fade * moments[index] + (1 - fade) * square
+            if g.ndim == 2:
+                v = v.mean(1, keepdims=True) * v.mean(0, keepdims=True) / v.mean()
+            update = g / np.sqrt(v)
+            update /= max(1, np.sqrt(np.mean(update**2)))
+            weights[index] -= rate * (update + decay * weights[index])
+    return weights
+
+
+def adafactor_transformers(weights: list, steps: list, rate: float, decay: float) -> list:
+    """Return arrays after the steps of transformers' Adafactor, which others wrote."""
+    torch = pytest.importorskip("torch", reason="the oracle is transformers' Adafactor, in torch")
+    found = pytest.importorskip("transformers.optimization", reason="transformers is the oracle")
+    tensors = [torch.nn.Parameter(torch.tensor(w)) for w in weights]
+    optimizer = found.Adafactor(
+        tensors, lr=rate, weight_decay=decay,
+        relative_step=False, scale_parameter=False, warmup_init=False,
+    )  # fmt: skip
+    for grads in steps:
+        for tensor, grad in zip(tensors, grads, strict=True):
+            tensor.grad = torch.tensor(grad)
+        optimizer.step()
+    return [tensor.detach().numpy() for tensor in tensors]
+
+
+@pytest.mark.parametrize("oracle", [adafactor_numpy, adafactor_transformers])
+def test_adafactor_takes_each_layers_kernel_as_a_matrix(oracle):
+    chance = np.random.default_rng(0)
+
+    def draw(scale: float) -> dict:
+        return {
+            name: np.float32(scale * chance.normal(size=shape))
+            for name, (shape, _) in LEAVES.items()
+        }
+
+    def matrices(leaves: dict) -> list:
+        """Return the arrays apart, two of each leaf in layers."""
+        return [
+            part.reshape(LEAVES[name][1])
+            for name, leaf in leaves.items()
+            for part in (leaf if "/" in name else [leaf])
+        ]
+
+    first, steps = draw(1.0), [draw(scale) for scale in np.geomspace(0.01, 1, 20)]
+    for name, leaf in steps[9].items():
+        if "/" in name:
+            leaf[1] *= 30  # a spike of one layer must not shrink the other's update
+    params, state = as_tree(first), None
+    for grads in steps:
+        optimizer = make_optimizer("adafactor", HYPER, 0.1, ".")
+        state = state or optimizer.init(params)
+        updates, state = optimizer.update(as_tree(grads), state, params)
+        params = optax.apply_updates(params, updates)
+    flat = params["layers"] | params
+    found = {name: np.asarray(flat[name.split("/")[-1]]) for name in LEAVES}
+    expected = oracle(matrices(first), [matrices(grads) for grads in steps], 0.1, 0.1)
+    for ours, theirs, began in zip(matrices(found), expected, matrices(first), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+        assert np.abs(theirs - began).max() > 0.1
+
+
+def test_adafactors_state_is_a_row_and_a_column_for_each_matrix():
+    params = as_tree({name: np.zeros(shape) for name, (shape, _) in LEAVES.items()})
+    state = OPTIMIZERS["adafactor"](HYPER).init(params)
+    sizes = {name: np.prod(shape) for name, (shape, _) in LEAVES.items()}
+    sizes |= {"layers/q_DNH": 2 * (6 + 8), "layers/o_NHD": 2 * (8 + 6)}
+    sizes |= {"layers/down_DF": 2 * (6 + 16), "embed_VD": 9 + 6}
+    assert sum(leaf.size for leaf in jax.tree.leaves(state)) == 1 + sum(sizes.values())
+    largest = as_tree({"layers/q_DNH": np.zeros((2, 160, 4, 40))})
+    sizes = [leaf.size for leaf in jax.tree.leaves(OPTIMIZERS["adafactor"](HYPER).init(largest))]
+    assert sorted(sizes) == [1, 2 * 160, 2 * 160]
 
 
 def test_multipliers_scale_and_freeze_paths():

@@ -1,6 +1,7 @@
 """The papers' criteria: a prototype's figures pass, a feature that does nothing fails."""
 
 import functools
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -114,8 +115,8 @@ def test_wsd_without_its_cooldown_fails():
     paper = module("wsd").get_paper()
 
     def judged(**best):
-        rows = {arm.name: [[9, best[arm.name], 9]] * 3 for arm in paper.arms}
-        runs = {arm.name: fake(arm, rows[arm.name]) for arm in paper.arms}
+        arms = {arm.name: arm for arm in paper.arms}
+        runs = {name: fake(arms[name], [[9, loss, 9]] * 3) for name, loss in best.items()}
         for name in runs:
             before = 2.3 if name == "cosine" else 2.4
             for run in (run for row in runs[name] for run in row):
@@ -124,6 +125,30 @@ def test_wsd_without_its_cooldown_fails():
 
     assert judged(cosine=2.172, constant=2.21, wsd=2.122) == "PPP"
     assert judged(cosine=2.172, constant=2.21, wsd=2.21) == "FFP"
+
+
+def test_branched_cooldowns_that_are_none_fail():
+    paper = module("wsd").get_paper()
+    constant, wsd, branched = paper.arms[1:]
+
+    def judged(losses, whole=2.122):
+        """Return the verdicts on losses of 200, 300 and 500 steps, at the middle rate."""
+        runs = {
+            "constant": fake(constant, [[9, 2.21, 9]] * 3),
+            "wsd": fake(wsd, [[9, whole, 9]] * 3),
+            "branched": fake(branched, [[9, 9, 9, *losses, 9, 9, 9]] * 3),
+        }
+        for row in runs["constant"]:
+            for index, run in enumerate(row):
+                at_200, at_300 = (2.6, 2.4) if index == 1 else (9, 9)
+                run.records.append({"step": 200, "validation_loss": at_200})
+                run.records.append({"step": 300, "validation_loss": at_300})
+        return verdicts(replace(paper, claims=paper.claims[3:]), runs)
+
+    assert judged([2.5, 2.3, 2.122]) == "PP"
+    assert judged([2.5, 2.41, 2.122]) == "PF"
+    assert judged([2.5, 2.3, 2.15]) == "FP"
+    assert judged([None, 2.3, 2.122]) == "PF"
 
 
 def test_muon_that_is_adam_fails():

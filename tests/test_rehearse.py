@@ -73,6 +73,13 @@ def test_exact_bytes_are_those_of_real_shards(shape, eight):
     assert memory.optimizer == on_first_device((state.step, state.opt_state))
     assert 2 * memory.parameters < memory.optimizer < 2 * memory.parameters + 100
     assert memory.batch == 3 * 16 * 16 * 4 // 8 * (2 if "mesh.tensor" in shape else 1)
+    stored = {"model.param_dtype": "bfloat16", "train.accumulation_steps": "2"}
+    half = search.exact_memory(config(**shape | stored).unlock(), eight)
+    assert 2 * half.parameters == memory.parameters
+    assert half.optimizer == memory.optimizer + memory.parameters  # a float32 master copy
+    assert half.gradients == memory.gradients  # the micro-batches' sum
+    one = stored | {"train.accumulation_steps": "1"}
+    assert search.exact_memory(config(**shape | one).unlock(), eight).gradients == half.parameters
 
 
 STEPS = {

@@ -14,9 +14,19 @@ from matplotlib.figure import Figure
 
 from nanojaxgpt import sharding
 from nanojaxgpt.__main__ import main
-from nanojaxgpt.config import base_config, override_config
+from nanojaxgpt.config import base_config, load_module, override_config
 from nanojaxgpt.errors import ConfigError, Stopped
-from nanojaxgpt.paper import Arm, Claim, Paper, Plot, Run, first_seeds, load_paper, verdict
+from nanojaxgpt.paper import (
+    Arm,
+    Claim,
+    Paper,
+    Plot,
+    Run,
+    first_seeds,
+    load_paper,
+    paper_problems,
+    verdict,
+)
 from nanojaxgpt.reproduce import draw_curves, measure, reproduce, save, to_markdown
 from nanojaxgpt.sweep import run
 from nanojaxgpt.sweep.space import choice, zip_
@@ -181,6 +191,58 @@ def test_arms_share_programs_and_one_that_diverges_is_kept(tiny, tmp_path, monke
     assert "![loss by rate](rates.png)" in text
     assert len(seen[0][1]) == 2  # seeds, a list of points each
     assert [run.cfg.optim.learning_rate for run in seen[0][1][0]] == [1e-3, 1e30]
+
+
+def test_the_wsd_papers_cooldowns_branch_from_its_constant_runs(tiny, tmp_path, monkeypatch):
+    """The paper's file with a small model and twenty steps, one seed, without the cosine."""
+    wsd = load_module(str(ROOT / "experiments" / "papers" / "wsd.py"))
+    numbers = dict(NUM_STEPS=20, LENGTHS=(10, 20), RATES=(1e-3, 2e-3), WARMUP=2)
+    for name, value in numbers.items():
+        monkeypatch.setattr(wsd, name, value)
+    small = {
+        f"{section}.{name}": str(value)
+        for section in ("data", "model", "mesh")
+        for name, value in tiny.arms[0].config[section].items()
+    }
+    small |= {"train.batch_size": "8", "eval.num_batches": "1", "eval.batch_size": "8"}
+    paper = first_seeds(wsd.get_paper(), 1)
+    arms = [replace(a, config=override_config(a.config, small)) for a in paper.arms[1:]]
+    paper = replace(paper, claims=paper.claims[2:], arms=tuple(arms), tokens="")
+    assert paper_problems(paper) == []
+    found, said = reproduce(paper, tmp_path, lambda _: None), []
+    assert [result.mean for result in found.results[:2]] == [0, 0]
+    assert math.isfinite(found.results[2].mean)
+    (branched,), (constant,) = found.runs["branched"], found.runs["constant"]
+    assert [run.cfg.init.step for run in branched] == [8, 16, 8, 16]
+    origins = [run.cfg.init.from_run for run in branched]
+    assert origins == [str(run.path) for run in constant for _ in range(2)]
+    assert [min(r["step"] for r in run.records if "loss" in r) for run in branched] == [
+        10, 20, 10, 20
+    ]  # fmt: skip
+    again = reproduce(paper, tmp_path, said.append)
+    assert [result.measured for result in again.results] == [r.measured for r in found.results]
+    assert not any("finished" in line for line in said)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, ""),
+        ({"branch_of": "plane"}, "no arm plane; did you mean plain"),
+        ({"seeds": (3, 5)}, "has seeds that 'plain' does not have"),
+        ({"space": choice("init.step", 4, 5)}, "init.step=4, and 'plain' keeps no checkpoint"),
+        ({"space": choice("init.step", 0)}, "init.step=0, and 'plain' keeps no checkpoint"),
+    ],
+)
+def test_a_branch_of_what_is_not_there_is_refused(changes, words, tiny):
+    kept = {"checkpoint.every_steps": "5", "checkpoint.keep_every_steps": "5"}
+    plain = replace(tiny.arms[0], config=override_config(tiny.arms[0].config, kept))
+    branch = Arm("branch", plain.config, (3,), choice("init.step", 5, 10), branch_of="plain")
+    about = claim(arms=("branch",), measure=lambda runs: 1.0)
+    arms = (plain, replace(branch, **changes))
+    problems = paper_problems(replace(tiny, arms=arms, claims=(tiny.claims[0], about)))
+    assert words in "".join(problems)
+    assert bool(problems) == bool(words)
 
 
 def test_a_finished_run_of_another_recipe_is_not_taken_for_this_one(tiny, tmp_path):

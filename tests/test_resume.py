@@ -51,8 +51,6 @@ def start(tmp_path_factory):
         "PYTHONPATH": str(ROOT),
         "PYTHONUNBUFFERED": "1",
         "JAX_PLATFORMS": "cpu",
-        "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),  # the same program, compiled once
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
 
     def begin(run, *arguments) -> subprocess.Popen:
@@ -242,6 +240,17 @@ def test_a_signal_while_restoring_is_no_broken_checkpoint(job, tmp_path, monkeyp
     assert caught.value.exit_code == PREEMPTED
     assert not any("unusable" in line for line in lines)
     assert checkpoint.saved_steps(run / "checkpoints") == before
+
+
+@pytest.mark.parametrize(("warmup", "warned"), [("19", False), ("20", True), ("39", True)])
+def test_a_warm_up_longer_than_the_run_is_said_once(warmup, warned, job, tmp_path):
+    cfg, lines = override_config(job.cfg, {"optim.warmup_steps": warmup}), []
+    train_module.begin_run(job._replace(cfg=cfg), tmp_path, lines.append)
+    found = [line for line in lines if "optim.warmup_steps" in line]
+    assert len(found) == warned
+    if warmup == "39":
+        assert "optim.warmup_steps=39 is not below train.num_steps=20" in found[0]
+        assert "ends at 50% of optim.learning_rate" in found[0]
 
 
 def test_no_validation_split_gives_no_validation_loss(job, tmp_path, monkeypatch):

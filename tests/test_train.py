@@ -332,5 +332,9 @@ def test_a_run_starts_from_another_runs_parameters(cfg, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, first.params, second.params)
     assert int(second.step) == 1
     other.init.from_run = str(tmp_path / "nowhere")
-    with pytest.raises(CheckpointError, match="nowhere has no checkpoint"):
+    with pytest.raises(ConfigError, match="nowhere"):
+        quiet(other, "third")
+    shutil.rmtree(tmp_path / "first" / "checkpoints")
+    other.init.from_run = str(tmp_path / "first")
+    with pytest.raises(CheckpointError, match="first has no checkpoint"):
         quiet(other, "third")

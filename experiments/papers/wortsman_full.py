@@ -40,6 +40,7 @@ def get_config(size: str, variant: str) -> ConfigDict:
     cfg = SCALED.get_config(variant)
     model, train = cfg.model, cfg.train
     cfg.data.source, cfg.data.tokenizer = "tfds:c4/en", "sentencepiece:t5/spiece.model"
+    cfg.data.lossy_tokenizer = True  # T5's normalizes; what it changes is counted
     cfg.data.validation_source = "tfds:c4/en@validation"
     model.embed_dim, model.num_layers = SIZES[size]
     model.head_dim, model.num_heads = 64, model.embed_dim // 64

@@ -10,15 +10,26 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from ml_collections import ConfigDict
+
 from nanojaxgpt.checks import kind_of, read_float, read_int, show
-from nanojaxgpt.config import unknown_name
+from nanojaxgpt.config import cache_dir, unknown_name
 from nanojaxgpt.data.packing import cover_rows, packed_rows, wrap_rows
 from nanojaxgpt.data.rows import Rows, Source, chain
 from nanojaxgpt.data.sources import DataConfig, check_sources, source_identity
-from nanojaxgpt.data.store import Corpus, Part, Report, prepare, prepare_store
+from nanojaxgpt.data.store import (
+    Corpus,
+    Part,
+    Report,
+    check_exact,
+    check_inherited,
+    prepare,
+    prepare_store,
+)
 from nanojaxgpt.data.tasks import TASKS, Task, task_rows
-from nanojaxgpt.data.tokenizers import Tokenizer, WordTokenizer
+from nanojaxgpt.data.tokenizers import Tokenizer, WordTokenizer, load_tokenizer
 from nanojaxgpt.errors import ConfigError, DataError
+from nanojaxgpt.rundir import load_run
 
 Fetched = TypeVar("Fetched")
 LARGEST_SUM = 2**31  # of a mixture's weights as integers, see rows.interleave
@@ -34,16 +45,49 @@ class Data(NamedTuple):
     validation: Callable[[int], Rows]  # of no row where nothing is held out
 
 
-def open_data(data: DataConfig, cache_dir: Path, report: Callable[[str], object] = print) -> Data:
-    """Return the data that the config names, made now where it is not there yet.
+def prepare_data(cfg: ConfigDict, report: Callable[[str], object], run: Path | None = None) -> Data:
+    """Return the data of a config, tokenized now where it is not there yet.
 
-    Raises ConfigError for a name, an option or a weight that can't be used, DataError as
-    `prepare` does.
+    `run` is the run directory that it is for, where there is one. Raises as `open_data` and
+    `inherited_tokenizer` do.
+    """
+    inherited = inherited_tokenizer(cfg, run)
+    return open_data(DataConfig(**cfg.data), cache_dir(cfg), report, inherited)
+
+
+def inherited_tokenizer(cfg: ConfigDict, run: Path | None = None) -> Tokenizer | None:
+    """Return the tokenizer of the parameters that a config starts from; None from scratch.
+
+    A run that was begun keeps a copy, so that it does not need init.from_run any more. Raises
+    ConfigError where init.from_run is not a run, DataError where that has no tokenizer.
+    """
+    if not cfg.init.from_run:
+        return None
+    if run and (Path(run) / "identity.json").exists():  # it is written after the tokenizer
+        return load_tokenizer(Path(run) / "tokenizer")
+    load_run(Path(cfg.init.from_run))
+    return load_tokenizer(Path(cfg.init.from_run) / "tokenizer")
+
+
+def open_data(
+    data: DataConfig,
+    folder: Path,
+    report: Callable[[str], object] = print,
+    inherited: Tokenizer | None = None,
+) -> Data:
+    """Return the data that the config names, made below `folder` where it is not there yet.
+
+    `inherited` is the tokenizer of the parameters to start from: data.tokenizer "" means this one,
+    and any other is refused. Raises ConfigError for that, and for a name, an option or a weight
+    that can't be used, DataError as `prepare` does.
     """
     check_data(data)
     if is_task(data):
-        return task_data(data.source)
-    return text_data(prepare(data, cache_dir, report), data)
+        task = task_data(data.source)
+        advice = "choose a run on a task of the same words"
+        check_inherited(task.tokenizer, inherited, data.source, advice)
+        return task
+    return text_data(prepare(data, folder, report, inherited), data)
 
 
 def is_task(data: DataConfig) -> bool:
@@ -67,7 +111,7 @@ def check_data(data: DataConfig) -> None:
 
 
 def open_source(
-    source: str, tokenizer: Tokenizer, data: DataConfig, cache_dir: Path, report: Report = print
+    source: str, tokenizer: Tokenizer, data: DataConfig, folder: Path, report: Report = print
 ) -> Data:
     """Return the data of one source by a tokenizer that is there: all of it is for validation.
 
@@ -79,11 +123,11 @@ def open_source(
         if found.tokenizer.content_hash() != tokenizer.content_hash():
             raise DataError(f"{source} has other words than the tokenizer of the model")
         return found
-    content = source_identity(source, data)
+    content, lossy = source_identity(source, data), check_exact(tokenizer, data, folder)
     try:
-        store = prepare_store(source, content, tokenizer, data, cache_dir, report)
+        store = prepare_store(source, content, tokenizer, lossy, data, folder, report)
     except OSError as error:
-        raise DataError(f"can't make the token store below {cache_dir}: {error}") from error
+        raise DataError(f"can't make the token store below {folder}: {error}") from error
     return text_data(Corpus((Part(source, Fraction(1), store),), store), data)
 
 

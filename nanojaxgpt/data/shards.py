@@ -23,10 +23,12 @@ from typing import Any
 
 import numpy as np
 
+from nanojaxgpt.data.exactness import Loss, count_loss
 from nanojaxgpt.data.sources import Document
 from nanojaxgpt.data.tokenizers import Tokenizer, load_tokenizer
 
 SHARD_BYTES = 32 << 20  # of text: a few seconds' work, so that little is lost to a kill
+TOKEN_DTYPES = ("<u2", "<u4")
 EDGE_BYTES = 1 << 16  # of a file's beginning and end, hashed apart to tell large files quickly
 
 UNGUARDED = 'the script that trains does so without `if __name__ == "__main__":`'
@@ -35,12 +37,13 @@ Shard = tuple[int, list[str]]  # its number and its texts
 
 
 def write_shards(
-    folder: Path, documents: Iterator[Document], tokenizer: Tokenizer, num_workers: int
+    folder: Path, documents: Iterator[Document], tokenizer: Tokenizer, num_workers: int, lossy: bool
 ) -> list[dict[str, Any]]:
     """Tokenize the documents into `folder`, which holds `tokenizer`; return what each shard is.
 
-    Shards that are finished already stay as they are. `num_workers` 0 means one process per core;
-    a single shard is made by this process. Raises OSError where it can't write.
+    What is lost by a `lossy` tokenizer is found by decoding; else only bytes are compared. Shards
+    that are finished already stay as they are. `num_workers` 0 means one process per core; a single
+    shard is made by this process. Raises OSError where it can't write.
     """
     cut = enumerate(cut_shards(show_progress(documents)))
     waiting = ((number, texts) for number, texts in cut if not is_finished(folder, number))
@@ -48,14 +51,14 @@ def write_shards(
     num_workers = num_workers or os.cpu_count() or 1
     if len(first) < 2 or num_workers == 1:
         for number, texts in chain(first, waiting):
-            write_shard(folder, number, texts, tokenizer)
+            write_shard(folder, number, texts, tokenizer, lossy)
     else:
-        write_in_parallel(folder, chain(first, waiting), num_workers)
+        write_in_parallel(folder, chain(first, waiting), num_workers, lossy)
     finished = sorted(folder.glob("[0-9]*.json"), key=lambda path: int(path.stem))
-    return [json.loads(path.read_text()) for path in finished]
+    return [json.loads(path.read_text())["shard"] for path in finished]
 
 
-def write_in_parallel(folder: Path, shards: Iterator[Shard], num_workers: int) -> None:
+def write_in_parallel(folder: Path, shards: Iterator[Shard], num_workers: int, lossy: bool) -> None:
     """Have processes write the shards, with one more in hand than there are processes."""
     spawn = multiprocessing.get_context("spawn")  # a fork of a process that runs jax may hang
     under_way: deque[Future] = deque()
@@ -64,7 +67,7 @@ def write_in_parallel(folder: Path, shards: Iterator[Shard], num_workers: int) -
             for number, texts in shards:
                 if len(under_way) > num_workers:
                     under_way.popleft().result()
-                under_way.append(pool.submit(write_shard_apart, folder, number, texts))
+                under_way.append(pool.submit(write_shard_apart, folder, number, texts, lossy))
             while under_way:
                 under_way.popleft().result()
         except BrokenProcessPool as error:
@@ -95,15 +98,17 @@ def is_starting_worker() -> bool:
     return getattr(multiprocessing.current_process(), "_inheriting", False)
 
 
-def write_shard_apart(folder: Path, number: int, texts: list[str]) -> None:
+def write_shard_apart(folder: Path, number: int, texts: list[str], lossy: bool) -> None:
     """Write a shard with the tokenizer that lies in its folder."""
-    write_shard(folder, number, texts, load_once(folder / "tokenizer"))
+    write_shard(folder, number, texts, load_once(folder / "tokenizer"), lossy)
 
 
 load_once = functools.cache(load_tokenizer)
 
 
-def write_shard(folder: Path, number: int, texts: list[str], tokenizer: Tokenizer) -> None:
+def write_shard(
+    folder: Path, number: int, texts: list[str], tokenizer: Tokenizer, lossy: bool
+) -> None:
     """Write a shard's tokens and its documents' lengths, then what describes them."""
     dtype = token_dtype(tokenizer)
     end = np.array([tokenizer.end_id] if tokenizer.end_id >= 0 else [], dtype)
@@ -111,16 +116,31 @@ def write_shard(folder: Path, number: int, texts: list[str], tokenizer: Tokenize
     tokens = np.concatenate(parts)
     lengths = [len(parts[i]) + len(end) for i in range(0, len(parts), 2)]
     path = folder / f"{number:05}.tokens"
+    lengths_bytes = np.array(lengths, "<i8").tobytes()
     write_whole(path, tokens.tobytes())
-    write_whole(path.with_suffix(".lengths"), np.array(lengths, "<i8").tobytes())
-    description = dict(
+    write_whole(path.with_suffix(".lengths"), lengths_bytes)
+    shard = dict(
         file=path.name,
         tokens=len(tokens),
         documents=len(texts),
         text_bytes=sum(len(text.encode()) for text in texts),
+        **count_losses(tokenizer, texts, parts[::2], lossy)._asdict(),
         **describe_file(path),
     )
-    write_whole(path.with_suffix(".json"), json.dumps(description).encode())
+    sealed = dict(shard=shard, hash=content_hash(shard, lengths_bytes))
+    write_whole(path.with_suffix(".json"), json.dumps(sealed).encode())
+
+
+def count_losses(
+    tokenizer: Tokenizer, texts: list[str], ids: list[np.ndarray], lossy: bool
+) -> Loss:
+    """Return what the texts of a shard lose as `ids`; only some are decoded unless `lossy`."""
+    bytes_V, total = tokenizer.token_bytes(), np.zeros(len(Loss._fields), np.int64)
+    for text, own in zip(texts, ids, strict=True):
+        counted = int(bytes_V[own].sum())
+        if lossy or counted != len(text.encode()):
+            total += count_loss(tokenizer, text, own, counted)
+    return Loss(*total.tolist())
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -137,7 +157,7 @@ def read_lengths(folder: Path, shard: dict[str, Any]) -> np.ndarray:
 
 def token_dtype(tokenizer: Tokenizer) -> np.dtype:
     """Return the type that a tokenizer's ids are kept in."""
-    return np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
+    return np.dtype(TOKEN_DTYPES[tokenizer.vocab_size > 1 << 16])
 
 
 def cut_shards(documents: Iterator[Document]) -> Iterator[list[str]]:
@@ -154,16 +174,24 @@ def cut_shards(documents: Iterator[Document]) -> Iterator[list[str]]:
 
 
 def is_finished(folder: Path, number: int) -> bool:
-    """Return whether a shard needs no more work; its hash is compared when the store is opened."""
+    """Return whether a shard needs no more work.
+
+    Its description and its documents' lengths are compared with their hash here; its tokens are
+    when the store is opened.
+    """
     path = folder / f"{number:05}.json"
     try:
-        shard = json.loads(path.read_text())
-        return (
-            path.with_suffix(".tokens").stat().st_size == shard["size"]
-            and path.with_suffix(".lengths").stat().st_size == 8 * shard["documents"]
-        )
-    except (OSError, ValueError, KeyError):
+        sealed = json.loads(path.read_text())
+        shard, lengths = sealed["shard"], path.with_suffix(".lengths").read_bytes()
+        same = sealed["hash"] == content_hash(shard, lengths)
+        return same and path.with_suffix(".tokens").stat().st_size == shard["size"]
+    except (OSError, ValueError, KeyError, TypeError):
         return False
+
+
+def content_hash(content: Any, more: bytes = b"") -> str:
+    """Return the SHA-256, in hex, of JSON-able content, however it is laid out, and `more`."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode() + more).hexdigest()
 
 
 def describe_file(path: Path) -> dict[str, Any]:

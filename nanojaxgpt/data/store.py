@@ -1,8 +1,6 @@
 """In: the config's section `data`. Out: its corpus as token ids on disk, opened as memmaps."""
 
 import functools
-import hashlib
-import json
 import os
 import shutil
 import time
@@ -16,11 +14,20 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from nanojaxgpt.data import shards
-from nanojaxgpt.data.shards import describe_file, edge_hash, read_lengths, token_dtype, write_shards
+from nanojaxgpt.data.exactness import Loss, find_loss
+from nanojaxgpt.data.manifests import (
+    FORMAT,
+    read_manifest,
+    read_starts,
+    refusal,
+    write_manifest,
+)
+from nanojaxgpt.data.shards import content_hash, token_dtype, write_shards
 from nanojaxgpt.data.sources import DataConfig, read_documents, source_identity, weighted_sources
 from nanojaxgpt.data.sources.download import hold_lock
 from nanojaxgpt.data.tokenizers import (
     TRAINED,
+    ByteTokenizer,
     Tokenizer,
     load_tokenizer,
     read_tokenizer,
@@ -28,9 +35,10 @@ from nanojaxgpt.data.tokenizers import (
 )
 from nanojaxgpt.errors import ConfigError, DataError, UserError
 
-FORMAT = 2  # raise it whenever the same source and tokenizer would give other tokens or files
-HASHED_BYTES = 256 << 20  # of a store: a larger one is checked by sizes and its shards' edges
+TOKENIZER_FORMAT = 2  # raise it whenever the same corpus would train another tokenizer
 OPEN_SHARDS = 256  # each mapped file costs a descriptor, of which a process often has 1,024
+
+ACCEPT_LOSS = "choose another tokenizer, or accept and count the loss by data.lossy_tokenizer=True"
 
 Span = tuple[int, int]  # token positions [start, stop)
 Report = Callable[[str], object]
@@ -86,6 +94,10 @@ class Store:
             tokens=content_key([shard["sha256"] for shard in self.manifest["shards"]]),
             documents=self.manifest["documents_file"]["sha256"],
         )
+
+    def loss(self) -> Loss:
+        """Return what the documents lost as they became tokens."""
+        return Loss(*(self.manifest[count] for count in Loss._fields))
 
     def split(self, validation_fraction: float, validation_documents: int = 0) -> tuple[Span, Span]:
         """Return the spans of training and validation tokens, which share no document.
@@ -154,9 +166,15 @@ class Shards(Sequence):
         return np.asarray(np.memmap(path, self._dtype, "r"))  # slices of a memmap cost more
 
 
-def prepare(data: DataConfig, cache_dir: Path, report: Report = print) -> Corpus:
+def prepare(
+    data: DataConfig,
+    cache_dir: Path,
+    report: Report = print,
+    inherited: Tokenizer | None = None,
+) -> Corpus:
     """Return the corpus, building below `cache_dir` what is not there yet.
 
+    `inherited` is the tokenizer of the parameters to start from, which `data` must not contradict.
     Raises ConfigError and DataError as the sources and the tokenizer do, ConfigError where the
     validation source is one to train on, and DataError where a store can't be written or was
     altered.
@@ -172,14 +190,26 @@ def prepare(data: DataConfig, cache_dir: Path, report: Report = print) -> Corpus
                     f"{source}; name another, or split by data.validation_fraction"
                 )
     try:
-        tokenizer = prepare_tokenizer(data, contents, Path(cache_dir), report)
+        tokenizer = inherited or ByteTokenizer()
+        if data.tokenizer:
+            tokenizer = prepare_tokenizer(data, contents, Path(cache_dir), report)
+            advice = "leave data.tokenizer unset (--config.data.tokenizer=) to inherit it"
+            check_inherited(tokenizer, inherited, f"data.tokenizer={data.tokenizer}", advice)
+        prepared = functools.partial(
+            prepare_store,
+            tokenizer=tokenizer,
+            lossy=check_exact(tokenizer, data, cache_dir),
+            data=data,
+            cache_dir=cache_dir,
+            report=report,
+        )
         parts = tuple(
-            Part(source, weight, prepare_store(source, content, tokenizer, data, cache_dir, report))
+            Part(source, weight, prepared(source, content))
             for (weight, source), content in zip(weighted, contents, strict=True)
         )
         validation = None
         if source := data.validation_source:
-            validation = prepare_store(source, held_out, tokenizer, data, cache_dir, report)
+            validation = prepared(source, held_out)
     except OSError as error:
         raise DataError(f"can't make the token store below {cache_dir}: {error}") from error
     return Corpus(parts, validation)
@@ -200,6 +230,32 @@ def describe(corpus: Corpus) -> list[tuple[str, ...]]:
     return table
 
 
+def check_exact(tokenizer: Tokenizer, data: DataConfig, cache_dir: Path) -> bool:
+    """Return whether the tokenizer is lossy. Raises DataError if so and `data` won't have it."""
+    loss = find_loss(tokenizer)
+    if loss and not data.lossy_tokenizer:
+        name, advice = data.tokenizer or "of init.from_run", ACCEPT_LOSS
+        if data.tokenizer in TRAINED:  # by an older version: today's are exact
+            advice = f"delete the folder {cache_dir}/tokenizers so that it is trained again"
+        raise DataError(f"the tokenizer {name} is lossy: {loss}; {advice}")
+    return bool(loss)
+
+
+def check_inherited(
+    tokenizer: Tokenizer, inherited: Tokenizer | None, named: str, advice: str
+) -> None:
+    """Raise ConfigError where what is `named` gives ids another meaning than `inherited` does."""
+    if inherited and tokenizer.content_hash() != inherited.content_hash():
+        there, here = (
+            f"{one.kind}, {one.vocab_size:,} ids, hash {one.content_hash()}"
+            for one in (inherited, tokenizer)
+        )
+        raise ConfigError(
+            f"{named} gives another tokenizer ({here}) than the run of init.from_run was trained "
+            f"with ({there}): its embeddings would be read by ids of another meaning; {advice}"
+        )
+
+
 def prepare_tokenizer(
     data: DataConfig, contents: list[dict[str, Any]], cache_dir: Path, report: Report
 ) -> Tokenizer:
@@ -207,7 +263,7 @@ def prepare_tokenizer(
     if data.tokenizer not in TRAINED:
         return read_tokenizer(data.tokenizer)
     size = data.tokenizer_vocab_size if TRAINED[data.tokenizer] else 0
-    content = dict(format=FORMAT, kind=data.tokenizer, vocab_size=size, sources=contents)
+    content = dict(format=TOKENIZER_FORMAT, kind=data.tokenizer, vocab_size=size, sources=contents)
     content["bad_text"] = data.bad_text
     folder = cache_dir / "tokenizers" / content_key(content)
     with making(folder, report) as unfinished:
@@ -229,11 +285,15 @@ def prepare_store(
     source: str,
     content: dict[str, Any],
     tokenizer: Tokenizer,
+    lossy: bool,
     data: DataConfig,
     cache_dir: Path,
     report: Report,
 ) -> Store:
-    """Return the store of one source, whose identity is `content`, tokenized where it is not."""
+    """Return the store of one source, whose identity is `content`, tokenized where it is not.
+
+    Raises DataError where its texts lose anything by the tokenizer, unless `data` accepts that.
+    """
     key = dict(format=FORMAT, source=content, tokenizer=tokenizer.content_hash())
     key |= dict(bad_text=data.bad_text, shard_bytes=shards.SHARD_BYTES)
     folder = Path(cache_dir) / content_key(key)
@@ -243,14 +303,24 @@ def prepare_store(
             (unfinished / "tokenizer").mkdir(exist_ok=True)
             tokenizer.save(unfinished / "tokenizer")
             documents = read_documents(source, data, report)
-            found = write_shards(unfinished, documents, tokenizer, data.num_workers)
+            found = write_shards(unfinished, documents, tokenizer, data.num_workers, lossy)
             manifest = write_manifest(unfinished, content, found, tokenizer)
             report(
                 f"tokenized {source}: {manifest['documents']:,} documents, "
                 f"{manifest['text_bytes']:,} bytes, {manifest['tokens']:,} tokens of "
                 f"{tokenizer.vocab_size:,} in {time.perf_counter() - started:.1f} s: {folder}"
             )
-    return open_store(folder)
+    store = open_store(folder)
+    if any(loss := store.loss()):
+        line = (
+            f"{source} loses by its tokenizer: {loss.changed_documents:,} of "
+            f"{store.num_documents:,} documents change, {loss.changed_characters:,} characters "
+            f"don't come back, {loss.miscounted_bytes:,} bytes are miscounted"
+        )
+        if not data.lossy_tokenizer:
+            raise DataError(f"{line}; {ACCEPT_LOSS}")
+        report(line)
+    return store
 
 
 @contextmanager
@@ -280,86 +350,28 @@ def making(folder: Path, report: Report) -> Iterator[Path | None]:
         os.rename(unfinished, folder)
 
 
-def write_manifest(
-    folder: Path, content: dict[str, Any], found: list[dict[str, Any]], tokenizer: Tokenizer
-) -> dict[str, Any]:
-    """Write where each document starts, and the manifest, returned; drop what is no more needed."""
-    starts = np.lib.format.open_memmap(
-        folder / "documents.npy", "w+", np.int64, (sum(shard["documents"] for shard in found),)
-    )
-    place, num_tokens = 0, 0
-    for shard in found:
-        stops = num_tokens + np.cumsum(read_lengths(folder, shard))
-        starts[place : place + len(stops)] = [num_tokens, *stops[:-1]]
-        place, num_tokens = place + len(stops), num_tokens + shard["tokens"]
-    starts.flush()
-    manifest = dict(
-        format=FORMAT,
-        source=content,
-        tokenizer_hash=tokenizer.content_hash(),
-        dtype=token_dtype(tokenizer).str,
-        tokens=num_tokens,
-        documents=place,
-        text_bytes=sum(shard["text_bytes"] for shard in found),
-        documents_file=dict(file="documents.npy", **describe_file(folder / "documents.npy")),
-        shards=found,
-    )
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
-    kept = {"manifest.json", "documents.npy", "tokenizer", *(shard["file"] for shard in found)}
-    for path in folder.iterdir():  # lengths and descriptions, and what a killed process left
-        if path.name not in kept:
-            path.unlink()
-    return manifest
-
-
 def open_store(folder: Path) -> Store:
     """Return the store in `folder`, checked against its manifest; it takes no memory to speak of.
 
     Raises DataError that names the file which is missing, truncated, altered or swapped.
     """
     folder = Path(folder)
-    try:
-        manifest = json.loads((folder / "manifest.json").read_text())
-        if manifest["format"] != FORMAT:
-            raise refusal(folder, "manifest.json", f"has format {manifest['format']}, not {FORMAT}")
-        files = [manifest["documents_file"], *manifest["shards"]]
-        hash_all = sum(file["size"] for file in files) <= HASHED_BYTES
-        for file in files:
-            check_file(folder, file, hash_all)
-        names = [shard["file"] for shard in manifest["shards"]]
-        opened = Shards(folder, names, np.dtype(manifest["dtype"]))
-        shard_starts = np.cumsum([0, *(shard["tokens"] for shard in manifest["shards"])])
-        document_starts = np.load(folder / "documents.npy", mmap_mode="r")
-        tokenizer_hash = manifest["tokenizer_hash"]
-    except OSError as error:
-        raise refusal(folder, error.filename, f"can't be read ({error.strerror})") from error
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise refusal(folder, "manifest.json", f"is not a manifest ({error!r})") from error
+    manifest = read_manifest(folder)
+    shard_starts, document_starts = read_starts(folder, manifest)
     try:
         tokenizer = load_tokenizer(folder / "tokenizer")
     except DataError as error:
         raise refusal(folder, "tokenizer", f"can't be used ({error})") from error
-    if tokenizer.content_hash() != tokenizer_hash:
+    if tokenizer.content_hash() != manifest["tokenizer_hash"]:
         raise refusal(folder, "tokenizer", "is not the one that the tokens were made with")
+    dtype = token_dtype(tokenizer)
+    if dtype.str != manifest["dtype"]:
+        what = f"says {manifest['dtype']}, but its tokenizer needs {dtype.str}"
+        raise refusal(folder, "manifest.json", what)
+    opened = Shards(folder, [shard["file"] for shard in manifest["shards"]], dtype)
     return Store(folder, manifest, opened, shard_starts, document_starts, tokenizer)
-
-
-def check_file(folder: Path, expected: dict[str, Any], hash_all: bool) -> None:
-    """Raise DataError unless the file has the size and the hash expected: of all, or its edges."""
-    name, path = expected["file"], folder / expected["file"]
-    size = path.stat().st_size
-    if size != expected["size"]:
-        raise refusal(folder, name, f"has {size:,} bytes instead of {expected['size']:,}")
-    found = describe_file(path) if hash_all else dict(edges=edge_hash(path))
-    if any(expected[key] != value for key, value in found.items()):
-        raise refusal(folder, name, "was altered: its SHA-256 is not the manifest's")
-
-
-def refusal(folder: Path, name: str, what: str) -> DataError:
-    """Return the error for a file of the store in `folder`, with what to do about it."""
-    return DataError(f"{folder / name} {what}; delete the folder {folder} to have it built again")
 
 
 def content_key(content: Any) -> str:
     """Return 16 hex digits that name JSON-able content."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+    return content_hash(content)[:16]

@@ -4,6 +4,7 @@ import io
 import random
 import re
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import sentencepiece
 
@@ -32,10 +33,20 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, algorithm: str) -
     sample = draw_sample(chunks, SAMPLE_CHARS[algorithm] // CHUNK_CHARS)
     if not any(chunk.strip() for chunk in sample):
         raise DataError("the corpus has no text to train a tokenizer on")
+    sample = [chunk.translate(RESERVED) for chunk in sample]
+    model = train_model(sample, vocab_size, algorithm)
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+    if processor.is_unknown(processor.piece_to_id(SPACE_MARK)):  # no space there, or too rare
+        model = train_model(sample, vocab_size, algorithm, required_chars=SPACE_MARK)
+    return model
+
+
+def train_model(sample: list[str], vocab_size: int, algorithm: str, **options: str) -> bytes:
+    """Return the model that SentencePiece trains on the sample. Raises DataError if it can't."""
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=(chunk.translate(RESERVED) for chunk in sample),
+            sentence_iterator=iter(sample),
             model_writer=model,
             model_type=algorithm,
             vocab_size=vocab_size,
@@ -52,6 +63,7 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, algorithm: str) -
             pad_id=-1,
             num_threads=1,  # it is written into the model, and with it into its hash
             minloglevel=2,
+            **options,
         )
     except RuntimeError as error:
         raise DataError(explain_training(str(error), vocab_size)) from error
@@ -99,8 +111,7 @@ def draw_sample(items: Iterable[str], size: int) -> list[str]:
 def cut_after_letters(text: str, size: int) -> Iterator[str]:
     """Yield `text` in parts of at least `size` characters, cut before the first space after one.
 
-    No pre-tokenizer of the GPT kind has a token that goes on over such a space, and none looks
-    behind it: the cut changes no token. A text without such a place stays whole.
+    A text without such a place stays whole.
     """
     start = 0
     while space := AFTER_LETTER.search(text, start + size):
@@ -109,12 +120,58 @@ def cut_after_letters(text: str, size: int) -> Iterator[str]:
     yield text[start:]
 
 
-def cut_at_words(text: str, size: int) -> Iterator[str]:
-    """Yield `text` in parts of `size` to 2 * `size` characters, cut before a space if there is one.
+# What a pattern is made of that always begins a match at a space after another character: no part
+# matches such a space after anything else, looks behind, or looks ahead but past white space.
+CONTRACTIONS = re.compile(r"'[a-z]{1,2}|\(\?i:('[a-z]{1,2}\|?)+\)")
+SAFE_PARTS = {
+    r" ?\p{L}+",
+    r" ?\p{N}+",
+    r"\p{N}",
+    r"\p{N}{1,3}",
+    r"[^\r\n\p{L}\p{N}]?\p{L}+",
+    r" ?[^\s\p{L}\p{N}]+",
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*",
+    r"\s*[\r\n]",
+    r"\s*[\r\n]+",
+    r"\s+(?!\S)",
+    r"\s+",
+}
 
-    In a model trained here such a cut changes no token: no piece has a space after another
-    character.
+
+def may_cut(settings: dict[str, Any]) -> bool:
+    """Return whether cuts before a space after another character can't change a token.
+
+    `settings` are those of a tokenizer.json. It is so where nothing normalizes, no added token
+    takes in a space from its right, and every such space begins a new word: by GPT-2's pattern
+    (ByteLevel's own), or by one that is made of SAFE_PARTS, among them all white space.
     """
+    added = [token for token in settings.get("added_tokens", []) if not token["special"]]
+    if settings.get("normalizer") or any(
+        token["rstrip"] or re.search(r"\s", token["content"]) for token in added
+    ):
+        return False
+    splitter, begins_words = settings.get("pre_tokenizer") or {}, False
+    for step in splitter.get("pretokenizers", [splitter]):
+        match step:
+            case {"type": "Digits"}:
+                pass
+            case {"type": "ByteLevel", "add_prefix_space": False}:
+                begins_words |= step.get("use_regex", True)
+            case {"type": "Split", "behavior": "Isolated", "pattern": {"Regex": str(pattern)}}:
+                parts = re.split(r"\|(?![^(]*\))", pattern)
+                unknown = [
+                    p for p in parts if p not in SAFE_PARTS and not CONTRACTIONS.fullmatch(p)
+                ]
+                if unknown or step.get("invert"):
+                    return False
+                begins_words |= r"\s+" in parts
+            case _:
+                return False
+    return begins_words
+
+
+def cut_at_words(text: str, size: int) -> Iterator[str]:
+    """Yield `text` in parts of `size` to 2 * `size` characters, cut before a space if possible."""
     start = 0
     while len(text) - start > size:
         space = WORD_START.search(text, start + size, start + 2 * size)

@@ -1,11 +1,13 @@
 """In: text. Out: token ids, and the text again; a tokenizer is kept in a folder.
 
 Every tokenizer trained here is exact: `decode(encode(text)) == text`, and the bytes that the ids
-stand for add up to the bytes of the text. Text that spells a special token is text.
+stand for add up to the bytes of the text. Text that spells a special token is text. One of
+somebody else's may be lossy: see exactness.py.
 """
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,12 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 import sentencepiece
 
-from nanojaxgpt.data.subwords import (
-    SPACE_MARK,
-    cut_after_letters,
-    cut_at_words,
-    train_sentencepiece,
-)
+from nanojaxgpt.data.subwords import SPACE_MARK, cut_after_letters, may_cut, train_sentencepiece
 from nanojaxgpt.errors import ConfigError, DataError
 
 KINDS = (
@@ -33,6 +30,7 @@ class Tokenizer(Protocol):
     kind: str
     vocab_size: int
     end_id: int  # follows each document; -1: this tokenizer has no such token
+    spellings: tuple[str, ...]  # of tokens that are no text, or found before all others
 
     def encode(self, text: str) -> np.ndarray:
         """Return the int32 ids of `text`, without an end token."""
@@ -56,6 +54,7 @@ class ByteTokenizer:
     kind = "bytes"
     vocab_size = 257
     end_id = 256
+    spellings = ()
 
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
@@ -78,6 +77,7 @@ class CharTokenizer:
 
     kind = "chars"
     end_id = -1
+    spellings = ()
 
     def __init__(self, characters: Iterable[str]) -> None:
         self.characters = "".join(sorted(set(characters)))
@@ -117,6 +117,7 @@ class WordTokenizer:
 
     kind = "words"
     end_id = -1
+    spellings = ()
 
     def __init__(self, words: Iterable[str]) -> None:
         self.words = tuple(words)
@@ -157,6 +158,9 @@ class SentencePieceTokenizer:
     """A SentencePiece model.
 
     A model that normalizes text or has no byte pieces stays as lossy as its author made it.
+    A long text is cut where that can't change a token: before spaces, if no piece has one after
+    another character, and if all scores are whole numbers, as those of merges are: sums of others
+    are rounded by how far into a text they are, and decide between near ties.
     Raises DataError where `model` is no SentencePiece model; `origin` names it.
     """
 
@@ -177,6 +181,13 @@ class SentencePieceTokenizer:
         self._mark_ids = [self._processor.piece_to_id(f"<0x{b:02X}>") for b in SPACE_MARK.encode()]
         keeps_text = self._processor.normalize(PROBE) == PROBE.replace(" ", SPACE_MARK)
         self._exact = keeps_text and all(map(self._processor.is_byte, self._mark_ids))
+        ids = range(self.vocab_size)
+        pieces = list(map(self._processor.id_to_piece, ids))
+        textless = zip(ids, pieces, strict=True)
+        self.spellings = tuple(piece for i, piece in textless if not self._bytes_V[i])
+        self._can_cut = all(SPACE_MARK not in piece.lstrip(SPACE_MARK) for piece in pieces) and all(
+            self._processor.get_score(i).is_integer() for i in ids
+        )
 
     def encode(self, text: str) -> np.ndarray:
         if not self._exact:
@@ -185,7 +196,8 @@ class SentencePieceTokenizer:
         for number, part in enumerate(text.split(SPACE_MARK)):
             if number:
                 ids += self._mark_ids
-            for segment in cut_at_words(part, SEGMENT_CHARS):
+            segments = cut_after_letters(part, SEGMENT_CHARS) if self._can_cut else [part]
+            for segment in segments:
                 ids += self._processor.encode(segment)
         return np.array(ids, np.int32)
 
@@ -221,7 +233,7 @@ HF_FILES = ("huggingface.json",)
 class JsonTokenizer:
     """A tokenizer that the package `tokenizers` runs: GPT-2's two files or a tokenizer.json.
 
-    A byte-level one without a normalizer is exact; any other stays as lossy as its author made it.
+    It stays as lossy as its author made it.
     Raises DataError where the files are no tokenizer; `origin` names them.
     """
 
@@ -229,14 +241,19 @@ class JsonTokenizer:
         self.kind, self.files = kind, files
         build = build_gpt2 if kind == "gpt2" else build_from_json
         try:
-            self._tokenizer, self._byte_level, self._can_cut = build(*files.values())
+            self._tokenizer, settings = build(*files.values())
         except Exception as error:  # the package raises nothing more special
             raise DataError(f"{origin} can't be read as a tokenizer: {error}") from error
         self._tokenizer.encode_special_tokens = True
+        self._byte_level, self._can_cut = is_byte_level(settings), may_cut(settings)
+        model = settings["model"]
+        self._prefix = model["continuing_subword_prefix"] if model["type"] == "WordPiece" else ""
+        self._byte_fallback = model.get("byte_fallback", False)
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values()) + 1
         self.end_id = next((vocabulary[token] for token in END_TOKENS if token in vocabulary), -1)
         added = self._tokenizer.get_added_tokens_decoder()
+        self.spellings = tuple(token.content for token in added.values())
         self._special = {i for i, token in added.items() if token.special} | {self.end_id}
         self._bytes: list[bytes] = [b""] * self.vocab_size
         for piece, number in vocabulary.items():
@@ -248,9 +265,9 @@ class JsonTokenizer:
     def _piece_bytes(self, piece: str) -> bytes:
         if self._byte_level:
             return b"".join(BYTE_OF.get(c) or c.encode() for c in piece)
-        if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
+        if self._byte_fallback and re.fullmatch("<0x[0-9A-F]{2}>", piece):
             return bytes.fromhex(piece[3:5])
-        return piece.removeprefix("##").replace(SPACE_MARK, " ").encode()
+        return piece.removeprefix(self._prefix).replace(SPACE_MARK, " ").encode()
 
     def encode(self, text: str) -> np.ndarray:
         parts = list(cut_after_letters(text, SEGMENT_CHARS)) if self._can_cut else [text]
@@ -289,28 +306,36 @@ def byte_characters() -> dict[str, bytes]:
 BYTE_OF = byte_characters()
 
 
-def build_gpt2(vocabulary: bytes, merges: bytes) -> tuple[Any, bool, bool]:
-    """Return (tokenizer, whether it is byte-level, whether texts may be cut) of GPT-2's files."""
+def build_gpt2(vocabulary: bytes, merges: bytes) -> tuple[Any, dict[str, Any]]:
+    """Return the tokenizer of GPT-2's two files, and its settings as a tokenizer.json has them."""
     import tokenizers
 
     lines = merges.decode().split("\n")
     pairs = [tuple(line.split()) for line in lines if line and not line.startswith("#version")]
     found = tokenizers.Tokenizer(tokenizers.models.BPE(json.loads(vocabulary), pairs))
     found.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    return found, True, True
+    step = dict(type="ByteLevel", add_prefix_space=False, use_regex=True)
+    return found, dict(model=dict(type="BPE"), pre_tokenizer=step)
 
 
-def build_from_json(content: bytes) -> tuple[Any, bool, bool]:
+def build_from_json(content: bytes) -> tuple[Any, dict[str, Any]]:
     """Return the same of a tokenizer.json, the format of the package `tokenizers`."""
     import tokenizers
 
     found = tokenizers.Tokenizer.from_str(content.decode())
+    if getattr(found.model, "dropout", None):  # leaves out merges at random
+        found.model.dropout = None
     found.no_truncation()
     found.no_padding()
-    splitter = json.loads(content)["pre_tokenizer"] or {}
-    steps = splitter.get("pretokenizers", [splitter])
-    levels = [step for step in steps if step.get("type") == "ByteLevel"]
-    return found, bool(levels), bool(levels) and not any(s["add_prefix_space"] for s in levels)
+    return found, json.loads(content)
+
+
+def is_byte_level(settings: dict[str, Any]) -> bool:
+    """Return whether the pieces of a tokenizer.json are written in BYTE_OF's characters."""
+    normalizer, splitter = (settings.get(k) or {} for k in ("normalizer", "pre_tokenizer"))
+    steps = [*normalizer.get("normalizers", [normalizer])]
+    steps += splitter.get("pretokenizers", [splitter])
+    return any(step.get("type") == "ByteLevel" for step in steps)
 
 
 def train_tokenizer(spec: str, texts: Iterable[str], vocab_size: int) -> Tokenizer:

@@ -102,7 +102,7 @@ def parse_topology(name: str, slices: int = 1) -> Topology:
     if kind not in CHIPS:
         near = difflib.get_close_matches(kind.lower(), CHIPS, 2, 0.4)
         hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(CHIPS)}"
-        raise ConfigError(f"--topology={show(name)}: no such chip; {hint}")
+        raise ConfigError(f"--topology={show(name)}: no chip {show(kind)}; {hint}")
     chip = CHIPS[kind]
     dimensions = max(chip.torus, 1)
     parts = text.split("x")

@@ -66,7 +66,10 @@ def exact_memory(cfg: ConfigDict, target: Target) -> Memory:
     cfg, mesh = make_mesh(cfg, target)
     with jax.set_mesh(mesh):
         return state_memory(
-            make_step(cfg, mesh).abstract, abstract_batch(cfg, mesh), target.topology.chip.memory
+            cfg,
+            make_step(cfg, mesh).abstract,
+            abstract_batch(cfg, mesh),
+            target.topology.chip.memory,
         )
 
 

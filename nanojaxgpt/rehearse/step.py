@@ -143,7 +143,7 @@ def rehearse_step(cfg: ConfigDict, target: Target) -> Rehearsal:
     with jax.set_mesh(mesh):
         step, traced = trace(cfg, mesh)
         flops = count_flops(cfg, mesh, traced)
-        memory = state_memory(step.abstract, abstract_batch(cfg, mesh), chip.memory)
+        memory = state_memory(cfg, step.abstract, abstract_batch(cfg, mesh), chip.memory)
         began = time.monotonic()
         memory, program = compile_step(traced, memory)
         seconds = time.monotonic() - began

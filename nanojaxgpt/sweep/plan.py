@@ -25,7 +25,10 @@ PLAN_FILE = "sweep.json"
 TRACED = re.compile(
     r"train\.(num_steps|z_loss|seed)|model\.(embed|attention|logit)_multiplier|optim\..*"
 )
-UNSEEN = re.compile(r"(checkpoint|sample|init)\..*|eval\.every_steps|train\.log_every_steps")
+# The tokenizer, and with it the data, may be that of init.from_run.
+UNSEEN = re.compile(
+    r"(checkpoint|sample)\..*|init\.(?!from_run$).*|eval\.every_steps|train\.log_every_steps"
+)
 
 
 class Trial(NamedTuple):
@@ -218,7 +221,7 @@ def describe(trials: list[Trial], report: Callable[[str], None]) -> list[str]:
     groups, lines, total, data = group_trials(trials), [], 0, {}
     for number, group in enumerate(groups, 1):
         first = group[0].cfg
-        key = repr(first.data.to_dict())
+        key = repr((first.data.to_dict(), first.init.from_run))
         if key not in data:
             data[key] = prepare_data(first, report)
         model_cfg = ModelConfig(**resolve(first, data[key]).model)

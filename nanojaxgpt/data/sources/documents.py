@@ -17,6 +17,7 @@ class DataConfig:
     mixture: tuple[str, ...]
     tokenizer: str
     tokenizer_vocab_size: int
+    lossy_tokenizer: bool
     packing: str
     validation_fraction: float
     validation_documents: int

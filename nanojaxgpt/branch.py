@@ -1,0 +1,80 @@
+"""A branch: in, another run; out, the state at one of its steps, from which this run goes on.
+
+`init.state=all` takes the parameters, the optimizer's state, the recent statistics and the step,
+and with the step the place in the data. The run then has the bits that the other would have had,
+had its config been this one from there on.
+"""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from nanojaxgpt import checkpoint, config, rundir, sharding
+from nanojaxgpt.errors import CheckpointError, ConfigError
+from nanojaxgpt.hosts.team import ALONE, Team
+from nanojaxgpt.loop import Job
+from nanojaxgpt.step import TrainState, make_init
+
+# What names the optimizer, and the rows of a step's batch: with others nothing would go on.
+SAME = re.compile(
+    r"optim\.optimizer|train\.(seed|batch_size|ramp_batch_size|ramp_steps)|model\.seq_len"
+    r"|data\.(packing|mixture|validation_fraction|validation_documents|validation_source)"
+)
+
+
+def branch_state(job: Job, report: Callable[[str], None], team: Team = ALONE) -> TrainState:
+    """Return the state at step init.step of the run init.from_run, or at its newest step.
+
+    Raises ConfigError, DataError or CheckpointError where this run can't go on from there.
+    """
+    init, num_steps = job.cfg.init, job.cfg.train.num_steps
+    other = Path(init.from_run)
+    if not team.decide(lambda: check_branch(job, other)):
+        report(f"WARNING: {other} has no identity.json, so its data can't be compared")
+    folder = other / "checkpoints"
+    found = checkpoint.restore(folder, job.abstract.items(), init.step, report, team)
+    if found is None:
+        raise CheckpointError(f"{other} has no checkpoint yet")
+    step, items = found
+    if step >= num_steps:
+        raise ConfigError(
+            f"step {step} of {other} is not before train.num_steps={num_steps}: raise "
+            "train.num_steps, which counts the other run's steps too, or set an earlier init.step"
+        )
+    report(f"branching from {other} at step {step}")
+    return TrainState(jax.device_put(np.int32(step), job.shardings.step), **items)
+
+
+def check_branch(job: Job, other: Path) -> bool:
+    """Return whether the other run's data is known, and then the same.
+
+    Raises ConfigError or DataError where a job can't go on from a state of the other run.
+    """
+    there = rundir.load_run(other)
+    changes = [c for c in config.differences(there, job.cfg) if SAME.fullmatch(c[0])]
+    if changes:
+        lines = [f"  {name}: {old!r} there, {new!r} here" for name, old, new in changes]
+        raise ConfigError(
+            f"init.state=all goes on with the optimizer and the batches of {other}, but\n"
+            + "\n".join(lines)
+            + "\nset the same here, or start from its parameters alone by init.state=params"
+        )
+
+    def first_state(key: jax.Array) -> dict[str, Any]:
+        return sharding.unbox(make_init(there)(key)).items()
+
+    old = checkpoint.leaf_kinds(jax.eval_shape(first_state, jax.random.key(0)))
+    new = checkpoint.leaf_kinds(job.abstract.items())
+    # A parameter of another shape is why its moments have one too: it is named first.
+    for name in sorted([*new, *old], key=lambda name: not name.startswith("params/")):
+        if old.get(name) != new.get(name):
+            raise ConfigError(
+                f"init.state=all needs the state of {other}, but {name} is "
+                f"{old.get(name, 'missing')} there, {new.get(name, 'missing')} here: set the same "
+                "model.*, and optim.ema_decay on or off as there"
+            )
+    return rundir.check_data(other, job.data.identity) is not None

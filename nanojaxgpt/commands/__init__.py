@@ -1,0 +1,1 @@
+"""Commands, a module each; they import jax inside, after the config has been checked."""

@@ -1,0 +1,149 @@
+"""Optimizers that see a layer's kernels as matrices: Muon, and Adafactor's factored moments."""
+
+import math
+import re
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from optax.contrib import MuonDimensionNumbers, scale_by_muon
+
+from nanojaxgpt.projection import INPUTS
+
+LAYERS = re.compile(r"\blayers/(\w+)")  # leaves that have one row for each layer, and their names
+
+
+def in_layers(path: tuple) -> str:
+    """Return the name of a leaf that is stacked over the layers; "" for any other."""
+    found = LAYERS.search(jax.tree_util.keystr(path, simple=True, separator="/"))
+    return found[1] if found else ""
+
+
+def muon_dimensions(params: Any) -> Any:
+    """Return which axes of each leaf Muon takes as the rows and columns of a matrix.
+
+    The kernels of the layers are matrices, one for each layer; tables, norms, biases and the head
+    are not (Jordan 2024), and get None.
+    """
+
+    def dimensions(path: tuple, leaf: jax.Array) -> MuonDimensionNumbers | None:
+        name = in_layers(path)
+        if name not in INPUTS:
+            return None
+        axes, summed = list(range(1, leaf.ndim)), INPUTS[name]
+        inputs, outputs = (axes[:summed], axes[summed:]) if summed else (axes[1:], axes[:1])
+        return MuonDimensionNumbers(tuple(inputs), tuple(outputs))
+
+    return jax.tree_util.tree_map_with_path(dimensions, params)
+
+
+def is_dimensions(x: Any) -> bool:
+    """Return whether this stands for a leaf in what `muon_dimensions` gives."""
+    return x is None or isinstance(x, MuonDimensionNumbers)
+
+
+def muon(
+    momentum: jax.Array | float, rest: optax.GradientTransformation
+) -> optax.GradientTransformation:
+    """Return Muon for the kernels and another optimizer, Adam, for the rest.
+
+    An update has a root mean square of 0.2, about Adam's, so that both take one learning rate
+    and one decay (Liu 2025, "Muon is scalable for LLM training").
+    """
+
+    def labels(params: Any) -> Any:
+        found = muon_dimensions(params)
+        return jax.tree.map(lambda d: "muon" if d else "adam", found, is_leaf=is_dimensions)
+
+    def resize(updates: Any, _: Any) -> Any:
+        def leaf(update: jax.Array, dimensions: MuonDimensionNumbers) -> jax.Array:
+            sides = [math.prod(update.shape[axis] for axis in axes) for axes in dimensions]
+            return update * (0.2 * math.sqrt(max(sides)))
+
+        return jax.tree.map(leaf, updates, muon_dimensions(updates))
+
+    orthogonal = scale_by_muon(beta=momentum, weight_dimension_numbers=muon_dimensions)
+    kernels = optax.chain(orthogonal, optax.stateless(resize))
+    return optax.partition({"muon": kernels, "adam": rest}, labels)
+
+
+class Factored(NamedTuple):
+    """Adafactor's state: the recent mean of each row and column of a matrix's squared gradients.
+
+    Of what is no matrix, `rows` are the recent squares themselves, and `columns` have no leaf.
+    """
+
+    count: jax.Array
+    rows: Any
+    columns: Any
+
+
+def adafactor_axes(params: Any) -> Any:
+    """Return which axes of each leaf are rows and columns: Muon's, and those of the tables."""
+
+    def axes(path: tuple, dimensions: Any, leaf: jax.Array) -> Any:
+        if dimensions is None and leaf.ndim == 2 and not in_layers(path):
+            return MuonDimensionNumbers((0,), (1,))
+        return dimensions
+
+    found = muon_dimensions(params)
+    return jax.tree_util.tree_map_with_path(axes, found, params, is_leaf=is_dimensions)
+
+
+def scale_by_adafactor() -> optax.GradientTransformation:
+    """Return Adafactor (Shazeer 2018) without momentum, its own rates or the weights' scale.
+
+    Each layer's kernel is a matrix, its update is clipped to a root mean square of 1, and so is
+    each layer's vector. The learning rate, the decay and the schedule are those of all optimizers.
+    """
+
+    def init(params: Any) -> Factored:
+        def zeros(leaf: jax.Array, without: tuple[int, ...]) -> jax.Array:
+            kept = [size for axis, size in enumerate(leaf.shape) if axis not in without]
+            return jnp.zeros(kept, jnp.float32)
+
+        def rows(axes: Any, leaf: jax.Array) -> jax.Array:
+            return zeros(leaf, axes.output_axis if axes else ())
+
+        def columns(axes: Any, leaf: jax.Array) -> Any:
+            return zeros(leaf, axes.reduction_axis) if axes else optax.MaskedNode()
+
+        both = adafactor_axes(params), params
+        return Factored(
+            jnp.int32(0),
+            jax.tree.map(rows, *both, is_leaf=is_dimensions),
+            jax.tree.map(columns, *both, is_leaf=is_dimensions),
+        )
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Factored]:
+        count = state.count + 1
+        fade = 1 - count.astype(jnp.float32) ** -0.8
+
+        def leaf(path: tuple, grad: jax.Array, axes: Any, rows: Any, columns: Any) -> tuple:
+            square = jnp.square(grad) + 1e-30
+            if axes is None:
+                rows = fade * rows + (1 - fade) * square
+                moved = grad * jax.lax.rsqrt(rows)
+            else:
+                inputs, outputs = axes
+                rows = fade * rows + (1 - fade) * jnp.mean(square, outputs)
+                columns = fade * columns + (1 - fade) * jnp.mean(square, inputs)
+                by_row = jnp.expand_dims(rows, outputs)
+                by_row /= jnp.mean(by_row, inputs, keepdims=True)
+                by_column = jnp.expand_dims(columns, inputs)
+                moved = grad * jax.lax.rsqrt(by_row) * jax.lax.rsqrt(by_column)
+            own = range(1 if in_layers(path) else 0, grad.ndim)  # one layer's axes
+            size = jnp.sqrt(jnp.mean(jnp.square(moved), tuple(own), keepdims=True))
+            return moved / jnp.maximum(1, size), rows, columns
+
+        paths, tree = jax.tree_util.tree_flatten_with_path(updates)
+        others = adafactor_axes(updates), state.rows, state.columns
+        found = [
+            leaf(path, grad, *rest)
+            for (path, grad), *rest in zip(paths, *map(tree.flatten_up_to, others), strict=True)
+        ]
+        moved, rows, columns = (tree.unflatten(part) for part in zip(*found, strict=True))
+        return moved, Factored(count, rows, columns)
+
+    return optax.GradientTransformation(init, update)
