@@ -1,4 +1,4 @@
-"""A branch: in, another run; out, the state at one of its steps, from which this run goes on.
+"""A branch: in, another run; out, the state at one of its steps, from which this run continues.
 
 `init.state=all` takes the parameters, the optimizer's state, the recent statistics and the step,
 and with the step the place in the data. The run then has the bits that the other would have had,
@@ -59,9 +59,9 @@ def check_branch(job: Job, other: Path) -> bool:
     if changes:
         lines = [f"  {name}: {old!r} there, {new!r} here" for name, old, new in changes]
         raise ConfigError(
-            f"init.state=all goes on with the optimizer and the batches of {other}, but\n"
+            f"init.state=all continues the optimizer and the batches of {other}, but\n"
             + "\n".join(lines)
-            + "\nset the same here, or start from its parameters alone by init.state=params"
+            + "\nuse the same values here, or take only its parameters with init.state=params"
         )
 
     def first_state(key: jax.Array) -> dict[str, Any]:
@@ -75,6 +75,6 @@ def check_branch(job: Job, other: Path) -> bool:
             raise ConfigError(
                 f"init.state=all needs the state of {other}, but {name} is "
                 f"{old.get(name, 'missing')} there, {new.get(name, 'missing')} here: set the same "
-                "model.*, and optim.ema_decay on or off as there"
+                "model.* fields, and turn optim.ema_decay on or off as there"
             )
     return rundir.check_data(other, job.data.identity) is not None

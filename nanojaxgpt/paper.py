@@ -203,7 +203,7 @@ def paper_problems(paper: Paper) -> list[str]:
         if claim.accept is UNSTATED:
             problems.append(f"claim {claim.name!r} has no criterion; add accept=(low, high)")
         elif not claim.accept[0] <= claim.accept[1]:  # NaN fails this too
-            problems.append(f"claim {claim.name!r}: accept={claim.accept} holds nothing")
+            problems.append(f"claim {claim.name!r}: accept={claim.accept} accepts nothing")
         if not claim.source:
             problems.append(f"claim {claim.name!r} has no source; add where it was published")
         problems += unknown_arms(f"claim {claim.name!r}", claim.arms, list(seeds))

@@ -1,4 +1,4 @@
-"""Every mistake at the door is answered by a sentence on stderr and its exit code."""
+"""Every mistake on the command line gets one message on stderr and its exit code."""
 
 import fcntl
 import hashlib
@@ -56,7 +56,7 @@ def run(folder):
 
 @pytest.fixture
 def refused(capsys):
-    """Return a function that runs the door in this process and gives the sentence on stderr."""
+    """Return a function that runs the command line in this process and gives its message on stderr."""
 
     def run_main(code, *arguments):
         assert main(list(map(str, arguments))) == code
@@ -118,7 +118,7 @@ def test_version(capsys):
         (["train", "--cofnig=x.py"], "no option --cofnig; did you mean --config?"),
         (["sample", "RUN", "--promt=x"], "no option --promt; did you mean --prompt?"),
         (["sample", "RUN", "--temp=1"], "no option --temp"),
-        (["train"], "say what to train"),
+        (["train"], "train needs --config=FILE.py"),
         (["eval"], "which run?"),
         (["sample"], "which run?"),
         (["sample", "RUN", "--prompt"], "--prompt"),
@@ -203,7 +203,7 @@ def test_run_has_the_name_of_its_experiment(folder, monkeypatch):
         ("data.source=stdlb", "data.source"),
         ("data.tokenizer=byte", "data.tokenizer"),
         ("mesh.data=3", "needs 3 devices"),
-        ("mesh.tensor=16", "needs 16 devices, here are 8"),
+        ("mesh.tensor=16", "needs 16 devices, not 8"),
         ("optim.decay_pattern=nothing", "optim.decay_pattern"),
         ("model.vocab_size=3", "model.vocab_size=3"),
         ("train.batch_size=12", "train.batch_size=12"),
@@ -352,7 +352,7 @@ def test_eval_of_another_source(run, tmp_path, capsys, refused, packing):
     for source, code, words in (
         (f"text:{tail}", DATA, "'\\t' (U+0009) is not among"),
         ("text:absent.txt", DATA, "no file, folder or glob absent.txt"),
-        ("task:copy", DATA, "has other words than the tokenizer"),
+        ("task:copy", DATA, "does not have the words of the run's tokenizer"),
         ("csv:absent", USAGE, "no kind 'csv'"),
         ("text:http://127.0.0.1:1/a.txt", DATA, "can't be downloaded"),
     ):
@@ -381,7 +381,7 @@ def test_sample_prints_text_and_keeps_it(run, tmp_path, capsys):
         (["--top_p=2"], USAGE, "sample.top_p=2.0"),
         (["--seed=x"], USAGE, "sample.seed='x'"),
         (["--end_ids=99"], USAGE, "sample.end_ids holds 99"),
-        (["--config.sample.stop=('',)"], USAGE, "sample.stop holds an empty string"),
+        (["--config.sample.stop=('',)"], USAGE, "sample.stop contains an empty string"),
         (["--step=3"], CHECKPOINT, "no checkpoint of step 3"),
     ],
 )

@@ -58,7 +58,7 @@ class StopRequest:
         """Note the signal; raise at once where nothing looks, or where it comes again."""
         again, self.signal = self.signal, number
         if again or not self.deferred:
-            raise self.stopped("stopped before it was saved" if again else "stopped")
+            raise self.stopped("stopped before the step was saved" if again else "stopped")
 
     def stopped(self, message: str) -> Stopped:
         """Return the exception that ends the process with the signal's exit code."""

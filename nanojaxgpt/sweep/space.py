@@ -113,7 +113,7 @@ def uniform(field: str, low: float, high: float, num: int = 0, whole: bool = Fal
     With `whole` the values are rounded to whole numbers. Raises ConfigError unless low < high.
     """
     if not -math.inf < low < high < math.inf:
-        raise ConfigError(f"{field}: no range from {low} to {high}")
+        raise ConfigError(f"{field}: low={low} must be below high={high}, and both finite")
     return _range(field, Range(low, high, False, whole), num)
 
 
@@ -123,7 +123,9 @@ def log_uniform(field: str, low: float, high: float, num: int = 0, whole: bool =
     The ends are exact; between them a value has six significant digits, which people can type.
     """
     if not 0 < low < high < math.inf:
-        raise ConfigError(f"{field}: no logarithmic range from {low} to {high}")
+        raise ConfigError(
+            f"{field}: low={low} must be above 0 and below high={high}, and both finite"
+        )
     return _range(field, Range(low, high, True, whole), num)
 
 
@@ -215,7 +217,7 @@ def _range(field: str, numbers: Range, num: int) -> Space:
     def points() -> list[Point]:
         if num < 1:
             raise ConfigError(
-                f"{field} is a range without end: give it num=, or take draws(space, num)"
+                f"{field} is a continuous range: give it num=, or take draws(space, num)"
             )
         return [{field: numbers.value(i / (num - 1) if num > 1 else 0.5)} for i in range(num)]
 
