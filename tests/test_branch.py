@@ -1,4 +1,4 @@
-"""A finished run is extended, and a branch begins in the middle of another run, with the same bits."""
+"""A finished run is extended, a branch begins in the middle of another run, to the same bits."""
 
 import itertools
 import json
@@ -161,9 +161,10 @@ def test_a_length_can_change_exactly_where_the_rates_so_far_stay_what_they_were(
 def test_a_branch_that_could_not_go_on_is_refused(changes, error, words, programs):
     options = {"init.from_run": f"{programs.folder}/trunk", "init.state": "all"}
     changes = {k: v.replace("FOLDER", str(programs.folder)) for k, v in changes.items()}
-    job = programs.job(**WSD, **(options | {"init.step": "8"} | changes))
-    with jax.set_mesh(job.mesh), pytest.raises(error, match=f"(?s){words}"):
-        branch_state(job, str)
+    with pytest.raises(error, match=f"(?s){words}"):
+        job = programs.job(**WSD, **(options | {"init.step": "8"} | changes))
+        with jax.set_mesh(job.mesh):
+            branch_state(job, str)
 
 
 def test_a_branch_needs_a_run(programs):

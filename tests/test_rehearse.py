@@ -1,4 +1,4 @@
-"""What a rehearsal says, against real shards, closed forms, handwritten HLO, and on the command line."""
+"""What a rehearsal says, against real shards, closed forms and handwritten HLO; its command."""
 
 import importlib.util
 import json
@@ -304,10 +304,10 @@ def test_a_ring_is_twice_as_fast_as_a_line():
         ("v5f:4x4", 1, "did you mean v5p or v5e"),
         ("", 1, "name the hardware, as in --topology=v5e:4x4"),
         ("V5E:4x4", 1, "no chip 'V5E'; did you mean v5e"),
-        ("xyz", 1, "no chip 'xyz'; there are v4"),
-        ("v5e", 1, "write v5e:4x4"),
-        ("v5p:4x4", 1, "write v5p:4x4x4"),
-        ("h100:0", 1, "write h100:8"),
+        ("xyz", 1, "no chip 'xyz'; available: v4"),
+        ("v5e", 1, "write the sizes as in v5e:4x4"),
+        ("v5p:4x4", 1, "write the sizes as in v5p:4x4x4"),
+        ("h100:0", 1, "write the sizes as in h100:8"),
         ("h100:8", 2, "only TPUs have slices"),
         ("v5e:4x4", 0, "at least 1"),
     ],

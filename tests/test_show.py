@@ -39,7 +39,7 @@ def test_a_packed_row_shows_its_documents_and_its_padding(show):
     assert lines[1] == "  tokens: 28, padding: 4 (12.5%)"
     assert lines[2] == "  scored targets: 28 (87.5%)"
     first = lines.index(next(line for line in lines if line.startswith("-- row 0, segment 1")))
-    text = lines[first].split("places, ")[1]
+    text = lines[first].split("positions, ")[1]
     assert text.startswith("'a")
     assert [line.split() for line in lines[first + 1 : first + 5]] == [
         ["1", "0", "'a'", "->", f"'{text[2]}'", "1"],
@@ -104,7 +104,7 @@ def test_the_verb_needs_no_jax_and_says_what_is_wrong(tmp_path):
     arguments = [sys.executable, "-c", program, "inspect", f"--config={experiment}", "--step=3"]
     found = subprocess.run(arguments, capture_output=True, text=True, cwd=ROOT)
     assert found.returncode == 0, found.stderr
-    assert found.stdout.startswith("train, step 3: 32 rows of 8 places\n")
+    assert found.stdout.startswith("train, step 3: 32 rows of 8 positions\n")
     assert found.stdout.count("\n-- row") == 4
     refused = command("inspect", f"--config={experiment}", "--step=0")
     assert refused.returncode == 2

@@ -386,7 +386,7 @@ def test_dataset_needs_a_split_field_and_version_that_exist(tmp_path):
     prepare_dataset(tmp_path, "lambada", ["word"], field="passage")
     assert [d.text for d in read_documents("tfds:lambada", tfds_dir=str(tmp_path))] == ["word"]
     for location, problem in {
-        "lambada@dev": "no split 'dev'; there is .*train",
+        "lambada@dev": "no split 'dev'; available: .*train",
         "lambada#number": "no text field 'number'; choose one with #FIELD: passage",
         "lambada/": "is not tfds:NAME",
     }.items():

@@ -392,9 +392,7 @@ def test_where_batches_grow_all_go_on_from_the_same_step(write_experiment, tmp_p
 def test_devices_that_can_not_be_dealt_out(write_experiment, tmp_path):
     path = write_experiment(f"choice('{SEED}', 0, 1)")
     trials = load_trials(path, {"mesh.fsdp": "3"})
-    with pytest.raises(
-        ConfigError, match="8 devices can't be divided among trials of 3 devices each"
-    ):
+    with pytest.raises(ConfigError, match="8 devices can't be divided among trials of 3"):
         run_trials(tmp_path, trials, "vmap", 16, quiet)
 
 
