@@ -161,10 +161,14 @@ def test_a_length_can_change_exactly_where_the_rates_so_far_stay_what_they_were(
 def test_a_branch_that_could_not_go_on_is_refused(changes, error, words, programs):
     options = {"init.from_run": f"{programs.folder}/trunk", "init.state": "all"}
     changes = {k: v.replace("FOLDER", str(programs.folder)) for k, v in changes.items()}
-    with pytest.raises(error, match=f"(?s){words}"):
+
+    def branch():
         job = programs.job(**WSD, **(options | {"init.step": "8"} | changes))
         with jax.set_mesh(job.mesh):
             branch_state(job, str)
+
+    with pytest.raises(error, match=f"(?s){words}"):
+        branch()
 
 
 def test_a_branch_needs_a_run(programs):
