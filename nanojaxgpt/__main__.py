@@ -65,9 +65,13 @@ def train(arguments: list[str]) -> None:
         "num_processes": {
             "default": -1,
             "type": integer(1),
-            "help": "on all hosts; default: detected",
+            "help": "processes on all hosts; default: detected",
         },
-        "process_id": {"default": -1, "type": integer(0), "help": "from 0; default: detected"},
+        "process_id": {
+            "default": -1,
+            "type": integer(0),
+            "help": "its index, from 0; default: detected",
+        },
         "join_seconds": {
             "default": 300.0,
             "type": number(1, 1e6),
@@ -135,7 +139,7 @@ def print_table(rows: list[tuple[str, ...]]) -> None:
 def inspect(arguments: list[str]) -> None:
     """Print the batch of one step as the model sees it: text, segments, scored targets."""
     options = {
-        "step": {"default": 1, "type": integer(1), "help": "numbered as in the log; default: 1"},
+        "step": {"default": 1, "type": integer(1), "help": "step, as in the log; default: 1"},
         "rows": {"default": 4, "type": integer(0), "help": "rows to print in full; default: 4"},
         "split": {"default": "train", "choices": ("train", "validation"), "help": "default: train"},
     }

@@ -19,7 +19,7 @@ from nanojaxgpt.hosts.team import ALONE, Team
 from nanojaxgpt.loop import Job
 from nanojaxgpt.step import TrainState, make_init
 
-# What names the optimizer, and the rows of a step's batch: with others nothing would go on.
+# What names the optimizer, and the rows of a step's batch: with others nothing would continue.
 SAME = re.compile(
     r"optim\.optimizer|train\.(seed|batch_size|ramp_batch_size|ramp_steps)|model\.seq_len"
     r"|data\.(packing|mixture|validation_fraction|validation_documents|validation_source)"
@@ -29,7 +29,7 @@ SAME = re.compile(
 def branch_state(job: Job, report: Callable[[str], None], team: Team = ALONE) -> TrainState:
     """Return the state at step init.step of the run init.from_run, or at its newest step.
 
-    Raises ConfigError, DataError or CheckpointError where this run can't go on from there.
+    Raises ConfigError, DataError or CheckpointError where this run can't start from there.
     """
     init, num_steps = job.cfg.init, job.cfg.train.num_steps
     other = Path(init.from_run)
@@ -52,7 +52,7 @@ def branch_state(job: Job, report: Callable[[str], None], team: Team = ALONE) ->
 def check_branch(job: Job, other: Path) -> bool:
     """Return whether the other run's data is known, and then the same.
 
-    Raises ConfigError or DataError where a job can't go on from a state of the other run.
+    Raises ConfigError or DataError where a job can't start from a state of the other run.
     """
     there = rundir.load_run(other)
     changes = [c for c in config.differences(there, job.cfg) if SAME.fullmatch(c[0])]

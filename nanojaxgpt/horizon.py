@@ -22,7 +22,7 @@ def warmup_warning(cfg: ConfigDict) -> str:
     )
 
 
-# What may change as a run goes on, where its learning rates so far stay what they were.
+# What may change when a run is resumed, where its learning rates so far stay what they were.
 LENGTH = {
     "constant": {"train.num_steps"},
     "inverse_sqrt": {"train.num_steps"},
@@ -31,7 +31,7 @@ LENGTH = {
 
 
 def length_problem(old: ConfigDict, new: ConfigDict, fields: set[str], step: int) -> str:
-    """Return why a run that is at `step` can't go on with other `fields`; "" where it can.
+    """Return why a run that is at `step` can't be resumed with other `fields`; "" where it can.
 
     It can where each update so far had the learning rate that the new config gives.
     """

@@ -59,7 +59,7 @@ def reproduce(paper: Paper, folder: Path, report: Report = print) -> Reproductio
     """Train the arms of `paper` in `folder`, as far as they are not yet, and measure its claims.
 
     What needs data or hardware that is not there is NOT-RUN. Raises a UserError for anything else
-    that the user can mend, Stopped after a signal; the same call then goes on.
+    that the user can mend, Stopped after a signal; the same call then resumes.
     """
     began, missing = time.monotonic(), {}
     for arm in paper.arms:

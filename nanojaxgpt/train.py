@@ -134,7 +134,7 @@ def make_evaluation(
 def start_state(
     job: Job, run: Path, report: Callable[[str], None], team: Team = ALONE
 ) -> TrainState:
-    """Return the state to go on from.
+    """Return the state to start from.
 
     1. This run's newest good checkpoint. 2. The parameters of another run (init.from_run), or its
     whole state (init.state=all). 3. Pretrained weights, when there is a reader for them. 4. From

@@ -232,7 +232,7 @@ def test_only_one_draws_at_a_time(write_experiment, tmp_path):
     assert len(search.trials()) == 2
 
 
-def test_a_real_search_by_the_verbs(write_experiment, tmp_path, capsys, monkeypatch):
+def test_a_real_search_by_the_commands(write_experiment, tmp_path, capsys, monkeypatch):
     patch_mesh(monkeypatch)
     path = write_experiment(f"tpe(log_uniform('{RATE}', 1e-4, 1e-1), 5, reduction=2)")
     folder = tmp_path / "s"

@@ -150,7 +150,7 @@ def connect(index: int, count: int, coordinator: str, seconds: float) -> Lifelin
         raise ConfigError(f"--coordinator={coordinator} is not HOST:PORT with a port above 1124")
     address = host.strip("[]"), int(port) + PORT_OFFSET
     deadline = time.monotonic() + seconds
-    meet = _welcome if index == 0 else _knock
+    meet = _welcome if index == 0 else _join
     links, names = meet(index, count, address, deadline, seconds)
     for link in links.values():
         link.settimeout(SILENCE_SECONDS)
@@ -197,7 +197,7 @@ def _welcome(
     return links, reply["names"]
 
 
-def _knock(
+def _join(
     index: int, count: int, address: tuple[str, int], deadline: float, seconds: float
 ) -> tuple[dict[int, socket.socket], list[str]]:
     """Find process 0 and wait for its answer."""

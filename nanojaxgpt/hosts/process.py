@@ -26,7 +26,7 @@ def keep_freed_memory() -> None:
     except (OSError, AttributeError, TypeError):
         return
     mallopt(M_MMAP_MAX, 0)
-    mallopt(M_ARENA_MAX, 1)  # the arenas of threads have no room for large buffers
+    mallopt(M_ARENA_MAX, 1)  # large buffers do not fit the arenas of threads
     mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 

@@ -24,7 +24,7 @@ MEASURES = {"map": measure_alone, "vmap": measure_together}
 
 
 class Pruned(Exception):
-    """A trial is not worth going on with; the text says why."""
+    """A trial is not worth continuing; the text says why."""
 
 
 class Search(Protocol):

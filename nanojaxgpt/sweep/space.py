@@ -194,8 +194,8 @@ def tpe(
     """Return a search over `num` points, each chosen by what those before it gave (by Optuna).
 
     Trials are pruned as they go (ASHA): after 1, `reduction`, `reduction`^2, ... times
-    eval.every_steps one goes on if it is among the best 1 / `reduction` that came so far; 0: all
-    go on. Sources: Bergstra et al. 2011 (TPE), Li et al. 2020 (ASHA). Raises ConfigError.
+    eval.every_steps one continues if it is among the best 1 / `reduction` so far; 0: all
+    continue. Sources: Bergstra et al. 2011 (TPE), Li et al. 2020 (ASHA). Raises ConfigError.
     """
     if num < 1 or reduction == 1 or reduction < 0:
         raise ConfigError(f"tpe of {num} points, reduction {reduction}: at least 1; 0, 2 or more")

@@ -3,7 +3,7 @@
 The stacked trials are spread over the devices, by the mesh axis `trial` before those of
 `sharding.AXES`: an axis that the config gives a size stays inside each trial, what is left (-1)
 goes to the trials. The results agree with those of the runs alone up to rounding. A trial that
-is no longer finite, or is at its last step, is frozen while its neighbours go on.
+is no longer finite, or is at its last step, is frozen while the others continue.
 """
 
 import functools
@@ -257,7 +257,7 @@ class Follower:
 def align(jobs: list[Job], runs: list[Path]) -> None:
     """Set aside what was saved after the last step that all have, where batches grow.
 
-    Then all must be at the same step; else each goes on from its own.
+    Then all must be at the same step; else each resumes from its own.
     """
     if train_ramp(jobs[0].cfg).steps:
         saved = [set(checkpoint.saved_steps(run / "checkpoints")) for run in runs]
@@ -268,7 +268,7 @@ def align(jobs: list[Job], runs: list[Path]) -> None:
 def train_together(jobs: list[Job], runs: list[Path], stop: StopRequest) -> list[str]:
     """Train the jobs in their run directories; return why each ended early, "" where it did not.
 
-    Each goes on from its own newest checkpoint. Raises Stopped after a signal, all saved.
+    Each resumes from its own newest checkpoint. Raises Stopped after a signal, all saved.
     """
     first = jobs[0]
     with ExitStack() as owned:
