@@ -75,7 +75,7 @@ def train(arguments: list[str]) -> None:
         "join_seconds": {
             "default": 300.0,
             "type": number(1, 1e6),
-            "help": "how long to wait for the other processes; default: 300",
+            "help": "seconds to wait for the other processes; default: 300",
         },
     }
     parsed, cfg = open_experiment("train", train.__doc__, arguments, options)

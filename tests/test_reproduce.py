@@ -108,7 +108,7 @@ def test_the_recipe_can_not_be_changed_from_outside(tmp_path):
     path.write_text(PAPER)
     arm = load_paper(str(path), {"data.source": "text:other.txt"}).arms[0]
     assert arm.config.data.source == "text:other.txt"
-    with pytest.raises(ConfigError, match=r"train\.num_steps is part of what"):
+    with pytest.raises(ConfigError, match=r"train\.num_steps is part of the recipe"):
         load_paper(str(path), {"train.num_steps": "3"})
 
 

@@ -95,7 +95,7 @@ def plan_lines(parsed: Any, plan: Plan, folder: Path) -> list[str]:
             f"{tpe.num} trials, chosen as it goes by TPE for the "
             f"{'highest' if tpe.maximize else 'lowest'} {tpe.metric}{pruned if rungs else ''}",
             "",
-            f"{len(plan.trials)} random points, to show the size of a trial:",
+            f"{len(plan.trials)} random points as an example, all of them valid:",
             *lines,
         ]
     command = [f"--config={parsed.config}", f"--dir={folder}"]
