@@ -16,10 +16,20 @@ from pathlib import Path
 from typing import Any
 
 from nanojaxgpt import __version__, config, console, rundir
-from nanojaxgpt.arguments import chosen_step, open_experiment, open_run, parse
+from nanojaxgpt.arguments import (
+    chosen_step,
+    integer,
+    integers,
+    number,
+    open_experiment,
+    open_run,
+    parse,
+)
 from nanojaxgpt.commands.sample import sample
 from nanojaxgpt.console import explain, warn
-from nanojaxgpt.errors import OK, ConfigError, DataError
+from nanojaxgpt.data.loader import check_data
+from nanojaxgpt.data.sources import DataConfig
+from nanojaxgpt.errors import OK, ConfigError, DataError, MemoryExceeded
 from nanojaxgpt.sweep.verb import sweep
 from nanojaxgpt.trackers import check_installed
 
@@ -48,16 +58,18 @@ def train(arguments: list[str]) -> None:
     options = {
         "multihost": {"action": "store_true", "help": "train with other processes; docs/hosts.md"},
         "coordinator": {"default": "", "help": "HOST:PORT of process 0; default: found"},
-        "num_processes": {"default": -1, "type": int, "help": "of all hosts; default: found"},
-        "process_id": {"default": -1, "type": int, "help": "from 0; default: found"},
-        "join_seconds": {"default": 300.0, "type": float, "help": "until all must have come"},
+        "num_processes": {"default": -1, "type": integer(1), "help": "of all hosts"},
+        "process_id": {"default": -1, "type": integer(0), "help": "from 0; default: found"},
+        "join_seconds": {"default": 300.0, "type": number(1, 1e6), "help": "default: 300"},
     }
     parsed, cfg = open_experiment("train", train.__doc__, arguments, options)
     name, _, variant = parsed.config.partition(":")
     run = Path(parsed.run or Path("runs") / (Path(name).stem + (f"-{variant}" if variant else "")))
     given = (parsed.coordinator, parsed.num_processes, parsed.process_id)
     if not parsed.multihost and given != ("", -1, -1):
-        raise ConfigError("--coordinator, --num_processes and --process_id go with --multihost")
+        raise ConfigError("--coordinator, --num_processes and --process_id need --multihost")
+    rundir.check_folder("--run", run)
+    rundir.check_start(cfg, run)
     check_installed(cfg.train.trackers)
     if not parsed.multihost:  # several hosts could see a shared file system differently
         from nanojaxgpt import finish
@@ -65,6 +77,7 @@ def train(arguments: list[str]) -> None:
         if finish.is_finished(cfg, run, print):
             finish.report_end(run, print)
             return
+    check_data(DataConfig(**cfg.data))
     from nanojaxgpt.hosts.joining import joined
     from nanojaxgpt.train import fit
 
@@ -81,9 +94,9 @@ def prepare(arguments: list[str]) -> None:
     A preparation that was stopped goes on; one that was done is opened and checked.
     """
     parsed, cfg = open_experiment("prepare", prepare.__doc__, arguments, {})
+    check_data(DataConfig(**cfg.data))
     from nanojaxgpt.data import store
     from nanojaxgpt.data.loader import inherited_tokenizer
-    from nanojaxgpt.data.sources import DataConfig
 
     said: list[str] = []
 
@@ -110,13 +123,12 @@ def print_table(rows: list[tuple[str, ...]]) -> None:
 def inspect(arguments: list[str]) -> None:
     """Print the batch of one step as the model sees it: text, segments, what is scored."""
     options = {
-        "step": {"default": 1, "type": int, "help": "as in the log; default: 1"},
-        "rows": {"default": 4, "type": int, "help": "how many rows to print in full; default: 4"},
+        "step": {"default": 1, "type": integer(1), "help": "as in the log; default: 1"},
+        "rows": {"default": 4, "type": integer(0), "help": "rows to print in full; default: 4"},
         "split": {"default": "train", "choices": ("train", "validation"), "help": "default: train"},
     }
     parsed, cfg = open_experiment("inspect", inspect.__doc__, arguments, options)
-    if parsed.step < 1 or parsed.rows < 0:
-        raise ConfigError(f"--step={parsed.step} --rows={parsed.rows}: steps count from 1")
+    check_data(DataConfig(**cfg.data))
     from nanojaxgpt.data.loader import prepare_data
     from nanojaxgpt.data.rows import make_ramp
     from nanojaxgpt.data.show import show_step
@@ -134,14 +146,14 @@ def inspect(arguments: list[str]) -> None:
 
 
 def rehearse(arguments: list[str]) -> None:
-    """Compile the train step for hardware that is not here; print its memory, traffic and bounds.
+    """Compile the train step for hardware you don't have; print its memory, traffic and bounds.
 
     The chips: v4, v5e, v5p, v6e with a torus (v5e:16x16), a100, h100, h200, cpu with a number.
-    Raises ConfigError (exit 2) where the step does not fit.
+    Raises MemoryExceeded (exit 6) where the step does not fit.
     """
     options = {
         "topology": {"default": "", "help": "the hardware: v5e:16x16, v5p:4x4x4, h100:8, cpu:8"},
-        "slices": {"default": 1, "type": int, "help": "TPU slices of that shape; default: 1"},
+        "slices": {"default": 1, "type": integer(1), "help": "TPU slices; default: 1"},
         "mesh": {
             "default": "config",
             "choices": ("config", "auto"),
@@ -150,8 +162,8 @@ def rehearse(arguments: list[str]) -> None:
         "json": {"default": "", "help": "write everything to this file, too"},
     }
     parsed, cfg = open_experiment("rehearse", rehearse.__doc__, arguments, options)
-    if parsed.json and not Path(parsed.json).parent.is_dir():
-        raise ConfigError(f"--json={parsed.json}: there is no folder {Path(parsed.json).parent}")
+    if parsed.json:
+        rundir.check_file("--json", Path(parsed.json))
     from nanojaxgpt.rehearse.chips import parse_topology
 
     topology = parse_topology(parsed.topology, parsed.slices)
@@ -173,7 +185,7 @@ def rehearse(arguments: list[str]) -> None:
         described = [report.to_dict(name, target, one) for one in found]
         rundir.write_text(Path(parsed.json), json.dumps(described, indent=2) + "\n")
     if not any(one.memory.fits for one in found):
-        raise ConfigError(f"the step does not fit {topology.name}")
+        raise MemoryExceeded(f"the step does not fit the memory of {topology.name}")
 
 
 def evaluate(arguments: list[str]) -> None:
@@ -185,7 +197,7 @@ def evaluate(arguments: list[str]) -> None:
     parsed, cfg = open_run("eval", evaluate.__doc__, arguments, {"data": {"help": about}})
     import jax
 
-    from nanojaxgpt import sharding
+    from nanojaxgpt import memory, sharding
     from nanojaxgpt.checkpoint import load_params
     from nanojaxgpt.model import ModelConfig, Transformer
     from nanojaxgpt.train import make_evaluation, prepare_data
@@ -200,7 +212,9 @@ def evaluate(arguments: list[str]) -> None:
     except ConfigError:  # the run's mesh does not fit this machine: one device does
         mesh = sharding.make_mesh({}, jax.devices()[:1])
     run, model_cfg = Path(parsed.run), ModelConfig(**cfg.model)
-    with jax.set_mesh(mesh):
+    lower = "What lowers it: eval.batch_size, train.loss_chunks, model.compute_dtype=bfloat16"
+    with memory.explained("the evaluation", mesh, lambda: lower), jax.set_mesh(mesh):
+        memory.check_model("the evaluation", cfg, mesh, 0, lower)
         step, params = load_params(run, model_cfg, mesh, chosen_step(run, parsed.step), warn)
         found = make_evaluation(cfg, data, mesh, Transformer(model_cfg))(params)
     if not found["tokens"] and parsed.data:
@@ -235,20 +249,23 @@ def coordcheck(arguments: list[str]) -> None:
     RUN, runs/coordcheck if it is not given, gets the numbers and a plot.
     """
     options = {
-        "widths": {"default": "64,128,256,512", "help": "default: 64,128,256,512"},
-        "steps": {"default": 4, "type": int, "help": "of training; default: 4"},
+        "widths": {
+            "default": "64,128,256,512",
+            "type": integers(1),
+            "help": "default: 64,128,256,512",
+        },
+        "steps": {"default": 4, "type": integer(0), "help": "of training; default: 4"},
     }
     parsed, cfg = open_experiment("coordcheck", coordcheck.__doc__, arguments, options)
-    try:
-        widths = [int(width) for width in parsed.widths.split(",")]
-    except ValueError:
-        raise ConfigError(f"--widths={parsed.widths} are no whole numbers, as in 64,128") from None
+    folder = Path(parsed.run or "runs/coordcheck")
+    rundir.check_folder("--run", folder)
+    check_data(DataConfig(**cfg.data))
     from nanojaxgpt.coordcheck import check_coordinates, save, table
 
-    result = check_coordinates(cfg, widths, parsed.steps, warn)
+    result = check_coordinates(cfg, parsed.widths, parsed.steps, warn)
     for line in table(result):
         print(line)
-    print(save(result, Path(parsed.run or "runs/coordcheck")))
+    print(save(result, folder))
 
 
 def reproduce(arguments: list[str]) -> None:
@@ -258,16 +275,21 @@ def reproduce(arguments: list[str]) -> None:
     """
     options = {
         "dir": {"default": "", "help": "of runs and report; default: runs/NAME"},
-        "seeds": {"default": 0, "type": int, "help": "only the first so many; default: all"},
+        "seeds": {
+            "default": 0,
+            "type": integer(0),
+            "help": "only so many, from the first; default: all",
+        },
     }
     place = ("PAPER.py", "states claims and criteria")
     parsed = parse("reproduce", reproduce.__doc__, arguments, options, place)
     if not parsed.run:
         raise ConfigError("which paper? nanojaxgpt reproduce experiments/papers/NAME.py")
+    folder = Path(parsed.dir or Path("runs") / Path(parsed.run).stem)
+    rundir.check_folder("--dir", folder)
     from nanojaxgpt.paper import first_seeds, load_paper
 
     paper = first_seeds(load_paper(parsed.run, parsed.overrides), parsed.seeds)
-    folder = Path(parsed.dir or Path("runs") / Path(parsed.run).stem)
     from nanojaxgpt.reproduce import reproduce as run_paper
     from nanojaxgpt.reproduce import save
 

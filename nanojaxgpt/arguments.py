@@ -1,25 +1,58 @@
-"""In: the words after a verb. Out: what they ask for, and the config that they name."""
+"""In: the arguments after a command. Out: its options, and the config that they name."""
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
 from ml_collections import ConfigDict
 
 from nanojaxgpt import config, rundir
+from nanojaxgpt.checks import range_problem, read_float, read_int, show
 from nanojaxgpt.errors import Answered, ConfigError
+from nanojaxgpt.names import unknown_option
+
+MAX_INT = 2**31 - 1  # as for the fields of the config
 
 
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are ConfigErrors."""
 
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         """Raise ConfigError instead of leaving the process."""
-        raise ConfigError(f"{message}; see nanojaxgpt {self.prog.split()[-1]} --help")
+        start = message if len(message) <= 300 else f"{message[:300]}..."
+        raise ConfigError(f"{start}; see nanojaxgpt {self.prog.split()[-1]} --help")
 
     def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
         """Raise Answered, which tells --help from an experiment that calls sys.exit."""
         raise Answered(status)
+
+
+def integer(low: int, high: int = MAX_INT) -> Callable[[str], int]:
+    """Return a `type` for an option: an integer from `low` to `high`."""
+    return lambda text: in_range(text, read_int, low, high)
+
+
+def number(low: float, high: float) -> Callable[[str], float]:
+    """Return a `type` for an option: a number from `low` to `high`."""
+    return lambda text: in_range(text, read_float, low, high)
+
+
+def integers(low: int) -> Callable[[str], list[int]]:
+    """Return a `type` for an option: comma-separated integers, each at least `low`."""
+    return lambda text: [in_range(part, read_int, low, MAX_INT) for part in text.split(",")]
+
+
+def in_range(text: str, read: Callable[[str], Any], low: float, high: float) -> Any:
+    """Return the number in `text`. Raises ArgumentTypeError where it is none, or out of range."""
+    try:
+        value = read(text)
+    except ValueError as error:
+        kind = "an integer" if read is read_int else "a number"
+        raise argparse.ArgumentTypeError(f"{show(text)} is not {kind}") from error
+    if problem := range_problem(value, low, high):
+        raise argparse.ArgumentTypeError(f"{show(value)} {problem}")
+    return value
 
 
 def split_overrides(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
@@ -46,11 +79,18 @@ def parse(
     options: dict[str, dict[str, Any]],
     path: tuple[str, str] = ("RUN", "the run directory"),
 ) -> Any:
-    """Return the parsed arguments of a verb: RUN or --run, its options, and the overrides.
+    """Return the parsed arguments of a command: RUN or --run, its options, and the overrides.
 
-    The first line of `about` heads the verb's --help; `path` is the name and the help of what
-    stands without a flag.
+    The first line of `about` heads the command's --help; `path` is the name and the help of the
+    positional argument. Raises ConfigError.
     """
+    for argument in arguments:
+        try:
+            argument.encode()
+        except UnicodeEncodeError:
+            raise ConfigError(f"the argument {show(argument)} is not valid UTF-8") from None
+        if "\0" in argument:
+            raise ConfigError(f"the argument {show(argument)} holds a NUL character")
     prog, first = f"nanojaxgpt {verb}", (about or "").split("\n")[0]  # python -OO drops it
     parser = Parser(prog=prog, description=first, allow_abbrev=False)
     parser.add_argument("path", metavar=path[0], nargs="?", help=path[1])
@@ -61,11 +101,14 @@ def parse(
         parser.add_argument(f"--{name}", **settings)
     others, overrides = split_overrides(arguments)
     parsed, unknown = parser.parse_known_args(others)
-    if unknown:
+    if unknown and unknown[0].startswith("-"):
         flags = [flag for action in parser._actions for flag in action.option_strings]
-        raise ConfigError(config.unknown_name("option", unknown[0].split("=")[0], flags))
+        known = [name for name, _ in config.fields(config.base_config())]
+        raise ConfigError(unknown_option(unknown[0], flags, known))
+    if unknown:
+        raise ConfigError(f"unexpected argument {show(unknown[0])} after {show(parsed.path)}")
     if parsed.run and parsed.path:
-        raise ConfigError(f"two runs given: {parsed.path} and --run={parsed.run}")
+        raise ConfigError(f"two runs given: {parsed.path} and --run={parsed.run}; name one")
     parsed.run = parsed.run or parsed.path
     parsed.overrides = overrides
     return parsed
@@ -74,26 +117,48 @@ def parse(
 def open_experiment(
     verb: str, about: str | None, arguments: list[str], options: dict[str, dict[str, Any]]
 ) -> tuple[Any, ConfigDict]:
-    """Return the parsed arguments of a verb that takes --config or a RUN, and the config."""
+    """Return the parsed arguments of a command that takes --config or a RUN, and the config."""
     settings = {"default": "", "help": "the experiment: FILE.py or FILE.py:VARIANT"}
     parsed = parse(verb, about, arguments, {"config": settings} | options)
+    if is_experiment(parsed.path):
+        raise ConfigError(
+            f"{parsed.path} is an experiment file, not a run directory; write "
+            f"nanojaxgpt {verb} --config={parsed.path}"
+        )
     if parsed.config:
-        return parsed, config.load_config(parsed.config, parsed.overrides)
-    if parsed.run:
-        return parsed, config.override_config(rundir.load_run(Path(parsed.run)), parsed.overrides)
-    raise ConfigError(f"say what to {verb}: --config=experiments/quickstart.py, or a RUN")
+        cfg = config.load_config(parsed.config, parsed.overrides)
+    elif parsed.run:
+        cfg = config.override_config(rundir.load_run(Path(parsed.run)), parsed.overrides)
+    else:
+        raise ConfigError(f"say what to {verb}: --config=experiments/quickstart.py, or a RUN")
+    rundir.check_folder("data.cache_dir", config.cache_dir(cfg))
+    return parsed, cfg
+
+
+def is_experiment(path: str | None) -> bool:
+    """Return whether a path that should be a run directory is a Python file, `FILE.py:VARIANT`."""
+    return (path or "").partition(":")[0].endswith(".py")
 
 
 def open_run(
     verb: str, about: str | None, arguments: list[str], options: dict[str, dict[str, Any]]
 ) -> tuple[Any, ConfigDict]:
-    """Return the parsed arguments of a verb that reads a run, and the run's config."""
+    """Return the parsed arguments of a command that reads a run, and the run's config."""
     step = {"default": "", "help": "a checkpoint's step, or best; default: the newest"}
     parsed = parse(verb, about, arguments, options | {"step": step})
     if not parsed.run:
         raise ConfigError(f"which run? nanojaxgpt {verb} RUN")
-    if parsed.step not in ("", "best") and not parsed.step.isdecimal():
-        raise ConfigError(f"--step={parsed.step} is neither a number nor best")
+    if is_experiment(parsed.run):
+        run = Path("runs") / Path(parsed.run.partition(":")[0]).stem
+        raise ConfigError(
+            f"{parsed.run} is an experiment file, not a run directory; train it with nanojaxgpt "
+            f"train --config={parsed.run}, then nanojaxgpt {verb} {run}"
+        )
+    if parsed.step not in ("", "best"):
+        try:
+            in_range(parsed.step, read_int, 1, MAX_INT)
+        except argparse.ArgumentTypeError as error:
+            raise ConfigError(f"--step: {error}; it is a checkpoint's step, or best") from None
     return parsed, config.override_config(rundir.load_run(Path(parsed.run)), parsed.overrides)
 
 

@@ -225,13 +225,18 @@ def load_params(
 
     Raises CheckpointError where there is none.
     """
-    boxed = jax.eval_shape(lambda: init_params(cfg, jax.random.key(0)))
-    abstract = with_shardings(sharding.unbox(boxed), sharding.tree_shardings(boxed, mesh))
+    abstract = abstract_params(cfg, mesh)
     folder = Path(run) / "checkpoints"
     found = restore(folder, {"params": abstract}, step, report, team)
     if found is None:
         raise CheckpointError(f"{run} has no checkpoint yet")
     return found[0], found[1]["params"]
+
+
+def abstract_params(cfg: ModelConfig, mesh: Mesh) -> Any:
+    """Return the parameters of a model without arrays, with their shardings."""
+    boxed = jax.eval_shape(lambda: init_params(cfg, jax.random.key(0)))
+    return with_shardings(sharding.unbox(boxed), sharding.tree_shardings(boxed, mesh))
 
 
 def with_shardings(shapes: Any, shardings: Any) -> Any:

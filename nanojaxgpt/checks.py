@@ -1,6 +1,6 @@
-"""In: the fields of a config. Out: in words, what is wrong with one by itself or with its partners.
+"""In: the fields of a config. Out: messages about one that is wrong, or that contradicts another.
 
-No jax here, and no default: config.py has the fields.
+No jax here, and no defaults: config.py has the fields.
 """
 
 import math
@@ -8,6 +8,8 @@ import re
 from typing import Any
 
 from ml_collections import ConfigDict
+
+from nanojaxgpt.names import nearest
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "model.mlp": ("gelu_tanh", "gelu", "relu", "relu2", "swiglu", "geglu", "none"),
@@ -28,7 +30,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 
 _COUNT, _SIZE = (0, 2**31 - 1), (1, 2**31 - 1)  # off or a number; at least one
 _FRACTION, _BELOW_ONE, _ANY = (0.0, 1.0), (0.0, math.nextafter(1.0, 0.0)), (0.0, 1e30)
-_ABOVE_ZERO, _AXIS = (1e-30, 1e30), (-1, 2**31 - 1)
+_ABOVE_ZERO, _AXIS, _ALL = (1e-30, 1e30), (-1, 2**31 - 1), (-math.inf, math.inf)
 
 RANGES: dict[str, tuple[float, float]] = {
     "model.num_layers": _SIZE,
@@ -114,39 +116,128 @@ TUPLES: dict[str, type] = {
 }
 
 
+KINDS = {bool: "true or false", int: "an integer", float: "a number", str: "a string",
+         tuple: "a tuple", list: "a list", type(None): "None"}  # fmt: skip
 DIGEST = re.compile(r"\s*[0-9a-fA-F]{64}\s*")
+SHOWN = 100  # characters of a value in a message
+
+_INTEGER = re.compile(r"[+-]?\d+(_\d+)*", re.ASCII)
+_NUMBER = re.compile(r"[+-]?((\d+(_\d+)*\.?\d*|\.\d+)(e[+-]?\d+)?|nan|inf)", re.ASCII | re.I)
+
+
+def read_float(text: str) -> float:
+    """Return the number in ASCII digits, NaN and infinity included. Raises ValueError."""
+    if not _NUMBER.fullmatch(text):
+        raise ValueError(f"{show(text)} is not a number")
+    return float(text)
+
+
+def read_int(text: str) -> int:
+    """Return the integer in ASCII digits, `2000` or `2e3`. Raises ValueError."""
+    if _INTEGER.fullmatch(text):
+        return int(text)
+    number = read_float(text)
+    vanished = not number and re.search("[1-9]", text.lower().partition("e")[0])  # 1e-400
+    if vanished or not math.isfinite(number) or number != int(number):
+        raise ValueError(f"{show(text)} is not an integer")
+    return int(number)
+
+
+def show(value: Any) -> str:
+    """Return `repr(value)`, cut where it is long; of a value whose repr fails, its type."""
+    try:
+        text = repr(value)
+    except Exception:  # integers over 4,300 digits, deep nesting, other people's __repr__
+        return f"<{type(value).__name__}>"
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}... ({len(text):,} characters)"
+
+
+def kind_of(value: Any) -> str:
+    """Return the type of a value in words."""
+    return KINDS.get(type(value)) or f"a {type(value).__name__}"
+
+
+def range_problem(number: float, low: float, high: float) -> str:
+    """Return `must be ...` where a number is outside [low, high] or NaN, else ""."""
+    if low <= number <= high:
+        return ""
+    limit = f"below {math.ceil(high)}" if high == _BELOW_ONE[1] else f"at most {high:,.10g}"
+    if number > high:
+        return f"must be {limit}"
+    if number < low:
+        return f"must be at least {low:g}"
+    return f"must be at least {low:g} and {limit}"
+
+
+def text_problem(name: str, text: str) -> str:
+    """Return what is wrong with a string that becomes a path, a pattern or a prompt, or ""."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return f"{name}={show(text)} is not valid Unicode: it holds half a surrogate pair"
+    if "\0" in text and name != "sample.prompt":
+        return f"{name}={show(text)} holds a NUL character"
+    return ""
+
+
+def pattern_problem(pattern: str) -> str:
+    """Return what is wrong with a regular expression, or ""."""
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
+        return f"{show(pattern)} is not a regular expression: {reason}"
+    return ""
+
+
+def parse_multiplier(entry: str) -> tuple[str, float]:
+    """Return (pattern, factor) of an entry of optim.rate_multipliers. Raises ValueError."""
+    pattern, _, factor = entry.rpartition("=")
+    try:
+        number = read_float(factor)
+    except ValueError:
+        number = math.nan
+    if not pattern or not 0 <= number <= _ANY[1]:
+        raise ValueError(
+            f"{show(entry)} is not PATTERN=FACTOR with a factor of at least 0, as in embed_VD=0.1"
+        )
+    if problem := pattern_problem(pattern):
+        raise ValueError(problem)
+    return pattern, number
 
 
 def field_problems(name: str, value: Any, default: Any) -> list[str]:
     """Return what is wrong with one field by itself."""
-    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+    if isinstance(default, float) and type(value) is int:
+        value = float(value) if abs(value) < 2**1000 else math.copysign(math.inf, value)
     if type(value) is not type(default):
-        return [f"{name}={value!r} is a {type(value).__name__}, not a {type(default).__name__}"]
+        return [f"{name}={show(value)} is {kind_of(value)}, not {kind_of(default)}"]
     if name in CHOICES and value not in CHOICES[name]:
-        return [f"{name}={value!r} is none of {', '.join(CHOICES[name])}"]
-    if isinstance(value, tuple) and any(type(item) is not TUPLES[name] for item in value):
-        return [f"{name}={value!r} holds something else than {TUPLES[name].__name__}"]
-    if name in RANGES:
-        low, high = RANGES[name]
-        for number in value if isinstance(value, tuple) else (value,):
-            if not low <= number <= high:  # NaN fails this too
-                bounds = f"at least {low:g}" if high > 1e9 else f"from {low:g} to {high:g}"
-                return [f"{name}={value!r} must be {bounds}"]
+        hint = nearest(value, CHOICES[name])
+        return [f"{name}={show(value)} must be one of {', '.join(CHOICES[name])}{hint}"]
+    items = value if isinstance(value, tuple) else (value,)
+    if isinstance(value, tuple) and any(type(item) is not TUPLES[name] for item in items):
+        wanted = "integers" if TUPLES[name] is int else "strings"
+        return [f"{name}={show(value)} must hold {wanted} only"]
+    for item in items:
+        if isinstance(item, str) and (problem := text_problem(name, item)):
+            return [problem]
+        if not isinstance(item, str) and (problem := range_problem(item, *RANGES.get(name, _ALL))):
+            return [f"{name}={show(value)} {problem}"]
     return []
 
 
 def partner_problems(cfg: ConfigDict) -> list[str]:
-    """Return the fields that don't fit together."""
+    """Return the contradictions between fields."""
     model, train, problems = cfg.model, cfg.train, optim_problems(cfg.optim)
     if not model.head_dim and model.embed_dim % model.num_heads:
         problems.append(
-            f"model.embed_dim={model.embed_dim} does not divide by "
+            f"model.embed_dim={model.embed_dim} is not divisible by "
             f"model.num_heads={model.num_heads}; change one, or set model.head_dim"
         )
     if model.num_heads % (model.num_kv_heads or model.num_heads):
         problems.append(
-            f"model.num_heads={model.num_heads} does not divide by "
+            f"model.num_heads={model.num_heads} is not divisible by "
             f"model.num_kv_heads={model.num_kv_heads}"
         )
     head_dim = model.head_dim or model.embed_dim // model.num_heads
@@ -160,18 +251,18 @@ def partner_problems(cfg: ConfigDict) -> list[str]:
     ramps = doublings >= 1 and doublings.is_integer() and train.ramp_steps > 0
     if (train.ramp_batch_size or train.ramp_steps) and not ramps:
         problems.append(
-            f"train.ramp_batch_size={train.ramp_batch_size} must become "
-            f"train.batch_size={train.batch_size} by doubling, and within a number of steps, "
+            f"train.ramp_batch_size={train.ramp_batch_size} must reach "
+            f"train.batch_size={train.batch_size} by doubling, over at least one step; now "
             f"train.ramp_steps={train.ramp_steps}"
         )
     if train.batch_size % train.accumulation_steps:
         problems.append(
-            f"train.batch_size={train.batch_size} does not divide by "
+            f"train.batch_size={train.batch_size} is not divisible by "
             f"train.accumulation_steps={train.accumulation_steps}"
         )
     if model.seq_len % train.loss_chunks:
         problems.append(
-            f"model.seq_len={model.seq_len} does not divide by "
+            f"model.seq_len={model.seq_len} is not divisible by "
             f"train.loss_chunks={train.loss_chunks}"
         )
     for name in train.trackers:
@@ -181,37 +272,40 @@ def partner_problems(cfg: ConfigDict) -> list[str]:
         problems.append("sample.stop holds an empty string, which is everywhere; leave it out")
     if cfg.data.sha256 and not all(map(DIGEST.fullmatch, cfg.data.sha256.split(","))):
         problems.append(
-            f"data.sha256={cfg.data.sha256!r} is not a SHA-256 in 64 hex digits, or several with "
-            "commas between"
+            f"data.sha256={show(cfg.data.sha256)} is not a SHA-256 in 64 hex digits, or "
+            "several with commas between"
         )
     if list(cfg.mesh.values()).count(-1) > 1:
-        problems.append(f"only one mesh axis can be -1 (the rest): {dict(cfg.mesh)}")
+        problems.append(f"only one mesh axis can be -1 (all other devices): {dict(cfg.mesh)}")
     if cfg.init.state == "all" and not cfg.init.from_run:
         problems.append("init.state=all needs the run that it branches from: set init.from_run")
     if 0 in cfg.mesh.values():
-        problems.append(f"a mesh axis has no devices: {dict(cfg.mesh)}; 1 leaves it unused")
+        problems.append(f"a mesh axis of size 0 has no devices: {dict(cfg.mesh)}; 1 is unused")
     return problems
 
 
 def optim_problems(optim: ConfigDict) -> list[str]:
-    """Return the fields of `optim` that don't fit together."""
+    """Return the contradictions within `optim`, and its patterns that can't be read."""
     problems = []
     if optim.independent_decay and not optim.learning_rate:
         problems.append("optim.independent_decay needs an optim.learning_rate above 0")
     if optim.optimizer == "schedule_free" and optim.schedule != "constant":
         problems.append(
-            f"schedule_free averages in place of optim.schedule={optim.schedule}: "
+            f"schedule_free replaces the schedule optim.schedule={optim.schedule}: "
             "set optim.schedule=constant"
         )
     if optim.optimizer == "schedule_free" and optim.ema_decay:
-        problems.append("schedule_free averages by itself: leave optim.ema_decay at 0")
+        problems.append("schedule_free already averages: leave optim.ema_decay at 0")
     if optim.spike_factor and not (optim.spike_factor > 1 and optim.max_skipped_steps):
         problems.append(
             f"optim.spike_factor={optim.spike_factor} must be above 1, and needs a budget, "
             "optim.max_skipped_steps"
         )
-    try:
-        re.compile(optim.decay_pattern)
-    except re.error as error:
-        problems.append(f"optim.decay_pattern is no regular expression: {error}")
+    if problem := pattern_problem(optim.decay_pattern):
+        problems.append(f"optim.decay_pattern={problem}")
+    for entry in optim.rate_multipliers:
+        try:
+            parse_multiplier(entry)
+        except ValueError as error:
+            problems.append(f"optim.rate_multipliers: {error}")
     return problems

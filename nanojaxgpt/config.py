@@ -1,8 +1,8 @@
 """Every field of an experiment with its default; load, override, check and compare configs.
 
 In: an experiment file, overrides from the command line, or a run's `config.json`. Out: a locked
-`ConfigDict` whose fields all have the right type and range. No jax here: a wrong key is refused
-before any backend starts.
+`ConfigDict` whose fields all have the right type and range. No jax here: a typo fails before any
+backend starts.
 """
 
 import ast
@@ -13,15 +13,25 @@ import inspect
 import json
 import os
 import re
+import traceback
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from nanojaxgpt.checks import field_problems, partner_problems
-from nanojaxgpt.errors import ConfigError
+from nanojaxgpt.checks import (
+    field_problems,
+    kind_of,
+    partner_problems,
+    read_float,
+    read_int,
+    show,
+)
+from nanojaxgpt.errors import ConfigError, Stopped, UserError
+from nanojaxgpt.names import unknown_name
 
 
 def base_config() -> ConfigDict:
@@ -199,44 +209,100 @@ def load_experiment(experiment: str) -> ConfigDict:
     """Return what `get_config(variant)` of an experiment file gives. Raises ConfigError."""
     path, _, variant = experiment.partition(":")
     module = load_module(path)
-    if not hasattr(module, "get_config"):
+    if not callable(getattr(module, "get_config", None)):
         raise ConfigError(f"{path} has no function get_config(variant='') -> ConfigDict")
-    if variant and not inspect.signature(module.get_config).parameters:
-        raise ConfigError(f"{path} has no variants; leave out ':{variant}'")
-    try:
+    with running(path, "get_config()"):
+        if variant and not inspect.signature(module.get_config).parameters:
+            raise ConfigError(f"it has no variants; leave out ':{variant}'")
         cfg = module.get_config(variant) if variant else module.get_config()
-    except Exception as error:
-        lines = [f":{f.lineno}" for f in inspect.trace() if f.filename == module.__file__]
-        place = path + (lines[-1] if lines else "")
-        raise ConfigError(f"{place}: {explain(error)}") from error
     if not isinstance(cfg, ConfigDict):
-        raise ConfigError(f"{path}: get_config returns a {type(cfg).__name__}, not a ConfigDict")
-    return cfg
+        raise ConfigError(f"{path}: get_config returns {kind_of(cfg)}, not a ConfigDict")
+    with running(path, "the config of get_config()"):
+        return conform(cfg.to_dict())
 
 
-def explain(error: Exception) -> str:
+@contextmanager
+def running(path: str, what: str) -> Iterator[None]:
+    """Turn whatever the code of an experiment file raises, sys.exit too, into a ConfigError.
+
+    It names the last line of the file that was running. Signals pass through.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, Stopped):
+        raise
+    except BaseException as error:
+        absolute = os.path.abspath(path)
+        frames = traceback.walk_tb(error.__traceback__)
+        lines = [line for frame, line in frames if frame.f_code.co_filename == absolute]
+        place = f"{path}:{lines[-1]}" if lines else path
+        said = f"{what} calls sys.exit" if isinstance(error, SystemExit) else explain(error)
+        raise ConfigError(f"{place}: {said}") from error
+
+
+def explain(error: BaseException) -> str:
     """Return what an exception says; of ml_collections' messages the first and the last line."""
-    text = str(error.args[0] if error.args else "").strip()
-    if not isinstance(error, AttributeError):
-        return f"{type(error).__name__}: {text}"
-    present = r" Other fields present: .*?\}\"?(\\n|\n|$)"
-    return re.sub(present, " ", text, flags=re.DOTALL).strip("' ")
+    try:
+        text = str(error if isinstance(error, UserError | SyntaxError) else error.args[0])
+    except Exception:  # no arguments, or their own __str__ fails
+        text = ""
+    if isinstance(error, UserError):
+        return text
+    if isinstance(error, AttributeError):
+        present = r" Other fields present: .*?\}\"?(\\n|\n|$)"
+        text = re.sub(present, " ", text, flags=re.DOTALL).strip("' ")
+    name = "" if isinstance(error, AttributeError) else f"{type(error).__name__}: "
+    text = " ".join(f"{name}{text}".split()).removesuffix(":")
+    return text if len(text) <= 500 else f"{text[:500]}..."
 
 
 def load_module(path: str) -> ModuleType:
     """Import the Python file at `path`. Raises ConfigError where it is missing or broken."""
-    if not Path(path).is_file():
-        near = sorted(str(p) for p in Path(path).parent.glob("*.py") if p.name[0] != "_")
+    found = Path(path)
+    try:
+        missing = not found.is_file()
+        near = sorted(str(p) for p in found.parent.glob("*.py") if p.name[0] != "_")
+    except OSError as error:  # a name that is too long, a folder without permission
+        raise ConfigError(f"can't read {show(path)}: {error.strerror}") from error
+    if missing:
         guess = difflib.get_close_matches(path, near, 1) or near[:5]
         hint = f"; there is {', '.join(guess)}" if guess else ""
-        raise ConfigError(f"no experiment file {path}{hint}")
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    module = importlib.util.module_from_spec(spec)
-    try:
+        raise ConfigError(f"no experiment file {show(path).strip(chr(39))}{hint}")
+    if found.suffix != ".py":
+        raise ConfigError(f"{path} is not an experiment: its name must end in .py")
+    with running(path, "the file"):
+        spec = importlib.util.spec_from_file_location(found.stem, path)
+        if spec is None or spec.loader is None:
+            raise ImportError("it can't be imported")
+        module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-    except Exception as error:
-        raise ConfigError(f"{path} can't be imported: {type(error).__name__}: {error}") from error
     return module
+
+
+def conform(given: dict[str, Any]) -> ConfigDict:
+    """Return the base config with these values of every section. Raises ConfigError.
+
+    All sections and fields must be there, and no others; `check_config` looks at the values.
+    """
+    cfg, problems = base_config(), []
+    known = [name for name, _ in fields(cfg)]
+    for section, values in given.items():
+        if not isinstance(values, dict):
+            problems.append(f"the section {show(section)} is {kind_of(values)}, not a ConfigDict")
+            known = [name for name in known if name.split(".")[0] != section]
+            continue
+        for name, value in values.items():
+            if f"{section}.{name}" in known:
+                set_field(cfg, f"{section}.{name}", value)
+            else:
+                problems.append(unknown_name("config field", f"{section}.{name}", known))
+    pairs = [name.split(".") for name in known]
+    if missing := [f"{first}.{last}" for first, last in pairs if last not in given.get(first, ())]:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        problems.append(f"missing: {', '.join(missing[:3])}{more}; start from base_config()")
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return cfg.lock()
 
 
 def override_config(cfg: ConfigDict, overrides: dict[str, str]) -> ConfigDict:
@@ -252,13 +318,14 @@ def override_config(cfg: ConfigDict, overrides: dict[str, str]) -> ConfigDict:
     return cfg.lock()
 
 
-def unknown_name(kind: str, name: str, known: list[str]) -> str:
-    """Return the sentence for a name that does not exist, with the nearest that do."""
-    leaves = {k.split(".")[-1]: k for k in known}
-    near = difflib.get_close_matches(name, known, 3, 0.6)
-    near += [leaves[n] for n in difflib.get_close_matches(name.split(".")[-1], leaves, 2, 0.75)]
-    hint = f"; did you mean {' or '.join(dict.fromkeys(near))}?" if near else ""
-    return f"no {kind} {name}{hint}"
+def set_field(cfg: ConfigDict, name: str, value: Any) -> None:
+    """Set a dotted field to a value of any type; `check_config` names a wrong one."""
+    section, field = name.split(".")
+    with cfg.unlocked(), cfg.ignore_type():
+        try:
+            cfg[section][field] = value
+        except (OverflowError, TypeError, ValueError) as error:  # 10**400 where a float belongs
+            raise ConfigError(f"{name}={show(value)}: {error}") from None
 
 
 def parse_value(name: str, text: str, default: Any) -> Any:
@@ -267,19 +334,18 @@ def parse_value(name: str, text: str, default: Any) -> Any:
         if isinstance(default, bool):
             return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
         if isinstance(default, int):
-            number = float(text) if re.search(r"[eE.]", text) else int(text)
-            if number != int(number):
-                raise ValueError
-            return int(number)
+            return read_int(text)
         if isinstance(default, float):
-            return float(text)
+            return read_float(text)
         if isinstance(default, tuple):
             value = ast.literal_eval(text)
             return tuple(value) if isinstance(value, tuple | list) else (value,)
         return text
-    except (KeyError, TypeError, ValueError, SyntaxError, OverflowError):
-        kind = type(default).__name__
-        raise ConfigError(f"{name}={text!r} is not a {kind}, like {default!r}") from None
+    except (KeyError, TypeError, ValueError, SyntaxError, RecursionError, MemoryError):
+        shown = show(default)
+        raise ConfigError(
+            f"{name}={show(text)} is not {kind_of(default)}, such as {shown}"
+        ) from None
 
 
 def check_config(cfg: ConfigDict) -> None:
@@ -300,18 +366,18 @@ def to_json(cfg: ConfigDict) -> str:
 
 def from_json(text: str, origin: str = "config.json") -> ConfigDict:
     """Return the checked config in `text`. Raises ConfigError, naming `origin`."""
-    cfg = base_config().unlock()
-    known = dict(fields(cfg))
+    cfg = base_config()
+    known = [name for name, _ in fields(cfg)]
     try:
-        with cfg.ignore_type():  # check_config names what has a wrong type
-            for section, values in json.loads(text).items():
-                for name, value in values.items():
-                    if f"{section}.{name}" not in known:
-                        field = unknown_name("config field", f"{section}.{name}", list(known))
-                        raise ConfigError(f"{field}; it was written by another version")
-                    cfg[section][name] = tuple(value) if isinstance(value, list) else value
+        for section, values in json.loads(text).items():
+            for name, value in values.items():
+                if f"{section}.{name}" not in known:
+                    field = unknown_name("config field", f"{section}.{name}", known)
+                    raise ConfigError(f"{field}; another version wrote it")
+                value = tuple(value) if isinstance(value, list) else value
+                set_field(cfg, f"{section}.{name}", value)
         check_config(cfg)
-    except (json.JSONDecodeError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise ConfigError(f"{origin} is not a config: {error}") from error
     except ConfigError as error:
         raise ConfigError(f"{origin}: {error}") from error

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from nanojaxgpt import sharding
+from nanojaxgpt import memory, sharding
 from nanojaxgpt.config import check_config
 from nanojaxgpt.data.rows import Batch
 from nanojaxgpt.errors import ConfigError
@@ -75,7 +75,7 @@ def measure(
     job, found = make_job(cfg, data, mesh), []
     sizes = make_sizes(ModelConfig(**cfg.model))
     hyper = make_hyper(cfg)
-    with jax.set_mesh(mesh):
+    with memory.training_explained(cfg, mesh), jax.set_mesh(mesh):
         first, state = job.train_batch(0), job.init(jax.random.key(cfg.train.seed))
         for step in range(num_steps + 1):
             found.append({k: float(v) for k, v in sizes(state.params, first).items()})

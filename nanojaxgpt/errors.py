@@ -35,7 +35,7 @@ def why(error: BaseException, folder: Path) -> str:
 
 
 class UserError(Exception):
-    """A problem that the user can mend: its text says what is wrong and what to do."""
+    """A problem that the user can fix: its text says what is wrong and what to do."""
 
     exit_code = INTERNAL
 
@@ -64,11 +64,17 @@ class CheckpointError(UserError):
     exit_code = 5
 
 
+class MemoryExceeded(UserError):
+    """The training state, a batch or what a step computes does not fit the device's memory."""
+
+    exit_code = 6
+
+
 class Stopped(BaseException):
     """A signal asked for the end: SIGTERM (exit 75, start me again) or Ctrl-C (exit 130).
 
-    Like KeyboardInterrupt no Exception: it comes from a signal handler, in the middle of
-    anything, and what catches errors there (a checkpoint that can't be read, say) must not keep it.
+    Like KeyboardInterrupt it is not an Exception: a signal handler raises it in the middle of
+    anything, where code that catches errors (of an unreadable checkpoint, say) must not swallow it.
     """
 
     def __init__(self, message: str, exit_code: int) -> None:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from nanojaxgpt.checks import parse_multiplier
 from nanojaxgpt.errors import ConfigError
 from nanojaxgpt.matrices import muon, scale_by_adafactor
 from nanojaxgpt.schedules import Hyper
@@ -235,15 +236,10 @@ def rate_multipliers(
     Yang 2022, table 8), and as its root for Muon, whose spectral norm of 0.2 sqrt(width) should not
     grow. Raises ConfigError for an entry that can't be read.
     """
-    found = []
-    for entry in entries:
-        pattern, _, factor = entry.rpartition("=")
-        try:
-            found.append((pattern, float(factor)))
-        except ValueError:
-            raise ConfigError(
-                f"optim.rate_multipliers: {entry!r} is not PATTERN=FACTOR, as in embed_VD=0.1"
-            ) from None
+    try:
+        found = [parse_multiplier(entry) for entry in entries]
+    except ValueError as error:
+        raise ConfigError(f"optim.rate_multipliers: {error}") from None
     power = {"adamw": 1, "adafactor": 1, "lion": 1, "schedule_free": 1, "muon": 0.5, "sgd": 0}
     if width != 1:
         found.append((HIDDEN, width ** -power[optimizer]))

@@ -153,12 +153,10 @@ class Paper:
 def load_paper(path: str, overrides: dict[str, str] | None = None) -> Paper:
     """Return the checked paper of a file, its arms' configs overridden. Raises ConfigError."""
     module = config.load_module(path)
-    if not hasattr(module, "get_paper"):
+    if not callable(getattr(module, "get_paper", None)):
         raise ConfigError(f"{path} has no function get_paper() -> Paper")
-    try:
+    with config.running(path, "get_paper()"):
         paper = module.get_paper()
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ConfigError(f"{path}: {config.explain(error)}") from error
     if not isinstance(paper, Paper):
         raise ConfigError(f"{path}: get_paper returns a {type(paper).__name__}, not a Paper")
     fixed = [name for name in overrides or {} if not FREE.fullmatch(name)]

@@ -1,4 +1,4 @@
-"""The run directory, what every verb takes as RUN: its config, its identity, its one owner."""
+"""The run directory, which every command takes as RUN: its config, its identity, its lock."""
 
 import fcntl
 import hashlib
@@ -16,20 +16,57 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from nanojaxgpt import config, console, horizon
+from nanojaxgpt.checks import show
 from nanojaxgpt.errors import CheckpointError, ConfigError, DataError, UserError, why
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "ml-collections", "numpy")
-STEP = re.compile("0|[1-9][0-9]*")  # the name of a checkpoint's folder
+STEP = re.compile("0|[1-9][0-9]{0,9}")  # the name of a checkpoint's folder
 
 
 def load_run(run: Path) -> ConfigDict:
     """Return the resolved config of an existing run. Raises ConfigError."""
     path = Path(run) / "config.json"
-    if not path.is_file():
+    try:
+        if path.is_file():
+            text = path.read_bytes().decode(errors="replace")
+            return config.from_json(text, str(path))
         near = sorted(str(p.parent) for p in Path(run).parent.glob("*/config.json"))[:5]
-        hint = f"; there is {', '.join(near)}" if near else ""
-        raise ConfigError(f"{run} is no run: it has no config.json{hint}")
-    return config.from_json(path.read_bytes().decode(errors="replace"), str(path))
+    except OSError as error:
+        raise ConfigError(f"can't read {show(str(path))}: {error.strerror}") from error
+    hint = f"; there is {', '.join(near)}" if near else ""
+    raise ConfigError(f"{run} is not a run directory: it has no config.json{hint}")
+
+
+def check_folder(name: str, folder: Path) -> None:
+    """Raise ConfigError, naming the field or option, where `folder` can't be made or is a file."""
+    try:
+        for path in (folder, *folder.parents):
+            if path.is_dir():
+                return
+            if path.exists():
+                raise ConfigError(f"{name}={folder}: {path} is a file, not a folder")
+    except OSError as error:
+        raise ConfigError(f"{name}={show(str(folder))}: {error.strerror}") from error
+
+
+def check_file(name: str, path: Path) -> None:
+    """Raise ConfigError, naming the option, where a file can't be written at `path`."""
+    try:
+        if path.is_dir():
+            raise ConfigError(f"{name}={path} is a folder; name a file")
+        if not path.parent.is_dir():
+            raise ConfigError(f"{name}={path}: there is no folder {path.parent}")
+    except OSError as error:
+        raise ConfigError(f"{name}={show(str(path))}: {error.strerror}") from error
+
+
+def check_start(cfg: ConfigDict, run: Path) -> None:
+    """Raise ConfigError where init.from_run is not a run directory, unless `run` just resumes."""
+    if cfg.init.from_run and not any((Path(run) / "checkpoints").glob("[0-9]*")):
+        try:
+            load_run(Path(cfg.init.from_run))
+        except ConfigError as error:
+            raise ConfigError(f"init.from_run: {error}") from None
 
 
 def saved_steps(folder: Path) -> list[int]:

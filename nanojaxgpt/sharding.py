@@ -33,6 +33,13 @@ RULES: dict[str, tuple[str, ...]] = {
     "norm": (),
 }
 
+# The config field that gives a dimension its size.
+FIELDS = {
+    "embed": "model.embed_dim", "vocab": "model.vocab_size", "heads": "model.num_heads",
+    "kv_heads": "model.num_kv_heads or num_heads", "mlp": "model.mlp_dim",
+    "positions": "model.seq_len",
+}  # fmt: skip
+
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
     """Return the mesh of these sizes over `devices` (default: all); -1 means the rest.
@@ -103,7 +110,7 @@ def tree_shardings(boxed: Any, mesh: Mesh) -> Any:
     """Return the NamedSharding of every leaf of a tree whose weights carry logical axes.
 
     Leaves without axes (steps, counters) are replicated. Raises ConfigError where a dimension
-    does not divide.
+    is not divisible.
     """
 
     def leaf_sharding(path: tuple, leaf: Any) -> Any:
@@ -114,14 +121,14 @@ def tree_shardings(boxed: Any, mesh: Mesh) -> Any:
         # Adafactor's rows and columns keep the names of the weight they stand for.
         named = boxes and len(leaf.names) == len(shape)
         spec = partition_spec(leaf.names) if named else PartitionSpec()
-        for size, axis in zip(shape, spec, strict=False):
+        for size, axis, logical in zip(shape, spec, leaf.names if named else (), strict=False):
             parts = mesh.shape[axis] if axis else 1
             if size % parts:
                 name = jax.tree_util.keystr(path, simple=True, separator="/")
+                padded = f"; pad the vocabulary to {-(-size // parts) * parts}"
                 raise ConfigError(
-                    f"{name}: a dimension of {size} does not divide over mesh.{axis}={parts}; "
-                    f"the mesh axis or the model must change (a vocabulary can be padded by "
-                    f"model.vocab_size, to {-(-size // parts) * parts} here)"
+                    f"{FIELDS.get(str(logical), logical)}={size} (of {name}) is not divisible by "
+                    f"mesh.{axis}={parts}{padded if logical == 'vocab' else '; change one of them'}"
                 )
         return NamedSharding(mesh, spec)
 
@@ -147,14 +154,14 @@ def check_batch(field: str, batch_size: int, parts: int, seq_len: int, mesh: Mes
         split = f"{parts} micro-batches x " if parts > 1 else ""
         fits = -(-batch_size // (parts * shards)) * parts * shards
         raise ConfigError(
-            f"{field}={batch_size} does not divide by {split}{shards} devices of the mesh axes "
-            f"{', '.join(axes)}; the next that does is {fits}"
+            f"{field}={batch_size} is not divisible by {split}{shards} devices of the mesh axes "
+            f"{', '.join(axes)}; the next that is: {fits}"
         )
     if seq_len % mesh.shape["sequence"]:
         count = mesh.shape["sequence"]
         raise ConfigError(
-            f"model.seq_len={seq_len} does not divide by mesh.sequence={count}; "
-            f"the next that does is {-(-seq_len // count) * count}"
+            f"model.seq_len={seq_len} is not divisible by mesh.sequence={count}; "
+            f"the next that is: {-(-seq_len // count) * count}"
         )
 
 

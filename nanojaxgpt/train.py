@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from nanojaxgpt import checkpoint, finish, rundir, sharding
+from nanojaxgpt import checkpoint, finish, memory, rundir, sharding
 from nanojaxgpt.branch import branch_state
 from nanojaxgpt.data.loader import Data, fetch_ahead, prepare_data, resolve
 from nanojaxgpt.data.rows import (
@@ -64,8 +64,13 @@ def prepare_together(
 
 
 def make_job(cfg: ConfigDict, data: Data, mesh: Mesh, loss_fn: LossFn | None = None) -> Job:
-    """Return everything the loop needs. Raises ConfigError or DataError; allocates nothing."""
+    """Return everything the loop needs; allocates nothing.
+
+    Raises ConfigError, DataError, and MemoryExceeded where the state alone does not fit.
+    """
     step, train_batch = make_step(cfg, mesh, loss_fn), make_train_batch(cfg, data, mesh)
+    memory.check_state(cfg, mesh, step.abstract)
+    step = step._replace(train_step=memory.checked(step.train_step, cfg, mesh, "a training step"))
     job_eval = make_evaluation(cfg, data, mesh, Transformer(ModelConfig(**cfg.model)))
     return share_job(Job(cfg, mesh, data, *step, train_batch, job_eval), cfg)
 
@@ -112,6 +117,7 @@ def make_evaluation(
     fetch = make_batches(rows, make_ramp(size), seq_len, mesh)
     ahead = cfg.data.prefetch_batches
     eval_step = make_eval_step(model, data.tokenizer.token_bytes(), cfg.train.loss_chunks)
+    eval_step = memory.checked(eval_step, cfg, mesh, "an evaluation step")
 
     def run_evaluation(
         params: Any,
@@ -240,7 +246,7 @@ def train_job(
 ) -> TrainState:
     """Train a job in the run directory that this process owns; raises what `fit` raises."""
     team.decide(lambda: begin_run(job, run, report))
-    with jax.set_mesh(job.mesh):
+    with memory.training_explained(job.cfg, job.mesh), jax.set_mesh(job.mesh):
         state = start_state(job, run, report, team)
         if state.step < job.cfg.train.num_steps:
             team.decide(lambda: check_space(job, run))

@@ -122,9 +122,32 @@ def test_version(capsys):
         (["eval"], "which run?"),
         (["sample"], "which run?"),
         (["sample", "RUN", "--prompt"], "--prompt"),
-        (["eval", "RUN", "--step=newest"], "--step=newest"),
-        (["eval", "RUN", "--step=²"], "--step=²"),
+        (["eval", "RUN", "--step=newest"], "--step: 'newest' is not an integer"),
+        (["eval", "RUN", "--step=²"], "--step: '²' is not an integer"),
         (["train", "--config.train.seed"], "--config.train.seed has no value"),
+        (["train", "--learning_rate=1e-3"], "mean --config.optim.learning_rate=1e-3?"),
+        (["train", "--block-size", "64"], "did you mean --config.model.seq_len=VALUE?"),
+        (["train", "--batch_size=4"], "--config.train.batch_size=4 or --config.eval.batch_size=4"),
+        (["train", "--out_dir=x"], "did you mean --run=x?"),
+        (["sample", "RUN", "--max_new_tokens=5"], "did you mean --max_tokens?"),
+        (["train", "mine.py"], "write nanojaxgpt train --config=mine.py"),
+        (["train", "mine.py:big"], "write nanojaxgpt train --config=mine.py:big"),
+        (["eval", "mine.py"], "nanojaxgpt train --config=mine.py, then nanojaxgpt eval runs/mine"),
+        (["train", "a", "b"], "unexpected argument 'b'"),
+        (["train", "\udcff"], "'\\udcff' is not valid UTF-8"),
+        (["train", "--join_seconds=nan"], "--join_seconds: nan must be at least 1"),
+        (["train", "--num_processes=0"], "--num_processes: 0 must be at least 1"),
+        (["inspect", "--step=1" + "0" * 21], "must be at most 2,147,483,647"),
+        (["inspect", "--rows=-1"], "--rows: -1 must be at least 0"),
+        (["coordcheck", "--steps=-1"], "--steps: -1 must be at least 0"),
+        (["coordcheck", "--widths=64,-1"], "--widths: -1 must be at least 1"),
+        (["coordcheck", "--widths=64,x"], "--widths: 'x' is not an integer"),
+        (["reproduce", "--seeds=-1"], "--seeds: -1 must be at least 0"),
+        (["sweep", "run", "--width=0"], "--width: 0 must be at least 1"),
+        (["eval", "RUN", "--step=" + "9" * 5000], "--step: '999"),
+        (["train", "--config=" + "a" * 300 + ".py"], "File name too long"),
+        (["train", "a" * 300], "File name too long"),
+        (["train", "--config=README.md"], "its name must end in .py"),
     ],
 )
 def test_usage(arguments, words, refused):
@@ -172,7 +195,7 @@ def test_run_has_the_name_of_its_experiment(folder, monkeypatch):
     ("override", "words"),
     [
         ("optim.learning_rat=1", "did you mean optim.learning_rate"),
-        ("train.num_steps=ten", "train.num_steps='ten' is not a int"),
+        ("train.num_steps=ten", "train.num_steps='ten' is not an integer"),
         ("optim.learning_rate=nan", "optim.learning_rate=nan"),
         ("optim.learning_rate=-1", "optim.learning_rate=-1.0 must be at least 0"),
         ("model.num_heads=3", "model.num_heads=3"),
@@ -194,6 +217,26 @@ def test_config_is_refused(override, words, folder, tmp_path, refused):
     )  # fmt: skip
     assert words in err
     assert not (tmp_path / "new" / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "code", "words"),
+    [
+        ("data.source=text:/dev/zero", DATA, "is a device, a pipe or a socket"),
+        ("data.source=notes/", USAGE, "did you mean data.source=text:notes/?"),
+        ("data.source=task:modular_addition,train_fraction=nan", USAGE, "is not a number"),
+        ("data.source=task:modular_division,p=1000000000000000003", USAGE, "less than 1,048,576"),
+        ("data.cache_dir=/dev/null/x", USAGE, "/dev/null is a file, not a folder"),
+        ("init.from_run=nowhere", USAGE, "init.from_run: nowhere is not a run directory"),
+    ],
+)
+def test_what_is_missing_is_told_before_jax_starts(
+    override, code, words, folder, tmp_path, refused, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "nanojaxgpt.train", None)  # whose import would raise
+    assert words in refused(
+        code, "train", f"--config={folder}/tiny.py", f"--run={tmp_path}/new", f"--config.{override}"
+    )
 
 
 def test_wrong_key_is_answered_before_jax_is_imported(folder):
@@ -220,15 +263,15 @@ def test_a_process_ends_with_the_exit_code(folder, tmp_path):
         XLA_FLAGS="--xla_force_host_platform_device_count=3",
     )  # fmt: skip
     assert found.returncode == USAGE
-    assert "train.batch_size=8 does not divide by 3 devices" in found.stderr
-    assert "the next that does is 9" in found.stderr
+    assert "train.batch_size=8 is not divisible by 3 devices" in found.stderr
+    assert "the next that is: 9" in found.stderr
 
 
 def test_run_directory_that_can_not_be_written(folder, tmp_path, refused):
     (tmp_path / "file").write_text("here already")
     for path in (tmp_path / "file" / "run", tmp_path / "file"):
         err = refused(USAGE, "train", f"--config={folder}/tiny.py", f"--run={path}")
-        assert f"can't write to the run directory {path}" in err
+        assert f"--run={path}: {tmp_path}/file is a file, not a folder" in err
     assert (tmp_path / "file").read_text() == "here already"
 
 
@@ -351,7 +394,7 @@ def test_sample_refuses(arguments, code, words, run, refused):
 @pytest.mark.parametrize("verb", [verb for verb in VERBS if verb not in ("sweep", "reproduce")])
 def test_what_is_no_run(verb, tmp_path, run, refused):
     for path in (tmp_path / "nowhere", tmp_path):
-        assert "is no run" in refused(USAGE, verb, path)
+        assert "is not a run directory" in refused(USAGE, verb, path)
     assert str(run) in refused(USAGE, verb, run.with_name("runn"))
     assert not (tmp_path / "nowhere").exists()
 
@@ -398,6 +441,12 @@ def test_a_loss_that_is_no_number(folder, tmp_path):
         _, params = checkpoint.load_params(run, model_cfg, mesh, step)
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
     assert all(np.isfinite(r["loss"]) for r in read_metrics(run) if "loss" in r)
+
+
+def test_names_that_only_look_like_steps_are_no_checkpoints(tmp_path):
+    for name in ("2", "10", "²", "१", "007", "-1", "9" * 200, "5.tmp"):
+        (tmp_path / name).mkdir()
+    assert checkpoint.saved_steps(tmp_path) == [2, 10]
 
 
 def test_run_whose_config_is_no_text(run, tmp_path, refused):

@@ -23,8 +23,10 @@ from nanojaxgpt.config import (
     to_json,
 )
 from nanojaxgpt.errors import ConfigError
+from nanojaxgpt.names import MAXTEXT, NANOGPT, OTHER_NAMES, TRANSFORMERS, unknown_name
 
 DEFAULTS = dict(fields(base_config()))
+SOON = {"train.trackers"}
 
 
 def override(**overrides):
@@ -137,6 +139,20 @@ def test_override_takes_the_type_of_the_default(name, text, value):
         ("model.mlp", "SwiGLU"),
         ("optim.schedule", ""),
         ("optim.decay_pattern", "(["),
+        ("optim.decay_pattern", "(" * 3000),
+        ("optim.decay_pattern", "a{99999999999}"),
+        ("optim.rate_multipliers", "('embed_VD=nan',)"),
+        ("optim.rate_multipliers", "('embed_VD=-1',)"),
+        ("optim.rate_multipliers", "('(=1',)"),
+        ("optim.rate_multipliers", "('=1',)"),
+        ("train.num_steps", "१"),
+        ("train.num_steps", " 5"),
+        ("train.seed", "1e-400"),
+        ("train.seed", "9" * 5000),
+        ("optim.learning_rate", "1e400"),
+        ("model.windows", "(" * 3000),
+        ("data.source", "text:\0"),
+        ("sample.prompt", "\ud800"),
     ],
 )
 def test_override_refuses_by_name(name, text):
@@ -150,6 +166,15 @@ def test_override_refuses_by_name(name, text):
         ("optim.learning_rat", "optim.learning_rate"),
         ("train.learning_rate", "optim.learning_rate"),
         ("model.n_layers", "model.num_layers"),
+        ("optim.lr", "optim.learning_rate"),
+        ("learning_rate", "optim.learning_rate"),
+        ("block_size", "model.seq_len"),
+        ("model.n_layer", "model.num_layers"),
+        ("n_embd", "model.embed_dim"),
+        ("dropout", "model.dropout"),
+        ("dtype", "model.compute_dtype or model.param_dtype"),
+        ("seed", "train.seed or sample.seed"),
+        ("max_target_length", "model.seq_len"),
         ("optimizer", "optim.optimizer"),
         ("modle.num_heads", "model.num_heads"),
     ],
@@ -196,6 +221,35 @@ def test_unknown_section_is_refused(name):
 def test_fields_that_do_not_fit_together(changes, words):
     with pytest.raises(ConfigError, match=re.escape(words)):
         override_config(base_config(), changes)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("train.num_steps", "ten", "train.num_steps='ten' is not an integer, such as 1000"),
+        ("train.num_steps", "1e10", "train.num_steps=10000000000 must be at most 2,147,483,647"),
+        ("train.num_steps", "0", "train.num_steps=0 must be at least 1"),
+        ("optim.learning_rate", "nan", "optim.learning_rate=nan must be at least 0 and at most"),
+        ("model.dropout", "1", "model.dropout=1.0 must be below 1"),
+        ("model.norm", "rmsnrm", "one of layernorm, rmsnorm; did you mean rmsnorm?"),
+        ("model.tied_head", "yes", "model.tied_head='yes' is not true or false"),
+        ("train.seed", "9" * 5000, "(5,002 characters)"),
+    ],
+)
+def test_messages_say_what_is_wrong(name, text, words):
+    with pytest.raises(ConfigError) as caught:
+        override_config(base_config(), {name: text})
+    assert words in str(caught.value)
+    assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("name", OTHER_NAMES)
+def test_names_of_other_projects_lead_to_fields_of_this_one(name):
+    other = OTHER_NAMES[name]
+    assert set(other.projects) <= {NANOGPT, MAXTEXT, TRANSFORMERS}
+    assert {field for field in other.names if field[:2] != "--"} <= set(DEFAULTS) | SOON
+    if set(other.names) & set(DEFAULTS):
+        assert other.names[0] in unknown_name("config field", name, list(DEFAULTS))
 
 
 def test_head_dim_frees_the_width_from_the_heads():
@@ -255,6 +309,10 @@ def test_json_brings_everything_back():
         ('{"model": {"windows": ["a"]}}', "model.windows"),
         ('{"model": {"windows": [[1]]}}', "model.windows"),
         ('{"optim": {"learning_rate": NaN}}', "optim.learning_rate"),
+        ('{"optim": {"learning_rate": %s}}' % ("9" * 400), "optim.learning_rate"),
+        ('{"train": {"seed": %s}}' % ("9" * 5000), "is not a config"),
+        ('{"a":' * 5000 + "1" + "}" * 5000, "is not a config"),
+        ('{"sample": {"prompt": "\\ud800"}}', "sample.prompt"),
         ('{"model": 3}', "is not a config"),
         ("[]", "is not a config"),
         ("3", "is not a config"),
@@ -345,6 +403,64 @@ def test_error_inside_get_config_names_its_line(line, words, relative, experimen
         load_experiment(path)
     assert words in str(caught.value)
     assert "Other fields" not in str(caught.value)
+
+
+FAILS = "class Mute(BaseException):\n    def __str__(self): raise ValueError\n"
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ("import sys; sys.exit(0)", ":4: get_config() calls sys.exit"),
+        ("quit()", "get_config() calls sys.exit"),
+        ("raise GeneratorExit", "GeneratorExit"),
+        ("raise Mute", "Mute"),
+        ("raise Exception('a\\nb')", "Exception: a b"),
+        ("cfg.model.num_layers = 10**5000", "model.num_layers=<int> must be at most"),
+        ("cfg.unlock(); del cfg.model; cfg.model = 3", "the section 'model' is an integer"),
+        ("cfg.unlock(); cfg.model = 3", "'model'"),
+        ("cfg.unlock(); del cfg.model", "missing: model.attention"),
+        ("cfg.unlock(); del cfg.model['num_layers']", "missing: model.num_layers;"),
+        ("cfg.unlock(); cfg.model.block_size = 3", "did you mean model.seq_len"),
+        ("cfg.unlock(); cfg.model.num_layers = {'a': 1}", "'num_layers'"),
+        ("cfg = type(cfg)()", "more; start from base_config()"),
+        ("cfg = None", "get_config returns None"),
+    ],
+)
+def test_whatever_an_experiment_does_is_one_line(body, words, experiment):
+    path = experiment(
+        f"def get_config():\n    cfg = base_config()\n    {body}\n    return cfg\n{FAILS}"
+    )
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("body", ["import sys; sys.exit(0)", f"{FAILS}raise Mute", "x = '\0'"])
+def test_an_import_that_ends_the_process_is_an_error(body, experiment):
+    with pytest.raises(ConfigError, match=r"small.py"):
+        load_config(experiment(body))
+
+
+def test_ctrl_c_in_an_experiment_is_still_ctrl_c(experiment):
+    with pytest.raises(KeyboardInterrupt):
+        load_config(experiment("raise KeyboardInterrupt\n"))
+
+
+NASTY = ("nan", "-1", "1e400", "१", " 5", "9" * 5000, "(" * 3000, "('(=1',)", "²", "\0", "\ud800")
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_nothing_else_than_config_error_comes_of_any_text(name):
+    for text in NASTY:
+        try:
+            override_config(base_config(), {name: text})
+            problem = ""
+        except ConfigError as error:
+            problem = str(error)
+        assert len(problem) < 1000
+        assert name in problem or isinstance(DEFAULTS[name], str | tuple) or name[:5] == "mesh."
 
 
 def test_variant_where_there_is_none(experiment):

@@ -9,8 +9,9 @@ from conftest import ROOT
 PACKAGE = "nanojaxgpt"
 # A module imports only modules of its own layer and of lower ones.
 LAYERS = {
-    0: {"", "errors", "model", "attention", "loss", "optim", "sharding", "data.tokenizers",
-        "data.subwords", "projection", "probe", "scaling", "data.rows", "data.tasks", "sweep",
+    0: {"", "errors", "names", "checks", "model", "attention", "loss", "optim", "sharding",
+        "data.tokenizers", "data.subwords", "projection", "probe", "scaling", "data.rows",
+        "data.tasks", "sweep",
         "sweep.space", "rehearse.chips", "rehearse.collectives", "schedules",
         "matrices", "commands", "flops", "console"},
     1: {"config", "rundir", "arguments", "hosts", "hosts.process", "hosts.lifeline", "hosts.team",
@@ -20,20 +21,20 @@ LAYERS = {
         "data.sources.download", "data.sources.parquet", "data.sources.tfds",
         "data.sources.builders", "data.sources.hub",
         "data.shards", "data.manifests", "data.exactness", "data.store",
-        "data.packing", "data.loader", "data.show", "checks", "horizon",
+        "data.packing", "data.loader", "data.show", "horizon",
         "text_stream"},
     2: {"train", "coordcheck", "sweep.plan", "sweep.claims", "sweep.launch", "sweep.together",
         "sweep.run", "sweep.report", "sweep.results", "sweep.plots", "sweep.search",
         "sweep.slurm", "sweep.verb",
         "rehearse", "rehearse.flops", "rehearse.targets", "rehearse.estimate", "rehearse.step",
-        "rehearse.search", "rehearse.report", "step", "loop", "paper", "reproduce", "branch",
-        "commands.sample"},
+        "rehearse.search", "rehearse.report", "step", "loop", "memory", "paper", "reproduce",
+        "branch", "commands.sample"},
     3: {"__main__", "start"},
 }  # fmt: skip
 LAYER = {name: layer for layer, names in LAYERS.items() for name in names}
 # A mistake in a config is reported before jax is imported, so these import it only in functions.
-EARLY = {"", "__main__", "arguments", "checks", "config", "errors", "rundir", "paper", "horizon"}
-EARLY |= {"start", "console", "metrics", "trackers", "finish"}
+EARLY = {"", "__main__", "arguments", "checks", "config", "errors", "horizon", "names", "paper"}
+EARLY |= {"rundir", "start", "console", "metrics", "trackers", "finish"}
 EARLY |= {f"sweep.{name}" for name in ("space", "plan", "claims", "launch")}
 NO_JAX = ("jax", "jaxlib", "flax", "optax", "orbax")
 TFDS = {"data.sources.tfds", "data.sources.builders"}

@@ -15,6 +15,7 @@ from nanojaxgpt.config import base_config, load_config, override_config
 from nanojaxgpt.errors import ConfigError
 from nanojaxgpt.flops import forward_flops
 from nanojaxgpt.hosts import process
+from nanojaxgpt.memory import Memory, device_tokens
 from nanojaxgpt.model import ModelConfig
 from nanojaxgpt.rehearse import estimate, report, search, step, targets
 from nanojaxgpt.rehearse.chips import CHIPS, GIB, parse_topology
@@ -402,7 +403,7 @@ def test_running_out_of_memory_is_read(eight):
 
 
 def test_advice_names_what_takes_most():
-    memory = estimate.Memory(10, 20, 10, 0, 0, 50.0, False)
+    memory = Memory(10, 20, 10, 0, 0, 50.0, False)
     cfg = config(**{"mesh.data": "4", "mesh.fsdp": "2"})
     assert "mesh.fsdp=4 mesh.data=2" in estimate.advice(cfg, memory)
     assert "remat=full" in estimate.advice(cfg, memory._replace(available=1e9))
@@ -410,7 +411,7 @@ def test_advice_names_what_takes_most():
     small = {"mesh.data": "3", "mesh.slice": "2", "train.batch_size": "90", "model.remat": "full"}
     cfg, room = config(**small), memory._replace(available=1e9)
     assert "accumulation_steps=3" in estimate.advice(cfg, room)  # 15 rows a device
-    assert estimate.device_tokens(cfg) == 15 * 16
+    assert device_tokens(cfg) == 15 * 16
     cfg = config(**small | {"train.accumulation_steps": "15"})
     assert "mesh.fsdp=3 mesh.data=1" in estimate.advice(cfg, room)
 
@@ -488,16 +489,16 @@ def test_the_door(monkeypatch, tmp_path, capsys):
     assert f"there is no folder {tmp_path}/no" in capsys.readouterr().err
 
 
-def test_a_step_that_does_not_fit_is_exit_2(monkeypatch, capsys, parallel):
+def test_a_step_that_does_not_fit_is_exit_6(monkeypatch, capsys, parallel):
     monkeypatch.setattr(process, "keep_freed_memory", lambda: None)
     one = parallel["data"]
     full = one._replace(memory=one.memory._replace(available=1e5))
     monkeypatch.setattr(step, "rehearse_step", lambda cfg, target: full)
     experiment = f"--config={ROOT}/experiments/gpt2.py"
-    assert main(["rehearse", experiment, "--topology=h100:8"]) == 2
+    assert main(["rehearse", experiment, "--topology=h100:8"]) == 6
     captured = capsys.readouterr()
     assert "DOES NOT FIT; first" in captured.out
-    assert "the step does not fit h100:8" in captured.err
+    assert "the step does not fit the memory of h100:8" in captured.err
 
 
 def test_the_best_come_first(parallel):

@@ -179,7 +179,7 @@ def test_rows_hold_whole_examples_apart(seq_len, per_row):
     [
         ("task:modular_adition", "no task modular_adition; did you mean modular_addition"),
         ("task:copy,lenght=3", "no option lenght; did you mean length"),
-        ("task:copy,length=x", "length='x' is not a int"),
+        ("task:copy,length=x", "length='x' is not an integer"),
         ("task:modular_division,p=91", "p=91 must be a prime"),
         ("task:modular_addition,train_fraction=0", "nothing to train on"),
         ("task:addition,digits=12", "from 1 to 9"),

@@ -313,7 +313,7 @@ def test_batches_grow_and_a_run_stopped_in_between_has_the_same_bits(
     sizes = [job.train_batch(step).tokens_BT.shape[0] for step in range(9)]
     assert sizes == [4, 4, 4, 8, 8, 8, 16, 16, 16]
     state = fit(cfg, tmp_path / "run", report=lines.append)
-    assert job.train_step._cache_size() == 3  # a program for each size
+    assert job.train_step.__wrapped__._cache_size() == 3  # a program for each size
     assert "sequences in a batch: 4 from step 1, 8 from step 4, 16 from step 7" in lines
     said = capsys.readouterr().out
     assert "step 4: batches of 8 from here" in said

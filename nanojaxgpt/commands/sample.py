@@ -54,23 +54,28 @@ def sample(arguments: list[str]) -> None:
     end_ids = tuple({*how.end_ids, tokenizer.end_id} - {-1})
     import jax
 
-    from nanojaxgpt import sharding
+    from nanojaxgpt import memory, sharding
     from nanojaxgpt.checkpoint import load_params
     from nanojaxgpt.model import ModelConfig
     from nanojaxgpt.sample import Sampling, stream
 
     mesh, model_cfg = sharding.make_mesh({}, jax.devices()[:1]), ModelConfig(**cfg.model)
-    _, params = load_params(run, model_cfg, mesh, chosen_step(run, parsed.step), warn)
-    chunks = stream(
-        model_cfg, params, [prompt] * how.num_samples,
-        max_tokens=how.max_tokens, rng=jax.random.key(how.seed),
-        how=Sampling(
-            how.temperature, how.top_k, how.top_p, how.min_p, tokenizer.vocab_size, end_ids
-        ),
-    )  # fmt: skip
+    length = min(model_cfg.seq_len, len(prompt) + how.max_tokens)
+    cache = memory.cache_bytes(model_cfg, how.num_samples, length)
+    lower = "What lowers it: fewer sample.num_samples, smaller sample.max_tokens"
     shown = tokenizer.decode(prompt)
     streams = [TextStream(tokenizer, prompt, how.stop, end_ids) for _ in range(how.num_samples)]
-    print_streams(chunks, streams, shown)
+    with memory.explained("sampling", mesh, lambda: lower):
+        memory.check_model("sampling", cfg, mesh, cache, lower)
+        _, params = load_params(run, model_cfg, mesh, chosen_step(run, parsed.step), warn)
+        chunks = stream(
+            model_cfg, params, [prompt] * how.num_samples,
+            max_tokens=how.max_tokens, rng=jax.random.key(how.seed),
+            how=Sampling(
+                how.temperature, how.top_k, how.top_p, how.min_p, tokenizer.vocab_size, end_ids
+            ),
+        )  # fmt: skip
+        print_streams(chunks, streams, shown)
     settings = how.to_dict()
     save_samples(
         run,

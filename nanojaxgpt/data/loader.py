@@ -12,10 +12,11 @@ from typing import Any, NamedTuple, TypeVar
 
 from ml_collections import ConfigDict
 
+from nanojaxgpt.checks import kind_of, read_float, read_int, show
 from nanojaxgpt.config import cache_dir, unknown_name
 from nanojaxgpt.data.packing import cover_rows, packed_rows, wrap_rows
 from nanojaxgpt.data.rows import Rows, Source, chain
-from nanojaxgpt.data.sources import DataConfig, source_identity
+from nanojaxgpt.data.sources import DataConfig, check_sources, source_identity
 from nanojaxgpt.data.store import (
     Corpus,
     Part,
@@ -80,16 +81,33 @@ def open_data(
     and any other is refused. Raises ConfigError for that, and for a name, an option or a weight
     that can't be used, DataError as `prepare` does.
     """
-    if not data.mixture and data.source.startswith("task:"):
+    check_data(data)
+    if is_task(data):
         task = task_data(data.source)
         advice = "choose a run on a task of the same words"
         check_inherited(task.tokenizer, inherited, data.source, advice)
         return task
+    return text_data(prepare(data, folder, report, inherited), data)
+
+
+def is_task(data: DataConfig) -> bool:
+    """Return whether the data are generated, not read."""
+    return not data.mixture and data.source.startswith("task:")
+
+
+def check_data(data: DataConfig) -> None:
+    """Raise ConfigError or DataError where a source can't be used; nothing is read.
+
+    Cheap, so that a typo fails before jax is imported.
+    """
+    if is_task(data):
+        open_task(data.source)
+        return
     mixed = [entry.partition(" ")[2].strip() for entry in data.mixture]
     for name in (data.validation_source, *mixed):
         if name.startswith("task:"):
             raise ConfigError(f"{name} can only be data.source, alone: it has a split of its own")
-    return text_data(prepare(data, folder, report, inherited), data)
+    check_sources(data)
 
 
 def resolve(cfg: ConfigDict, data: Data) -> ConfigDict:
@@ -197,11 +215,14 @@ def open_task(spec: str) -> tuple[str, Task]:
         if option not in known:
             hint = ", ".join(f"{key}={value}" for key, value in known.items())
             raise ConfigError(f"{unknown_name('option', option, list(known))}; {name} has {hint}")
+        read = read_int if isinstance(known[option], int) else read_float
         try:
-            options[option] = type(known[option])(text)
+            options[option] = read(text)
+            if not math.isfinite(options[option]):
+                raise ValueError
         except ValueError:
-            kind = type(known[option]).__name__
-            raise ConfigError(f"{spec}: {option}={text!r} is not a {kind}") from None
+            kind = kind_of(known[option])
+            raise ConfigError(f"{spec}: {option}={show(text)} is not {kind}") from None
     return name, TASKS[name](**options)
 
 

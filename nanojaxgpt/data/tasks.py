@@ -17,6 +17,7 @@ from nanojaxgpt.data.rows import Batch, Rows, hash_words, permute
 from nanojaxgpt.errors import ConfigError
 
 ENDLESS = 2**40
+LARGEST_MODULUS = 2**20
 
 
 class Task(NamedTuple):
@@ -49,6 +50,8 @@ def modular_addition(p: int = 97, train_fraction: float = 0.5, seed: int = 0) ->
 
 def modular_division(p: int = 97, train_fraction: float = 0.5, seed: int = 0) -> Task:
     """Return `a / b = c` modulo a prime p, b from 1 on: c * b = a. Power et al. 2022."""
+    # Before its divisors are tried.
+    require(p < LARGEST_MODULUS, f"p={p} must be less than {LARGEST_MODULUS:,}")
     require(p > 1 and all(p % n for n in range(2, int(p**0.5) + 1)), f"p={p} must be a prime")
 
     def terms(cell_B: np.ndarray) -> tuple[np.ndarray, ...]:
@@ -67,7 +70,7 @@ def modular_table(
     seed: int,
 ) -> Task:
     """Return the task of `a sign b = c`, where `terms` gives (a, b, c) of each cell."""
-    require(p < 2**20, f"p={p} is too large")
+    require(p < LARGEST_MODULUS, f"p={p} must be less than {LARGEST_MODULUS:,}")
     num_train = split_table(size, train_fraction)
 
     def make(number_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

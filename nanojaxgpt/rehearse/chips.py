@@ -2,8 +2,10 @@
 
 import difflib
 import math
+import re
 from typing import NamedTuple
 
+from nanojaxgpt.checks import show
 from nanojaxgpt.errors import ConfigError
 
 GIB = 2**30
@@ -72,6 +74,7 @@ CHIPS: dict[str, Chip] = {
 }  # fmt: skip
 
 GPUS_PER_NODE = 8
+SIZE = re.compile("[1-9][0-9]{0,5}")
 
 
 class Topology(NamedTuple):
@@ -99,14 +102,14 @@ def parse_topology(name: str, slices: int = 1) -> Topology:
     if kind not in CHIPS:
         near = difflib.get_close_matches(kind.lower(), CHIPS, 2, 0.4)
         hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(CHIPS)}"
-        raise ConfigError(f"--topology={name}: no chip {kind!r}; {hint}")
+        raise ConfigError(f"--topology={show(name)}: no chip {show(kind)}; {hint}")
     chip = CHIPS[kind]
     dimensions = max(chip.torus, 1)
     parts = text.split("x")
-    if not colon or len(parts) != dimensions or not all(p.isdecimal() and int(p) for p in parts):
+    if not colon or len(parts) != dimensions or not all(map(SIZE.fullmatch, parts)):
         example = {1: "8", 2: "4x4", 3: "4x4x4"}[dimensions]
         raise ConfigError(
-            f"--topology={name}: write {kind}:{example}, with other sizes if you like"
+            f"--topology={show(name)}: write {kind}:{example}, with other sizes if you like"
         )
     if slices < 1 or (slices > 1 and chip.platform != "tpu"):
         raise ConfigError(f"--slices={slices}: at least 1, and only TPUs come in slices")

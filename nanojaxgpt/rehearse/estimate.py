@@ -1,40 +1,14 @@
 """In: shapes, shardings, a compiled step, a chip. Out: bytes, seconds, and which of them bounds."""
 
 import collections
-import math
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from nanojaxgpt.memory import Memory, device_tokens
 from nanojaxgpt.rehearse.chips import Chip
 from nanojaxgpt.rehearse.collectives import Collective, ring_bytes
-
-
-class Memory(NamedTuple):
-    """Bytes on one device; all but `temporaries` follow exactly from shapes and shardings.
-
-    `temporaries` are the compiler's, less the gradients, which are among them.
-    """
-
-    parameters: int
-    optimizer: int
-    gradients: int
-    batch: int
-    temporaries: int
-    available: float
-    compiled: bool  # False: the compiler itself ran out of memory
-
-    @property
-    def total(self) -> int:
-        """Return the bytes of all of it."""
-        return self.parameters + self.optimizer + self.gradients + self.batch + self.temporaries
-
-    @property
-    def fits(self) -> bool:
-        """Return whether the device holds it."""
-        return self.compiled and self.total <= self.available
 
 
 class Traffic(NamedTuple):
@@ -67,14 +41,6 @@ class Roofline(NamedTuple):
         """Return the name of the resource that takes longest."""
         names = ("compute", "memory", "communication")
         return max(names, key=lambda name: getattr(self, name))
-
-
-def shard_bytes(tree: Any) -> int:
-    """Return the bytes that one device holds of a tree of abstract arrays with shardings."""
-    return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(tree)
-    )
 
 
 def network_names(chip: Chip) -> tuple[str, str]:
@@ -167,13 +133,6 @@ def roofline(
     seconds = max(compute, moved / chip.memory_speed, seconds_sent)
     mfu = model_flops / count / chip.flops / seconds
     return Roofline(compute, moved / chip.memory_speed, seconds_sent, mfu)
-
-
-def device_tokens(cfg: ConfigDict) -> float:
-    """Return the tokens of one micro-batch on one device."""
-    mesh, train = cfg.mesh, cfg.train
-    shards = mesh.slice * mesh.data * mesh.fsdp * mesh.sequence
-    return train.batch_size * cfg.model.seq_len / train.accumulation_steps / shards
 
 
 def advice(cfg: ConfigDict, memory: Memory) -> str:

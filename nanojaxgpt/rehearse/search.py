@@ -7,17 +7,22 @@ from collections.abc import Callable, Iterator
 import jax
 from ml_collections import ConfigDict
 
-from nanojaxgpt.errors import ConfigError
+from nanojaxgpt.errors import ConfigError, MemoryExceeded
+from nanojaxgpt.memory import (
+    Memory,
+    abstract_batch,
+    device_tokens,
+    kept_activations,
+    readable,
+    state_memory,
+)
 from nanojaxgpt.rehearse.chips import Chip
-from nanojaxgpt.rehearse.estimate import Memory, device_tokens
 from nanojaxgpt.rehearse.report import mesh_name
 from nanojaxgpt.rehearse.step import (
     Rehearsal,
-    abstract_batch,
     fit_target,
     make_mesh,
     rehearse_step,
-    state_memory,
 )
 from nanojaxgpt.rehearse.targets import Target
 from nanojaxgpt.train import make_step
@@ -29,9 +34,9 @@ ALIKE = 0.9  # GPT-2 small on v5e:4x4 asked for 26.2 to 26.7 GiB of temporaries 
 
 
 def candidates(cfg: ConfigDict, target: Target) -> list[tuple[ConfigDict, float]]:
-    """Return configs whose mesh divides and whose state fits, the least traffic first.
+    """Return the configs whose mesh divides batch and model, the least traffic first.
 
-    Each with the bytes that are left on a device.
+    Each with the bytes that its state leaves on a device; below 0 it does not fit.
     """
     found = []
     for shape in meshes(cfg, target.topology.count, target.topology.slices):
@@ -40,9 +45,8 @@ def candidates(cfg: ConfigDict, target: Target) -> list[tuple[ConfigDict, float]
         try:
             memory = exact_memory(trial, target)
         except ConfigError:
-            continue  # something does not divide
-        if memory.total <= memory.available:
-            found.append((trial, memory.available - memory.total))
+            continue  # something is not divisible
+        found.append((trial, memory.available - memory.total))
     return sorted(found, key=lambda trial: expected_seconds(trial[0], target.topology.chip))
 
 
@@ -62,7 +66,10 @@ def exact_memory(cfg: ConfigDict, target: Target) -> Memory:
     cfg, mesh = make_mesh(cfg, target)
     with jax.set_mesh(mesh):
         return state_memory(
-            cfg, make_step(cfg, mesh), abstract_batch(cfg, mesh), target.topology.chip.memory
+            cfg,
+            make_step(cfg, mesh).abstract,
+            abstract_batch(cfg, mesh),
+            target.topology.chip.memory,
         )
 
 
@@ -83,16 +90,6 @@ def expected_seconds(cfg: ConfigDict, chip: Chip) -> float:
     return sent / chip.link_speed
 
 
-def kept_activations(cfg: ConfigDict, policy: str) -> float:
-    """Return the fewest bytes of activations a device keeps, for pruning: never too many."""
-    mesh, model = cfg.mesh, cfg.model
-    width = model.embed_dim
-    if policy != "full":
-        width += (2 * model.embed_dim + (model.mlp_dim or 4 * model.embed_dim)) / mesh.tensor
-    item = 2 if model.compute_dtype == "bfloat16" else 4
-    return model.num_layers * device_tokens(cfg) * width * item
-
-
 def search(
     cfg: ConfigDict, target: Target, say: Callable[[str], None], limit: int = MAX_COMPILES
 ) -> list[Rehearsal]:
@@ -100,20 +97,24 @@ def search(
 
     Meshes of one size of `tensor` keep alike activations: a policy that asked for too much on one
     is not tried on the next where about as much would not fit. Raises ConfigError where no mesh
-    can hold even the parameters and the optimizer's state.
+    divides the batch and the model, MemoryExceeded where none holds even the state.
     """
-    trials, found = candidates(cfg, target), []
+    divided, found = candidates(cfg, target), []
+    trials = [(trial, left) for trial, left in divided if left >= 0]
+    chips = f"{target.topology.count} x {target.topology.chip.kind}"
+    if not divided:
+        raise ConfigError(f"no mesh of {chips} divides the batch and the model")
     if not trials:
-        raise ConfigError(
-            f"no mesh of {target.topology.count} x {target.topology.chip.kind} divides the batch "
-            "and the model and holds its parameters, gradients and optimizer state"
+        raise MemoryExceeded(
+            f"no mesh of {chips} holds the parameters, gradients and optimizer state: on the best "
+            f"a chip lacks {readable(-max(left for _, left in divided))}"
         )
     say(f"{len(trials)} meshes hold the state; at most {limit} programs are compiled")
     asked: dict[tuple[str, int], float] = {}
-    for trial, room in trials:
+    for trial, left in trials:
         for policy in POLICIES:
             alike = ALIKE * asked.get((policy, trial.mesh.tensor), 0)
-            if max(alike, kept_activations(trial, policy)) > room:
+            if max(alike, kept_activations(trial, policy)) > left:
                 continue
             if len(found) == limit:
                 return found

@@ -5,17 +5,16 @@ import time
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from nanojaxgpt import sharding
-from nanojaxgpt.data.rows import Batch
 from nanojaxgpt.flops import attention_flops, train_flops
+from nanojaxgpt.memory import Memory, abstract_batch, state_memory
 from nanojaxgpt.model import ModelConfig, count_params
 from nanojaxgpt.rehearse import estimate
 from nanojaxgpt.rehearse.collectives import Program, read_collectives
-from nanojaxgpt.rehearse.estimate import Memory, Roofline, Traffic
+from nanojaxgpt.rehearse.estimate import Roofline, Traffic
 from nanojaxgpt.rehearse.flops import count_matmuls, weight_flops
 from nanojaxgpt.rehearse.targets import Target
 from nanojaxgpt.train import Step, make_hyper, make_step
@@ -75,44 +74,11 @@ def make_mesh(cfg: ConfigDict, target: Target) -> tuple[ConfigDict, Mesh]:
     return cfg, mesh
 
 
-def abstract_batch(cfg: ConfigDict, mesh: Mesh) -> Batch:
-    """Return the batch of a step without arrays, as the loader would lay it out."""
-
-    def rows(dtype: Any) -> jax.ShapeDtypeStruct:
-        shape = cfg.train.batch_size, cfg.model.seq_len
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.batch_sharding(mesh))
-
-    whole = Batch(rows(jnp.int32), rows(jnp.int32), rows(jnp.float32))
-    if cfg.data.packing == "wrap" and not cfg.data.source.startswith("task:"):
-        return whole
-    return whole._replace(segments_BT=rows(jnp.int32), positions_BT=rows(jnp.int32))
-
-
 def trace(cfg: ConfigDict, mesh: Mesh) -> tuple[Step, Any]:
     """Return the step of a config and its trace. Raises ConfigError."""
     step = make_step(cfg, mesh)
     batch = abstract_batch(cfg, mesh)
     return step, step.train_step.trace(step.abstract, batch, make_hyper(cfg))
-
-
-def state_memory(cfg: ConfigDict, step: Step, batch: Batch, available: float) -> Memory:
-    """Return the bytes of one device that shapes and shardings tell, without temporaries.
-
-    The optimizer's are those of a float32 master copy, too. Gradients have the dtype of the
-    parameters, their sum over micro-batches is float32.
-    """
-    state = step.abstract
-    params = estimate.shard_bytes(state.params)
-    optimizer = estimate.shard_bytes((state.step, state.opt_state))
-    gradients = params
-    if cfg.train.accumulation_steps > 1:
-        gradients = estimate.shard_bytes(jax.tree.map(as_float32, state.params))
-    return Memory(params, optimizer, gradients, estimate.shard_bytes(batch), 0, available, True)
-
-
-def as_float32(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    """Return an abstract array like this one, in float32."""
-    return jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=leaf.sharding)
 
 
 def count_flops(cfg: ConfigDict, mesh: Mesh, traced: Any) -> Flops:
@@ -177,7 +143,7 @@ def rehearse_step(cfg: ConfigDict, target: Target) -> Rehearsal:
     with jax.set_mesh(mesh):
         step, traced = trace(cfg, mesh)
         flops = count_flops(cfg, mesh, traced)
-        memory = state_memory(cfg, step, abstract_batch(cfg, mesh), chip.memory)
+        memory = state_memory(cfg, step.abstract, abstract_batch(cfg, mesh), chip.memory)
         began = time.monotonic()
         memory, program = compile_step(traced, memory)
         seconds = time.monotonic() - began

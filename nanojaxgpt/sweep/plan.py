@@ -126,15 +126,11 @@ def load_sweep(experiment: str) -> Space | Tpe:
     """Return what `sweep()` or `sweep(variant)` of an experiment file gives. Raises ConfigError."""
     path, _, variant = experiment.partition(":")
     module = config.load_module(path)
-    if not hasattr(module, "sweep"):
+    if not callable(getattr(module, "sweep", None)):
         raise ConfigError(f"{path} has no function sweep() -> Space; docs/sweeps.md shows one")
-    takes_variant = variant and inspect.signature(module.sweep).parameters
-    try:
+    with config.running(path, "sweep()"):
+        takes_variant = variant and inspect.signature(module.sweep).parameters
         found = module.sweep(variant) if takes_variant else module.sweep()
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
-    except Exception as error:
-        raise ConfigError(f"{path}: sweep(): {config.explain(error)}") from error
     if not isinstance(found, Space | Tpe):
         raise ConfigError(f"{path}: sweep returns a {type(found).__name__}, not a Space")
     return found
@@ -154,12 +150,10 @@ def set_point(base: ConfigDict, point: Point) -> ConfigDict:
     """Return a copy of `base` with the values of a point, checked. Raises ConfigError."""
     cfg = base.copy_and_resolve_references()
     known = dict(config.fields(cfg))
-    with cfg.ignore_type():  # check_config names what has a wrong type
-        for name, value in point.items():
-            if name not in known:
-                raise ConfigError(config.unknown_name("config field", name, list(known)))
-            section, field = name.split(".")
-            cfg[section][field] = plain_value(value, known[name])
+    for name, value in point.items():
+        if name not in known:
+            raise ConfigError(config.unknown_name("config field", name, list(known)))
+        config.set_field(cfg, name, plain_value(value, known[name]))
     config.check_config(cfg)
     return cfg.lock()
 

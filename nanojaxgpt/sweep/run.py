@@ -1,5 +1,6 @@
 """In: the trials of a sweep and their folder. Out: every trial done once, whoever runs it."""
 
+import math
 import time
 from collections.abc import Callable
 from contextlib import redirect_stdout
@@ -10,7 +11,7 @@ import jax
 from ml_collections import ConfigDict
 
 from nanojaxgpt import console, metrics
-from nanojaxgpt.errors import ConfigError, NonFiniteError
+from nanojaxgpt.errors import ConfigError, MemoryExceeded, NonFiniteError
 from nanojaxgpt.hosts.process import StopRequest, stop_signals
 from nanojaxgpt.rundir import own_run
 from nanojaxgpt.sweep.claims import Claims, read_outcome, run_path, write_outcome
@@ -165,11 +166,21 @@ def choose_mode(sweep: Sweep, cfg: ConfigDict, mode: str, width: int) -> str:
     """Return map or vmap for `width` trials: map on a CPU unless asked, else the faster one."""
     if width == 1 or (mode == "" and jax.default_backend() == "cpu"):
         return "map"
-    seconds = {name: measure(sweep.open(cfg, name), width) for name, measure in MEASURES.items()}
+    seconds = {name: measured(sweep, cfg, name, width) for name in MEASURES}
     best = min(seconds, key=lambda name: seconds[name])
     figures = ", ".join(f"{name} {1e3 * time:.1f} ms" for name, time in seconds.items())
     sweep.report(f"mode {best}: a step of {count(width, 'trial')} takes {figures}")
     return best
+
+
+def measured(sweep: Sweep, cfg: ConfigDict, mode: str, width: int) -> float:
+    """Return the seconds of a step of `width` trials; infinity where they don't fit together."""
+    try:
+        return MEASURES[mode](sweep.open(cfg, mode), width)
+    except MemoryExceeded:
+        if mode == "map":
+            raise
+        return math.inf
 
 
 def run_alone(sweep: Sweep, trial: Trial) -> None:

@@ -20,7 +20,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from nanojaxgpt import checkpoint, metrics, sharding
+from nanojaxgpt import checkpoint, memory, metrics, sharding
 from nanojaxgpt.console import warn
 from nanojaxgpt.data.loader import fetch_ahead
 from nanojaxgpt.errors import ConfigError
@@ -62,6 +62,7 @@ class Stack:
         self.batches = self.spread(sharding.batch_sharding(job.mesh))
         self.numbers = self.spread(NamedSharding(job.mesh, PartitionSpec()))
         self.copies = -count % len(devices)
+        memory.check_state(job.cfg, job.mesh, job.abstract, (count + self.copies) // len(devices))
 
     def spread(self, one: NamedSharding) -> NamedSharding:
         """Return the layout of many trials' arrays that each have the layout `one`."""
@@ -138,7 +139,7 @@ def make_batches(jobs: list[Job], starts: list[int], stack: Stack) -> Callable[[
 
 def measure_alone(job: Job, width: int) -> float:
     """Return the seconds of one step of `width` trials one after the other, without compiling."""
-    with jax.set_mesh(job.mesh):
+    with memory.training_explained(job.cfg, job.mesh), jax.set_mesh(job.mesh):
         state, batch = job.init(jax.random.key(0)), job.train_batch(0)
         hyper, seconds = make_hyper(job.cfg), []
         for _ in range(1 + MEASURED_STEPS):
@@ -151,7 +152,13 @@ def measure_alone(job: Job, width: int) -> float:
 
 def measure_together(job: Job, width: int) -> float:
     """Return the seconds of one vectorized step of `width` trials, compiling left out."""
-    stack, seconds = Stack(job, width), []
+    with memory.training_explained(job.cfg, job.mesh):
+        return time_stack(job, Stack(job, width), width)
+
+
+def time_stack(job: Job, stack: Stack, width: int) -> float:
+    """Return the seconds of one step of `width` copies of a job in `stack`."""
+    seconds = []
     with jax.set_mesh(job.mesh):
         states = stack.place([job.init(jax.random.key(0))] * width, stack.states)
         batches = stack.place([job.train_batch(0)] * width, stack.batches)
@@ -261,7 +268,9 @@ def train_together(jobs: list[Job], runs: list[Path], stop: StopRequest) -> list
 
     Each goes on from its own newest checkpoint. Raises Stopped after a signal, all saved.
     """
+    first = jobs[0]
     with ExitStack() as owned:
+        owned.enter_context(memory.training_explained(first.cfg, first.mesh))
         for run in runs:
             owned.enter_context(own_run(run))
         align(jobs, runs)
@@ -271,7 +280,7 @@ def train_together(jobs: list[Job], runs: list[Path], stop: StopRequest) -> list
             owned.callback(followers[-1].close)
         owned.callback(setattr, stop, "deferred", False)
         stop.deferred = True
-        stack = Stack(jobs[0], len(jobs))
+        stack = Stack(first, len(jobs))
         states = stack.place([follower.first for follower in followers], stack.states)
         hypers = stack.place([make_hyper(job.cfg) for job in jobs], stack.numbers)
         going = stack.place([np.bool_(not f.ended) for f in followers], stack.numbers)
@@ -282,7 +291,7 @@ def train_together(jobs: list[Job], runs: list[Path], stop: StopRequest) -> list
         step, began = stack.make_step(), 0.0
         fetch = make_batches(jobs, starts, stack)
         for number, batches in enumerate(
-            fetch_ahead(fetch, 0, rounds, jobs[0].cfg.data.prefetch_batches), 1
+            fetch_ahead(fetch, 0, rounds, first.cfg.data.prefetch_batches), 1
         ):
             states, numbers, going = step(states, batches, hypers, going)
             read = {name: np.asarray(values).tolist() for name, values in numbers.items()}

@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from nanojaxgpt import config
-from nanojaxgpt.arguments import parse
+from nanojaxgpt import config, rundir
+from nanojaxgpt.arguments import integer, parse
 from nanojaxgpt.errors import ConfigError
 from nanojaxgpt.sweep.plan import (
     Plan,
@@ -25,12 +25,12 @@ MODES = ("map", "vmap", "auto")
 OPTIONS: dict[str, dict[str, Any]] = {
     "config": {"default": "", "help": "the experiment: FILE.py or FILE.py:VARIANT"},
     "dir": {"default": "", "help": "the sweep's folder; default: sweeps/EXPERIMENT"},
-    "workers": {"default": 1, "type": int, "help": "processes side by side; default: 1"},
+    "workers": {"default": 1, "type": integer(1), "help": "processes side by side; default: 1"},
     "mode": {"default": "", "choices": ("", *MODES), "help": f"{', '.join(MODES)}; see docs"},
-    "width": {"default": 16, "type": int, "help": "trials in one step of vmap; default: 16"},
+    "width": {"default": 16, "type": integer(1), "help": "trials in one step of vmap; default: 16"},
     "metric": {"default": "", "help": "of the report; default: tpe's, or validation_loss"},
     "maximize": {"action": "store_true", "help": "the metric is better when larger"},
-    "slurm": {"default": 0, "type": int, "help": "workers to submit as a SLURM array"},
+    "slurm": {"default": 0, "type": integer(0), "help": "workers to submit as a SLURM array"},
     "slurm_options": {"default": "", "help": "partition=gpu,time=240,gpus_per_node=1,..."},
     "dry_run": {"action": "store_true", "help": "with --slurm: print the batch script"},
 }
@@ -51,11 +51,10 @@ def sweep(arguments: list[str]) -> None:
         raise ConfigError(f"sweep {parsed.run} needs --config=EXPERIMENT.py{enough}")
     if stored and parsed.overrides:
         raise ConfigError("--config.FIELD=VALUE needs the --config that it changes")
-    if min(parsed.workers, parsed.width) < 1 or parsed.slurm < 0:
-        raise ConfigError("sweep needs at least 1 worker and width 1")
     if not parsed.slurm and (parsed.dry_run or parsed.slurm_options):
-        raise ConfigError("--slurm_options and --dry_run go with --slurm=WORKERS")
+        raise ConfigError("--slurm_options and --dry_run need --slurm=WORKERS")
     folder = Path(parsed.dir) if parsed.dir else default_folder(parsed.config)
+    rundir.check_folder("--dir", folder)
     plan = read_plan(folder) if stored else load_plan(parsed.config, parsed.overrides)
     if parsed.run == "plan":
         lines = plan_lines(parsed, plan, folder)

@@ -3,11 +3,14 @@
 import re
 from collections.abc import Callable, Iterator
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
+from nanojaxgpt.checks import show
 from nanojaxgpt.data.sources.documents import BadTexts, DataConfig, Document, Source
 from nanojaxgpt.data.sources.download import check_digest, fetch, is_url
 from nanojaxgpt.data.sources.files import (
+    check_location,
     identify_blocks,
     identify_jsonl,
     identify_text,
@@ -20,8 +23,12 @@ from nanojaxgpt.data.sources.parquet import identify_parquet, read_parquet
 from nanojaxgpt.data.sources.stdlib import identify_stdlib, read_stdlib
 from nanojaxgpt.data.sources.tfds import identify_tfds, read_tfds
 from nanojaxgpt.errors import ConfigError, DataError
+from nanojaxgpt.names import nearest
 
-__all__ = ["DataConfig", "Document", "read_documents", "source_identity", "weighted_sources"]
+__all__ = [
+    "DataConfig", "Document", "check_sources", "read_documents", "source_identity",
+    "weighted_sources",
+]  # fmt: skip
 
 SOURCES: dict[str, Source] = {
     "stdlib": Source(read_stdlib, identify_stdlib),
@@ -32,6 +39,8 @@ SOURCES: dict[str, Source] = {
     "tfds": Source(read_tfds, identify_tfds),
     "hf": Source(read_hub, identify_hub),
 }
+PATH_KINDS = {".jsonl": "jsonl", ".json": "jsonl", ".gz": "jsonl", ".parquet": "parquet"}
+OTHER_KINDS = {"txt": "text", "file": "text", "json": "jsonl", "huggingface": "hf", "hub": "hf"}
 DOWNLOADED = ("text", "blocks", "jsonl", "parquet")  # whose location may be a URL
 
 
@@ -77,7 +86,7 @@ def weighted_sources(data: DataConfig) -> list[tuple[Fraction, str]]:
         weight, _, source = item.strip().partition(" ")
         if not re.fullmatch(r"\d+(\.\d*)?|\.\d+", weight) or not source.strip():
             raise ConfigError(
-                f'data.mixture: {item!r} is no weight and source, as in "3 text:a.txt"'
+                f'data.mixture: {item!r} is not a weight and a source, as in "3 text:a.txt"'
             )
         if not Fraction(weight):
             raise ConfigError(f"data.mixture: the weight in {item!r} must be above 0")
@@ -91,9 +100,41 @@ def find_source(source: str, data: DataConfig) -> tuple[Source, str]:
     Raises ConfigError, and DataError for a URL that can't be downloaded.
     """
     kind, _, location = source.partition(":")
-    if kind not in SOURCES:
-        raise ConfigError(f"data.source={source!r}: no kind {kind!r}; known: {', '.join(SOURCES)}")
+    reader, location = split_source(source)
     if kind in DOWNLOADED and is_url(location):
         url, hash_sign, field = location.partition("#")
         location = f"{fetch(url, data)}{hash_sign}{field}"
-    return SOURCES[kind], location
+    return reader, location
+
+
+def split_source(source: str) -> tuple[Source, str]:
+    """Return the functions of "KIND:LOCATION" and the location. Raises ConfigError."""
+    kind, _, location = source.partition(":")
+    if kind in SOURCES:
+        return SOURCES[kind], location
+    known = f"known: {', '.join(SOURCES)}"
+    if names_a_path(source):
+        likely = PATH_KINDS.get(Path(source.partition("#")[0]).suffix, "text")
+        right = f"data.source={likely}:{source}"
+        raise ConfigError(f"data.source={show(source)} has no kind; did you mean {right}? {known}")
+    hint = nearest(OTHER_KINDS.get(kind, kind), SOURCES)
+    raise ConfigError(f"data.source={show(source)}: no kind {show(kind)}{hint or ';'} {known}")
+
+
+def names_a_path(source: str) -> bool:
+    """Return whether a source is a bare path, without its kind."""
+    try:
+        return ":" not in source and ("/" in source or "." in source or Path(source).exists())
+    except OSError:
+        return False
+
+
+def check_sources(data: DataConfig) -> None:
+    """Raise ConfigError or DataError where a source has no kind or no file; nothing is read."""
+    sources = [source for _, source in weighted_sources(data)]
+    for source in [*sources, data.validation_source]:
+        if source:
+            _, location = split_source(source)
+            kind = source.partition(":")[0]
+            if kind in DOWNLOADED and not is_url(location):
+                check_location(kind, location)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from nanojaxgpt.checks import kind_of
 from nanojaxgpt.errors import ConfigError, DataError
 
 
@@ -51,7 +52,7 @@ class BadTexts:
 
     def __call__(self, problem: str) -> None:
         if not self.skip:
-            raise DataError(f"{problem}; mend it, or leave such text out by data.bad_text=skip")
+            raise DataError(f"{problem}; fix it, or skip such documents by data.bad_text=skip")
         self.count += 1
         if self.count <= SHOWN:
             self.report(f"skipped: {problem}")
@@ -101,7 +102,7 @@ def choose_field(source: str, field: str, texts: list[str]) -> str:
 def check_text(name: str, value: object, refuse: Refuse) -> str:
     """Return `value` where it is a text that UTF-8 can hold; else refuse it and return ""."""
     if not isinstance(value, str):
-        refuse(f"{name} holds a {type(value).__name__} where its text should be")
+        refuse(f"{name} holds {kind_of(value)} where its text should be")
         return ""
     try:
         value.encode()

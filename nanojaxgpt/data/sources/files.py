@@ -10,7 +10,9 @@ import hashlib
 import importlib
 import io
 import json
+import os
 import re
+import stat
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +21,7 @@ from typing import Any, BinaryIO
 
 from etils import epath
 
+from nanojaxgpt.checks import show
 from nanojaxgpt.data.sources.documents import (
     DataConfig,
     Document,
@@ -32,6 +35,8 @@ TEXT_ENDINGS = (".txt",)
 JSON_ENDINGS = (".jsonl", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst")
 MISSING = object()
 WILDCARD = re.compile(r"[*?[]")
+JSON_KINDS = {list: "an array", str: "a string", int: "a number", float: "a number",
+              bool: "true or false", type(None): "null"}  # fmt: skip
 
 
 def read_text(location: str, data: DataConfig, refuse: Refuse) -> Iterator[Document]:
@@ -84,14 +89,24 @@ def read_jsonl(location: str, data: DataConfig, refuse: Refuse) -> Iterator[Docu
             if not line.strip():
                 continue
             try:
-                record = json.loads(line)
-            except ValueError as error:  # UnicodeDecodeError is one
-                refuse(f"{path}:{number} is not JSON ({error})")
+                record = json.loads(line.decode("utf-8-sig"))
+            except UnicodeDecodeError as error:
+                refuse(f"{path}:{number} is not UTF-8 text: {likely_format(line) or error.reason}")
                 continue
-            value = find_field(record, field, MISSING) if isinstance(record, dict) else MISSING
+            except (ValueError, RecursionError) as error:
+                reason = likely_format(line) or error
+                refuse(f"{path}:{number} is not JSON: {reason}")
+                continue
+            if not isinstance(record, dict):
+                kind = JSON_KINDS[type(record)]
+                refuse(
+                    f"{path}:{number} holds {kind}, not an object; write one object per line, "
+                    f'as in {{"{field}": "..."}}'
+                )
+                continue
+            value = find_field(record, field, MISSING)
             if value is MISSING:
-                fields = f"; it has {', '.join(record)}" if isinstance(record, dict) else ""
-                refuse(f"{path}:{number} has no field {field!r}{fields}")
+                refuse(f"{path}:{number} has no field {field!r}; it has {', '.join(record)}")
             elif text := check_text(f"{path}:{number}", value, refuse):
                 yield Document(f"{name}:{number}", text)
 
@@ -131,10 +146,31 @@ def split_field(location: str, default: str) -> tuple[str, str]:
     return path, field or default
 
 
+def check_location(kind: str, location: str) -> None:
+    """Raise ConfigError or DataError where a local path is not there or is no file or folder."""
+    path = split_field(location, "")[0] if kind in ("jsonl", "parquet") else location
+    if not path:
+        raise ConfigError(f"data.source={kind}: needs a path: {kind}:FILE, {kind}:FOLDER or a glob")
+    if "://" in path or WILDCARD.search(path):
+        return
+    check_regular(epath.Path(path).expanduser())
+
+
+def check_regular(path: epath.Path) -> None:
+    """Raise DataError where a local path is missing, or a device or a pipe, which may never end."""
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        raise DataError(missing_files("text", path, TEXT_ENDINGS)) from None
+    except OSError as error:
+        raise DataError(f"{show(str(path))} can't be read: {error.strerror}") from error
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise DataError(f"{path} is a device, a pipe or a socket, not a file")
+
+
 def find_files(kind: str, location: str, endings: tuple[str, ...]) -> list[tuple[str, epath.Path]]:
     """Return (name, path) of the files, sorted; a name is the path below what all files share."""
-    if not location:
-        raise ConfigError(f"data.source={kind}: needs a path: {kind}:FILE, {kind}:FOLDER or a glob")
+    check_location(kind, location)
     path = epath.Path(location).expanduser()
     try:
         if path.is_file():
@@ -150,11 +186,12 @@ def find_files(kind: str, location: str, endings: tuple[str, ...]) -> list[tuple
         package = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs"}.get(scheme, "fsspec")
         raise DataError(f"{location} needs the package {package}: pip install {package}") from error
     except Exception as error:  # each kind of bucket has its own errors for a missing right
-        if "://" not in location:
-            raise
-        raise DataError(f"{location} can't be reached: {type(error).__name__}: {error}") from error
+        raise DataError(f"{location} can't be read: {type(error).__name__}: {error}") from error
     if not paths:
         raise DataError(missing_files(kind, path, endings))
+    if "://" not in location:
+        for found in paths:
+            check_regular(found)
     levels = zip(*(p.parent.parts for p in paths), strict=False)
     shared = len([*takewhile(lambda names: len(set(names)) == 1, levels)])
     return sorted(("/".join(p.parts[shared:]), p) for p in paths)
@@ -249,12 +286,57 @@ def named(path: epath.Path) -> Iterator[None]:
 def decode(content: bytes, path: epath.Path, line: int, byte: int, refuse: Refuse) -> str:
     """Return UTF-8 that begins at this line and byte of the file, without its byte order mark.
 
-    What is not UTF-8 is refused by the place of its first wrong byte; it gives "".
+    What is not UTF-8 is refused by the place of its first wrong byte, or by the format that it
+    likely has; it gives "".
     """
     try:
         text = content.decode()
     except UnicodeDecodeError as error:
         line, byte = line + content.count(b"\n", 0, error.start), byte + error.start
-        refuse(f"{path}, line {line}, byte {byte}: not UTF-8 ({error.reason})")
+        reason = likely_format(content) or error.reason
+        refuse(f"{path}, line {line}, byte {byte}: not UTF-8 ({reason})")
+        return ""
+    if "\0" in text and (encoding := wide_encoding(content)):
+        refuse(f"{path} is likely {encoding} without a byte order mark; convert it to UTF-8")
         return ""
     return text if byte else text.removeprefix("\ufeff")
+
+
+# What files begin with that are not text.
+MAGIC = {
+    b"PAR1": "it is a Parquet file: use parquet:PATH",
+    b"ARROW1": "it is an Arrow file",
+    b"\x1f\x8b": "it is packed by gzip: name it *.gz",
+    b"\x28\xb5\x2f\xfd": "it is packed by zstd: name it *.zst",
+    b"BZh": "it is packed by bzip2: unpack it",
+    b"\xfd7zXZ": "it is packed by xz: unpack it",
+    b"PK\x03\x04": "it is a ZIP archive: unpack it",
+    b"%PDF": "it is a PDF: extract its text",
+    b"SQLite format 3": "it is an SQLite database",
+    codecs.BOM_UTF32_LE: "it is UTF-32: convert it to UTF-8",
+    codecs.BOM_UTF32_BE: "it is UTF-32: convert it to UTF-8",
+    codecs.BOM_UTF16_LE: "it is UTF-16: convert it to UTF-8",
+    codecs.BOM_UTF16_BE: "it is UTF-16: convert it to UTF-8",
+}
+
+
+def likely_format(content: bytes) -> str:
+    """Return what bytes that are not UTF-8 likely are, and what to do, or ""."""
+    for magic, format_ in MAGIC.items():  # UTF-32 before UTF-16, whose mark it begins with
+        if content.startswith(magic):
+            return format_
+    if encoding := wide_encoding(content):
+        return f"it is likely {encoding}: convert it to UTF-8"
+    return "it holds NUL bytes" if content.startswith(b"\0") else ""
+
+
+def wide_encoding(content: bytes) -> str:
+    """Return UTF-16 or UTF-32 where the NULs of the first bytes stand as ASCII has them there."""
+    sample = content[: min(len(content), 4096) // 4 * 4]
+    for encoding, size in (("UTF-32", 4), ("UTF-16", 2)):
+        places = [sample[place::size] for place in range(size)]
+        empty = [bool(place) and not any(place) for place in places]
+        text = [bool(place) and all(place) for place in places]
+        if sum(empty) == size - 1 and sum(text) == 1 and (text[0] or text[-1]):
+            return encoding
+    return ""
