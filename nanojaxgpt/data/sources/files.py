@@ -249,7 +249,7 @@ def read_lines(path: epath.Path, refuse: Refuse) -> Iterator[tuple[int, bytes]]:
 
 
 @contextmanager
-def open_bytes(path: epath.Path) -> Iterator[IO[bytes]]:
+def open_bytes(path: epath.Path) -> Iterator[IO[bytes] | gzip.GzipFile]:
     """Open a file for reading, unpacked. Raises DataError where it can't be read to its end."""
     with named(path), path.open("rb") as file:
         if path.suffix == ".gz":
