@@ -173,4 +173,4 @@ def chosen_step(run: Path, text: str) -> int:
     losses = {step: loss for step, loss in validation_losses(run).items() if step in saved}
     if not losses:
         raise ConfigError(f"no checkpoint of {run} has a validation loss; leave out --step=best")
-    return min(losses, key=losses.get)
+    return min(losses, key=lambda step: losses[step])

@@ -57,7 +57,7 @@ def muon(
         return jax.tree.map(lambda d: "muon" if d else "adam", found, is_leaf=is_dimensions)
 
     def resize(updates: Any, _: Any) -> Any:
-        def leaf(update: jax.Array, dimensions: MuonDimensionNumbers) -> jax.Array:
+        def leaf(update: jax.Array, dimensions: Any) -> jax.Array:
             sides = [math.prod(update.shape[axis] for axis in axes) for axes in dimensions]
             return update * (0.2 * math.sqrt(max(sides)))
 

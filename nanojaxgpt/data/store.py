@@ -220,7 +220,7 @@ def describe(corpus: Corpus) -> list[tuple[str, ...]]:
     header = ("source", "documents", "bytes", "tokens", "bytes/token", "shards", "folder")
     rows = [(part.source, part.store) for part in corpus.parts]
     rows += [("validation", corpus.validation)] if corpus.validation else []
-    table = [header]
+    table: list[tuple[str, ...]] = [header]
     for name, store in rows:
         text_bytes = store.manifest["text_bytes"]
         counts = store.num_documents, text_bytes, store.num_tokens

@@ -41,7 +41,7 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, algorithm: str) -
     return model
 
 
-def train_model(sample: list[str], vocab_size: int, algorithm: str, **options: str) -> bytes:
+def train_model(sample: list[str], vocab_size: int, algorithm: str, **options: Any) -> bytes:
     """Return the model that SentencePiece trains on the sample. Raises DataError if it can't."""
     model = io.BytesIO()
     try:

@@ -34,15 +34,19 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str) -> np.ndarray:
         """Return the int32 ids of `text`, without an end token."""
+        ...
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Return the text; incomplete UTF-8 becomes U+FFFD, ids without text become nothing."""
+        ...
 
     def token_bytes(self) -> np.ndarray:
         """Return int32 [V]: the UTF-8 bytes each id stands for, 0 for special ids."""
+        ...
 
     def content_hash(self) -> str:
         """Return 16 hex digits that name what the tokenizer does."""
+        ...
 
     def save(self, folder: Path) -> None:
         """Write what `load_tokenizer` needs into an existing folder."""

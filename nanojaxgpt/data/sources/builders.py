@@ -23,7 +23,7 @@ from nanojaxgpt.errors import DataError
 FILES = {"tiny_shakespeare": "tinyshakespeare.txt", "local_text": "*.txt"}
 
 # They stand in no registry: TFDS knows a tiny_shakespeare of its own.
-with tfds.core.registered.skip_registration():
+with tfds.core.registered.skip_registration():  # pyright: ignore[reportAttributeAccessIssue]
 
     class TextFiles(tfds.core.GeneratorBasedBuilder):
         """One example per text file, in the order of their names; FILES says which."""

@@ -17,7 +17,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import takewhile
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 from etils import epath
 
@@ -249,7 +249,7 @@ def read_lines(path: epath.Path, refuse: Refuse) -> Iterator[tuple[int, bytes]]:
 
 
 @contextmanager
-def open_bytes(path: epath.Path) -> Iterator[BinaryIO]:
+def open_bytes(path: epath.Path) -> Iterator[IO[bytes] | gzip.GzipFile]:
     """Open a file for reading, unpacked. Raises DataError where it can't be read to its end."""
     with named(path), path.open("rb") as file:
         if path.suffix == ".gz":

@@ -33,7 +33,7 @@ def identify_hub(location: str, data: DataConfig) -> dict[str, Any]:
     """Return the name, what is read of it, and the fingerprint that `datasets` gives it."""
     dataset, split, field = open_dataset(location)
     return dict(
-        dataset=NAME.fullmatch(location)[1],
+        dataset=re.split("[@#]", location)[0],
         split=split,
         field=field,
         rows=len(dataset),

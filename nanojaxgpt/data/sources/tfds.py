@@ -149,7 +149,8 @@ def as_numbers(version: str) -> list[int]:
 
 def how_to_prepare(location: str) -> str:
     """Return the sentence that says how a dataset comes into `data.tfds_dir`."""
-    name, config, *_ = (part or "" for part in NAME.fullmatch(location).groups())
+    parts = NAME.fullmatch(location)
+    name, config = (parts[1], parts[2]) if parts else (location, "")
     if name in OWN_BUILDERS:
         return "set data.manual_dir to the folder of your text files, and it is made from them"
     full = f"{name}/{config}" if config else name
