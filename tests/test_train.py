@@ -211,7 +211,8 @@ IDENTITIES = [b"[1]", b"{", b"{}", b'{"data": ', b"[" * 50_000, b"", None, b"\x8
 
 
 def test_damaged_notes_block_no_run(small_config, tmp_path, monkeypatch, capsys):
-    cfg = small_config(**{"train.num_steps": "4", "checkpoint.every_steps": "1"})
+    short = {"train.num_steps": "4", "optim.warmup_steps": "1", "checkpoint.every_steps": "1"}
+    cfg = small_config(**short)
     share_programs(cfg, monkeypatch)
     run, said = tmp_path / "run", []
     identity, records = run / "identity.json", run / "metrics.jsonl"
