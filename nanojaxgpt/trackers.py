@@ -56,8 +56,10 @@ class TensorBoard:
         self.event, self.summary = Event, Summary
         folder = start.run / "tensorboard"
         folder.mkdir(exist_ok=True)
-        # Written here, not by SummaryWriter: its thread ends when the clock is set back.
-        self.writer = EventsWriter(str(folder / "events"), f".{time.time_ns()}")
+        # Written here, not by SummaryWriter, whose thread ends when the clock is set back. The
+        # files are read in the order of their names, which begin with the time but for this number.
+        number = sum(1 for _ in folder.iterdir())
+        self.writer = EventsWriter(str(folder / f"events.start{number:05}"))
         began = SessionLog(status=SessionLog.START)
         self._write(step=start.step + 1, session_log=began)
 

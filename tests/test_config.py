@@ -26,7 +26,6 @@ from nanojaxgpt.errors import ConfigError
 from nanojaxgpt.names import MAXTEXT, NANOGPT, OTHER_NAMES, TRANSFORMERS, unknown_name
 
 DEFAULTS = dict(fields(base_config()))
-SOON = {"train.trackers"}
 
 
 def override(**overrides):
@@ -247,7 +246,7 @@ def test_messages_say_what_is_wrong(name, text, words):
 def test_names_of_other_projects_lead_to_fields_of_this_one(name):
     other = OTHER_NAMES[name]
     assert set(other.projects) <= {NANOGPT, MAXTEXT, TRANSFORMERS}
-    assert {field for field in other.names if field[:2] != "--"} <= set(DEFAULTS) | SOON
+    assert {field for field in other.names if field[:2] != "--"} <= set(DEFAULTS)
     if set(other.names) & set(DEFAULTS):
         assert other.names[0] in unknown_name("config field", name, list(DEFAULTS))
 

@@ -100,8 +100,7 @@ file.write(str(file.fileno()))
 def tiny(tmp_path_factory):
     """Return an experiment of 30 steps."""
     own = "cfg.mesh.data, train.num_steps, cfg.checkpoint.every_steps = 1, 30, 10"
-    more = "def sweep():\n    import sys\n    sys.exit(0)\n"
-    return write_tiny(tmp_path_factory.mktemp("console"), own, more)
+    return write_tiny(tmp_path_factory.mktemp("console"), own)
 
 
 def test_training_outlives_its_reader_without_docstrings(tiny):
@@ -121,9 +120,11 @@ def test_training_outlives_its_reader_without_docstrings(tiny):
     assert rundir.saved_steps(run / "checkpoints")[-1] == 30
 
 
-def test_sys_exit_of_an_experiment_is_never_success(tiny, capsys):
-    assert main(["sweep", "plan", f"--config={tiny}"]) == 2
-    assert f"sys.exit(0) was called by {tiny}:" in capsys.readouterr().err
+@pytest.mark.parametrize(("given", "code"), [(0, 2), (None, 2), ("text", 2), (7, 7)])
+def test_sys_exit_is_never_success(given, code, monkeypatch, capsys):
+    monkeypatch.setitem(VERBS, "eval", lambda arguments: sys.exit(given))
+    assert main(["eval"]) == code
+    assert f"error: sys.exit({given!r}) was called by {__file__}:" in capsys.readouterr().err
 
 
 def test_errors_that_libraries_only_log_are_reported_in_a_line(monkeypatch, capsys):

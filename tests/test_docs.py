@@ -69,7 +69,7 @@ STOPS: list[tuple[str, tuple[str, ...], str]] = [
     (r"--multihost", ("hosts.joining.joined",), "the other processes are missing"),
     (r"^rehearse", ("rehearse.targets.open_target",), "compiles for minutes"),
     (r"^train.*/(gpt2|gpt3|llama3)\.py", ("train.fit",), "sized for accelerators"),
-    (r"init\.state=all", ("train.fit",), "needs a long run; test_branch.py makes a short one"),
+    (r"init\.state=all", ("rundir.check_start",), "needs a long run, as test_branch.py has"),
     (r"^reproduce", ("reproduce.reproduce",), "trains for minutes"),
     (r"^coordcheck", ("coordcheck.check_coordinates",), "13 s; test_coordcheck.py runs it"),
     (r"--slurm=", ("sweep.slurm.submit_workers",), "needs sbatch"),

@@ -497,7 +497,7 @@ def test_a_step_that_does_not_fit_is_exit_6(monkeypatch, capsys, parallel):
     experiment = f"--config={ROOT}/experiments/gpt2.py"
     assert main(["rehearse", experiment, "--topology=h100:8"]) == 6
     captured = capsys.readouterr()
-    assert "DOES NOT FIT; first" in captured.out
+    assert "DOES NOT FIT; try" in captured.out
     assert "the step does not fit the memory of h100:8" in captured.err
 
 

@@ -108,4 +108,4 @@ def test_the_verb_needs_no_jax_and_says_what_is_wrong(tmp_path):
     assert found.stdout.count("\n-- row") == 4
     refused = command("inspect", f"--config={experiment}", "--step=0")
     assert refused.returncode == 2
-    assert "steps count from 1" in refused.stderr
+    assert "must be at least 1" in refused.stderr

@@ -299,7 +299,7 @@ def test_a_point_that_does_not_fit_is_named_and_not_kept(write_experiment, tmp_p
     wrong = tpe(product(log_uniform(RATE, 1e-4, 1e-1), choice("model.num_heads", 3)), 3)
     bad = Search(tmp_path, search.base, wrong)
     with Claims(tmp_path) as claims:
-        with pytest.raises(ConfigError, match=r"num_heads=3\): model.embed_dim=16 does"):
+        with pytest.raises(ConfigError, match=r"num_heads=3\): model.embed_dim=16 is not"):
             bad.draw(claims)
         assert bad.left() == 3
         assert search.draw(claims)

@@ -100,8 +100,8 @@ def test_dry_run_prints_the_batch_script(experiment, tmp_path, capsys):
     [
         (["--slurm=2", "--slurm_options=partiton=gpu"], "did you mean partition?"),
         (["--slurm=2", "--slurm_options=command=x"], "no option command"),
-        (["--slurm_options=time=1"], "go with --slurm=WORKERS"),
-        (["--dry_run"], "go with --slurm=WORKERS"),
+        (["--slurm_options=time=1"], "need --slurm=WORKERS"),
+        (["--dry_run"], "need --slurm=WORKERS"),
         (["--slurm=-1"], "at least"),
         (["--slurm=2"], "srun is not installed"),
     ],

@@ -1,12 +1,15 @@
 """Trackers get every record, a resumed run continues there, and none can hold up training."""
 
 import importlib.util
+import os
 import struct
+import subprocess
+import sys
 import threading
 import time
 
 import pytest
-from conftest import write_tiny
+from conftest import ROOT, write_tiny
 
 from nanojaxgpt import checks, rundir, trackers
 from nanojaxgpt.__main__ import main
@@ -141,10 +144,13 @@ def test_names_of_trackers(tiny, monkeypatch, capsys):
     assert "train.trackers='wanbd' must be one of jsonl, tensorboard" in capsys.readouterr().err
 
 
-def start_twice(name, run) -> list[str]:
+STARTS = ((0, 5), (3, 6))  # a run that is resumed from step 3
+
+
+def log_steps(name, run, starts=STARTS) -> list[str]:
     """Log steps 1 to 5, then, as a run resumed from step 3, steps 4 to 6; return what was said."""
     said = []
-    for start, last in ((0, 5), (3, 6)):
+    for start, last in starts:
         opened = open_trackers(("jsonl", name), run, {"train": {"seed": 1}}, start, said.append)
         for step in range(start + 1, last + 1):
             for tracker in opened:
@@ -156,9 +162,9 @@ def start_twice(name, run) -> list[str]:
 def test_tensorboard_reads_what_was_written_while_the_clock_goes_back(tmp_path, monkeypatch):
     pytest.importorskip("tensorboardX")
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    now, began = time.time, time.time()
-    monkeypatch.setattr(time, "time", lambda: 2 * began - now())
-    assert start_twice("tensorboard", tmp_path) == []
+    times = iter(range(10**9, 0, -1000))
+    monkeypatch.setattr(time, "time", lambda: next(times))
+    assert log_steps("tensorboard", tmp_path) == []
     found = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
     found.Reload()
     values = [(event.step, event.value) for event in found.Scalars("loss")]
@@ -176,24 +182,32 @@ def wandb_records(content):
         place += 7 + length
 
 
-def test_a_run_of_wandb_is_continued(tmp_path, monkeypatch):
+def test_a_run_of_wandb_is_continued(tmp_path):
     pytest.importorskip("wandb")
     from wandb.proto import wandb_internal_pb2
 
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    assert start_twice("wandb", tmp_path) == []
+    code = "import test_trackers, pathlib, sys; print(test_trackers.log_steps('wandb', "
+    for start in STARTS:  # a process cannot open a run twice
+        program = f"{code}pathlib.Path('{tmp_path}'), [{start}]))"
+        environment = os.environ | {"WANDB_MODE": "offline", "PYTHONPATH": f"{ROOT}:{ROOT}/tests"}
+        found = subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, env=environment
+        )
+        assert found.stdout == "[]\n", found.stderr
     files = sorted(tmp_path.glob("wandb/offline-run-*/*.wandb"))
     assert len(files) == 2
-    names, steps = set(), []
+    names, steps, ends = set(), [], []
     for file in files:
         for data in wandb_records(file.read_bytes()):
             record = wandb_internal_pb2.Record()
             record.ParseFromString(data)
+            ends += [file] if record.HasField("exit") else []
             if record.run.run_id:
                 names.add((record.run.project, record.run.run_id))
             if record.history.item:
                 steps.append(record.history.step.num)
     assert names == {("nanojaxgpt", trackers.tracking_id(tmp_path))}
+    assert ends == files
     assert sorted(steps) == [1, 2, 3, 4, 4, 5, 5, 6]
 
 
@@ -204,7 +218,7 @@ def test_a_run_of_trackio_is_continued(tmp_path, monkeypatch):
 
     run = tmp_path / "run"
     run.mkdir()
-    assert start_twice("trackio", run) == []
+    assert log_steps("trackio", run) == []
     name = f"run-{trackers.tracking_id(run)}"
     assert SQLiteStorage.get_runs("nanojaxgpt") == [name]
     logs = SQLiteStorage.get_logs("nanojaxgpt", name)
