@@ -48,6 +48,6 @@ def get_config(variant: str = "cpu") -> ConfigDict:
         train.batch_size, train.num_steps = 64, 5000
         cfg.eval.every_steps = cfg.checkpoint.every_steps = 250
     else:
-        raise KeyError(f"no variant {variant}; there are cpu and gpu")
+        raise KeyError(f"no variant {variant}; available: cpu, gpu")
     cfg.eval.batch_size = 128
     return cfg

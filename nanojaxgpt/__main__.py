@@ -1,6 +1,6 @@
-"""The one door: `nanojaxgpt VERB ...`, the same as `python -m nanojaxgpt VERB ...`.
+"""The command line: `nanojaxgpt COMMAND ...`, or `python -m nanojaxgpt COMMAND ...`.
 
-jax is imported by the verbs, after the config is read: a mistake in it is answered at once.
+Commands import jax after they have checked the config, so that a mistake fails immediately.
 """
 
 import sys
@@ -34,33 +34,49 @@ from nanojaxgpt.sweep.verb import sweep
 from nanojaxgpt.trackers import check_installed
 
 USAGE = """\
-nanojaxgpt VERB ...
+nanojaxgpt COMMAND ...
 
-  train  --config=EXPERIMENT.py[:VARIANT] [--run=RUN]   train, or go on where RUN stopped
+  train  --config=EXPERIMENT.py[:VARIANT] [--run=RUN]   train, or resume RUN
   eval   RUN [--data=SOURCE]                            validation loss, bits per byte
-  sample RUN --prompt=TEXT                              text, streamed as it is made
-  prepare --config=EXPERIMENT.py[:VARIANT]              the corpus as tokens, as train would
-  inspect --config=EXPERIMENT.py [--step=N] [--rows=4]  what the model sees at a step
-  coordcheck --config=EXPERIMENT.py                     activations against width, muP or not
-  rehearse --config=EXPERIMENT.py --topology=v5e:4x4    memory and time on chips not here
-  sweep  plan|run|status|resume|report --config=...     many runs from one file, and their report
-  reproduce experiments/papers/NAME.py [--dir=DIR]      published against measured, with a verdict
+  sample RUN --prompt=TEXT                              generate text from a prompt
+  prepare --config=EXPERIMENT.py[:VARIANT]              tokenize the corpus ahead of training
+  inspect --config=EXPERIMENT.py [--step=N] [--rows=4]  print the batch of a step
+  coordcheck --config=EXPERIMENT.py                     activations over widths, to check muP
+  rehearse --config=EXPERIMENT.py --topology=v5e:4x4    memory and speed on hardware you don't have
+  sweep  plan|run|status|resume|report --config=...     many runs from one experiment, and a report
+  reproduce experiments/papers/NAME.py [--dir=DIR]      a paper's figures beside measured ones
 
-Every field of the config can be set: --config.optim.learning_rate=3e-4. VERB --help says more.
+--config.SECTION.FIELD=VALUE sets any field of the config, as in --config.optim.learning_rate=3e-4.
+nanojaxgpt COMMAND --help lists a command's options.
 """
 
 
 def train(arguments: list[str]) -> None:
-    """Train an experiment, or go on with a run that was stopped.
+    """Train an experiment, or resume a run that was stopped.
 
-    Without --config, RUN's own config; without RUN, runs/EXPERIMENT[-VARIANT].
+    Without --config, use RUN's own config; without RUN, use runs/EXPERIMENT[-VARIANT].
     """
     options = {
-        "multihost": {"action": "store_true", "help": "train with other processes; docs/hosts.md"},
-        "coordinator": {"default": "", "help": "HOST:PORT of process 0; default: found"},
-        "num_processes": {"default": -1, "type": integer(1), "help": "of all hosts"},
-        "process_id": {"default": -1, "type": integer(0), "help": "from 0; default: found"},
-        "join_seconds": {"default": 300.0, "type": number(1, 1e6), "help": "default: 300"},
+        "multihost": {
+            "action": "store_true",
+            "help": "train with other processes; see docs/hosts.md",
+        },
+        "coordinator": {"default": "", "help": "HOST:PORT of process 0; default: detected"},
+        "num_processes": {
+            "default": -1,
+            "type": integer(1),
+            "help": "processes on all hosts; default: detected",
+        },
+        "process_id": {
+            "default": -1,
+            "type": integer(0),
+            "help": "its index, from 0; default: detected",
+        },
+        "join_seconds": {
+            "default": 300.0,
+            "type": number(1, 1e6),
+            "help": "seconds to wait for the other processes; default: 300",
+        },
     }
     parsed, cfg = open_experiment("train", train.__doc__, arguments, options)
     name, _, variant = parsed.config.partition(":")
@@ -89,9 +105,9 @@ def train(arguments: list[str]) -> None:
 
 
 def prepare(arguments: list[str]) -> None:
-    """Make the token stores of an experiment or a RUN ahead of its training; print what they hold.
+    """Tokenize the corpus of an experiment or a RUN ahead of training; print a summary.
 
-    A preparation that was stopped goes on; one that was done is opened and checked.
+    A preparation that was stopped is resumed; one that is complete is opened and checked.
     """
     parsed, cfg = open_experiment("prepare", prepare.__doc__, arguments, {})
     check_data(DataConfig(**cfg.data))
@@ -109,7 +125,7 @@ def prepare(arguments: list[str]) -> None:
     corpus = store.prepare(DataConfig(**cfg.data), config.cache_dir(cfg), report, inherited)
     print_table(store.describe(corpus))
     if not said:
-        warn("all of it was already there")
+        warn("everything was prepared already")
 
 
 def print_table(rows: list[tuple[str, ...]]) -> None:
@@ -121,9 +137,9 @@ def print_table(rows: list[tuple[str, ...]]) -> None:
 
 
 def inspect(arguments: list[str]) -> None:
-    """Print the batch of one step as the model sees it: text, segments, what is scored."""
+    """Print the batch of one step as the model sees it: text, segments, scored targets."""
     options = {
-        "step": {"default": 1, "type": integer(1), "help": "as in the log; default: 1"},
+        "step": {"default": 1, "type": integer(1), "help": "step, as in the log; default: 1"},
         "rows": {"default": 4, "type": integer(0), "help": "rows to print in full; default: 4"},
         "split": {"default": "train", "choices": ("train", "validation"), "help": "default: train"},
     }
@@ -157,9 +173,9 @@ def rehearse(arguments: list[str]) -> None:
         "mesh": {
             "default": "config",
             "choices": ("config", "auto"),
-            "help": "auto: try meshes and remat policies; default: what the config says",
+            "help": "auto: try meshes and remat policies; default: those of the config",
         },
-        "json": {"default": "", "help": "write everything to this file, too"},
+        "json": {"default": "", "help": "also write the results to this file"},
     }
     parsed, cfg = open_experiment("rehearse", rehearse.__doc__, arguments, options)
     if parsed.json:
@@ -191,9 +207,9 @@ def rehearse(arguments: list[str]) -> None:
 def evaluate(arguments: list[str]) -> None:
     """Print the validation loss and bits per byte of a run's checkpoint, as JSON.
 
-    With --data=SOURCE they are those of all of another source, by the run's own tokenizer.
+    With --data=SOURCE, evaluate on all of another source, with the run's own tokenizer.
     """
-    about = "a source, as data.source names it, to evaluate on; default: the validation split"
+    about = "evaluate on this source, written as in data.source; default: the validation split"
     parsed, cfg = open_run("eval", evaluate.__doc__, arguments, {"data": {"help": about}})
     import jax
 
@@ -212,7 +228,10 @@ def evaluate(arguments: list[str]) -> None:
     except ConfigError:  # the run's mesh does not fit this machine: one device does
         mesh = sharding.make_mesh({}, jax.devices()[:1])
     run, model_cfg = Path(parsed.run), ModelConfig(**cfg.model)
-    lower = "What lowers it: eval.batch_size, train.loss_chunks, model.compute_dtype=bfloat16"
+    lower = (
+        "To use less memory, lower eval.batch_size, raise train.loss_chunks, or set "
+        "model.compute_dtype=bfloat16"
+    )
     with memory.explained("the evaluation", mesh, lambda: lower), jax.set_mesh(mesh):
         memory.check_model("the evaluation", cfg, mesh, 0, lower)
         step, params = load_params(run, model_cfg, mesh, chosen_step(run, parsed.step), warn)
@@ -221,8 +240,8 @@ def evaluate(arguments: list[str]) -> None:
         raise DataError(f"{parsed.data} has nothing to score: it is shorter than two tokens")
     if not found["tokens"]:
         raise DataError(
-            f"{run} holds nothing out to validate on; set data.validation_fraction, "
-            "data.validation_documents or data.validation_source (of a task: train_fraction), "
+            f"{run} has no held-out data to validate on; set data.validation_fraction, "
+            "data.validation_documents or data.validation_source (for a task: train_fraction), "
             "and train again"
         )
     source = {"source": parsed.data} if parsed.data else {}
@@ -244,17 +263,17 @@ def open_other_data(cfg: Any, parsed: Any) -> tuple[Any, Any]:
 
 
 def coordcheck(arguments: list[str]) -> None:
-    """Train an experiment at several widths; print how its activations grow, by muP and without.
+    """Train an experiment at several widths; print how activations grow, with and without muP.
 
-    RUN, runs/coordcheck if it is not given, gets the numbers and a plot.
+    The numbers and a plot are written to RUN (default: runs/coordcheck).
     """
     options = {
         "widths": {
             "default": "64,128,256,512",
             "type": integers(1),
-            "help": "default: 64,128,256,512",
+            "help": "comma-separated; default: 64,128,256,512",
         },
-        "steps": {"default": 4, "type": integer(0), "help": "of training; default: 4"},
+        "steps": {"default": 4, "type": integer(0), "help": "training steps; default: 4"},
     }
     parsed, cfg = open_experiment("coordcheck", coordcheck.__doc__, arguments, options)
     folder = Path(parsed.run or "runs/coordcheck")
@@ -269,22 +288,22 @@ def coordcheck(arguments: list[str]) -> None:
 
 
 def reproduce(arguments: list[str]) -> None:
-    """Run what a paper's file names; report its published figures against the measured ones.
+    """Run the experiments of a paper's file; report published figures beside measured ones.
 
-    Goes on where it was stopped. --config.FIELD=VALUE says where the data lie; the recipe is fixed.
+    Resumes where it was stopped. --config.FIELD=VALUE may say where the data are, no more.
     """
     options = {
-        "dir": {"default": "", "help": "of runs and report; default: runs/NAME"},
+        "dir": {"default": "", "help": "folder of the runs and the report; default: runs/NAME"},
         "seeds": {
             "default": 0,
             "type": integer(0),
-            "help": "only so many, from the first; default: all",
+            "help": "use only the first N seeds; default: all",
         },
     }
-    place = ("PAPER.py", "states claims and criteria")
+    place = ("PAPER.py", "a file that states claims and criteria")
     parsed = parse("reproduce", reproduce.__doc__, arguments, options, place)
     if not parsed.run:
-        raise ConfigError("which paper? nanojaxgpt reproduce experiments/papers/NAME.py")
+        raise ConfigError("name a paper: nanojaxgpt reproduce experiments/papers/NAME.py")
     folder = Path(parsed.dir or Path("runs") / Path(parsed.run).stem)
     rundir.check_folder("--dir", folder)
     from nanojaxgpt.paper import first_seeds, load_paper
@@ -343,7 +362,7 @@ def run_command(name: str, arguments: list[str]) -> None:
         process.keep_freed_memory()
         VERBS[name](arguments)
     else:
-        raise ConfigError(config.unknown_name("verb", name, list(VERBS)))
+        raise ConfigError(config.unknown_name("command", name, list(VERBS)))
 
 
 if __name__ == "__main__":

@@ -90,11 +90,11 @@ def parse(
         except UnicodeEncodeError:
             raise ConfigError(f"the argument {show(argument)} is not valid UTF-8") from None
         if "\0" in argument:
-            raise ConfigError(f"the argument {show(argument)} holds a NUL character")
+            raise ConfigError(f"the argument {show(argument)} contains a NUL character")
     prog, first = f"nanojaxgpt {verb}", (about or "").split("\n")[0]  # python -OO drops it
     parser = Parser(prog=prog, description=first, allow_abbrev=False)
     parser.add_argument("path", metavar=path[0], nargs="?", help=path[1])
-    parser.add_argument("--run", default="", help="the same, as a flag")
+    parser.add_argument("--run", default="", help="the same as the positional argument")
     shown = "show the warnings of XLA, Orbax and other libraries"
     parser.add_argument("--verbose", action="store_true", help=shown)
     for name, settings in options.items():
@@ -108,7 +108,7 @@ def parse(
     if unknown:
         raise ConfigError(f"unexpected argument {show(unknown[0])} after {show(parsed.path)}")
     if parsed.run and parsed.path:
-        raise ConfigError(f"two runs given: {parsed.path} and --run={parsed.run}; name one")
+        raise ConfigError(f"two runs given: {parsed.path} and --run={parsed.run}; give one")
     parsed.run = parsed.run or parsed.path
     parsed.overrides = overrides
     return parsed
@@ -130,7 +130,9 @@ def open_experiment(
     elif parsed.run:
         cfg = config.override_config(rundir.load_run(Path(parsed.run)), parsed.overrides)
     else:
-        raise ConfigError(f"say what to {verb}: --config=experiments/quickstart.py, or a RUN")
+        raise ConfigError(
+            f"{verb} needs --config=FILE.py, such as experiments/quickstart.py, or a RUN"
+        )
     rundir.check_folder("data.cache_dir", config.cache_dir(cfg))
     return parsed, cfg
 
@@ -144,10 +146,10 @@ def open_run(
     verb: str, about: str | None, arguments: list[str], options: dict[str, dict[str, Any]]
 ) -> tuple[Any, ConfigDict]:
     """Return the parsed arguments of a command that reads a run, and the run's config."""
-    step = {"default": "", "help": "a checkpoint's step, or best; default: the newest"}
+    step = {"default": "", "help": "step of a checkpoint, or best; default: the newest"}
     parsed = parse(verb, about, arguments, options | {"step": step})
     if not parsed.run:
-        raise ConfigError(f"which run? nanojaxgpt {verb} RUN")
+        raise ConfigError(f"{verb} needs a run directory: nanojaxgpt {verb} RUN")
     if is_experiment(parsed.run):
         run = Path("runs") / Path(parsed.run.partition(":")[0]).stem
         raise ConfigError(
@@ -158,7 +160,7 @@ def open_run(
         try:
             in_range(parsed.step, read_int, 1, MAX_INT)
         except argparse.ArgumentTypeError as error:
-            raise ConfigError(f"--step: {error}; it is a checkpoint's step, or best") from None
+            raise ConfigError(f"--step: {error}; give the step of a checkpoint, or best") from None
     return parsed, config.override_config(rundir.load_run(Path(parsed.run)), parsed.overrides)
 
 

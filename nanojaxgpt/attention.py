@@ -210,8 +210,8 @@ def choose_kernel(q_BTNH: jax.Array, alibi: bool, dropout: float, asked: str) ->
         asked = fast if fits.get(fast, True) else "xla"
     if not fits.get(asked, True):
         raise ValueError(
-            f"model.attention={asked!r} can't do this: cudnn needs bfloat16, splash a length that "
-            "divides by 128, neither ALiBi nor dropout on the weights; use 'auto'"
+            f"model.attention={asked!r} does not support this model: cudnn needs bfloat16, splash "
+            "a length divisible by 128, and neither has ALiBi or attention dropout; use 'auto'"
         )
     return "plain" if dropout else asked
 

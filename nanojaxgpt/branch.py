@@ -1,4 +1,4 @@
-"""A branch: in, another run; out, the state at one of its steps, from which this run goes on.
+"""A branch: in, another run; out, the state at one of its steps, from which this run continues.
 
 `init.state=all` takes the parameters, the optimizer's state, the recent statistics and the step,
 and with the step the place in the data. The run then has the bits that the other would have had,
@@ -19,7 +19,7 @@ from nanojaxgpt.hosts.team import ALONE, Team
 from nanojaxgpt.loop import Job
 from nanojaxgpt.step import TrainState, make_init
 
-# What names the optimizer, and the rows of a step's batch: with others nothing would go on.
+# What names the optimizer, and the rows of a step's batch: with others nothing would continue.
 SAME = re.compile(
     r"optim\.optimizer|train\.(seed|batch_size|ramp_batch_size|ramp_steps)|model\.seq_len"
     r"|data\.(packing|mixture|validation_fraction|validation_documents|validation_source)"
@@ -29,7 +29,7 @@ SAME = re.compile(
 def branch_state(job: Job, report: Callable[[str], None], team: Team = ALONE) -> TrainState:
     """Return the state at step init.step of the run init.from_run, or at its newest step.
 
-    Raises ConfigError, DataError or CheckpointError where this run can't go on from there.
+    Raises ConfigError, DataError or CheckpointError where this run can't start from there.
     """
     init, num_steps = job.cfg.init, job.cfg.train.num_steps
     other = Path(init.from_run)
@@ -52,16 +52,16 @@ def branch_state(job: Job, report: Callable[[str], None], team: Team = ALONE) ->
 def check_branch(job: Job, other: Path) -> bool:
     """Return whether the other run's data is known, and then the same.
 
-    Raises ConfigError or DataError where a job can't go on from a state of the other run.
+    Raises ConfigError or DataError where a job can't start from a state of the other run.
     """
     there = rundir.load_run(other)
     changes = [c for c in config.differences(there, job.cfg) if SAME.fullmatch(c[0])]
     if changes:
         lines = [f"  {name}: {old!r} there, {new!r} here" for name, old, new in changes]
         raise ConfigError(
-            f"init.state=all goes on with the optimizer and the batches of {other}, but\n"
+            f"init.state=all continues the optimizer and the batches of {other}, but\n"
             + "\n".join(lines)
-            + "\nset the same here, or start from its parameters alone by init.state=params"
+            + "\nuse the same values here, or take only its parameters with init.state=params"
         )
 
     def first_state(key: jax.Array) -> dict[str, Any]:
@@ -75,6 +75,6 @@ def check_branch(job: Job, other: Path) -> bool:
             raise ConfigError(
                 f"init.state=all needs the state of {other}, but {name} is "
                 f"{old.get(name, 'missing')} there, {new.get(name, 'missing')} here: set the same "
-                "model.*, and optim.ema_decay on or off as there"
+                "model.* fields, and turn optim.ema_decay on or off as there"
             )
     return rundir.check_data(other, job.data.identity) is not None

@@ -131,7 +131,7 @@ class Checkpoints:
             raise self._failed(f"can't save step {self.saved}", error) from error
         first = jax.process_index() == 0  # to the others a shared file system may show it later
         if first and self.saved and self.saved not in saved_steps(self.folder):
-            raise CheckpointError(f"step {self.saved} was saved, but is no more in {self.folder}")
+            raise CheckpointError(f"step {self.saved} was saved, but is no longer in {self.folder}")
 
     def _failed(self, what: str, error: Exception) -> CheckpointError:
         """Return the error for a save that failed, or raise the one behind it."""
@@ -158,7 +158,7 @@ def restore(
     """
     steps = team.decide(lambda: saved_steps(folder))
     if step and step not in steps:
-        raise CheckpointError(f"no checkpoint of step {step} in {folder}; there are {steps}")
+        raise CheckpointError(f"no checkpoint of step {step} in {folder}; available: {steps}")
     for candidate in [step] if step else reversed(steps):
         try:
             return candidate, restore_step(folder, candidate, abstract, team)
@@ -184,7 +184,7 @@ def restore_step(
     found = describe(items)
     changed = [name for name in wanted if found[name] != saved[name]]
     if changed:
-        raise ValueError(f"not the numbers that were saved: {', '.join(changed[:5])}")
+        raise ValueError(f"these arrays differ from what was saved: {', '.join(changed[:5])}")
     return items
 
 

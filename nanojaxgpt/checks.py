@@ -174,9 +174,9 @@ def text_problem(name: str, text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:
-        return f"{name}={show(text)} is not valid Unicode: it holds half a surrogate pair"
+        return f"{name}={show(text)} is not valid Unicode: it contains an unpaired surrogate"
     if "\0" in text and name != "sample.prompt":
-        return f"{name}={show(text)} holds a NUL character"
+        return f"{name}={show(text)} contains a NUL character"
     return ""
 
 
@@ -218,7 +218,7 @@ def field_problems(name: str, value: Any, default: Any) -> list[str]:
     items = value if isinstance(value, tuple) else (value,)
     if isinstance(value, tuple) and any(type(item) is not TUPLES[name] for item in items):
         wanted = "integers" if TUPLES[name] is int else "strings"
-        return [f"{name}={show(value)} must hold {wanted} only"]
+        return [f"{name}={show(value)} must contain only {wanted}"]
     for item in items:
         if isinstance(item, str) and (problem := text_problem(name, item)):
             return [problem]
@@ -269,18 +269,22 @@ def partner_problems(cfg: ConfigDict) -> list[str]:
         if name not in TRACKERS:
             problems.append(f"train.trackers={name!r} must be one of {', '.join(TRACKERS)}")
     if "" in cfg.sample.stop:
-        problems.append("sample.stop holds an empty string, which is everywhere; leave it out")
+        problems.append(
+            "sample.stop contains an empty string, which would end every text at once; leave it out"
+        )
     if cfg.data.sha256 and not all(map(DIGEST.fullmatch, cfg.data.sha256.split(","))):
         problems.append(
-            f"data.sha256={show(cfg.data.sha256)} is not a SHA-256 in 64 hex digits, or "
-            "several with commas between"
+            f"data.sha256={show(cfg.data.sha256)} must be a SHA-256 in 64 hex digits, or "
+            "several separated by commas"
         )
     if list(cfg.mesh.values()).count(-1) > 1:
         problems.append(f"only one mesh axis can be -1 (all other devices): {dict(cfg.mesh)}")
     if cfg.init.state == "all" and not cfg.init.from_run:
-        problems.append("init.state=all needs the run that it branches from: set init.from_run")
+        problems.append("init.state=all needs a run to branch from: set init.from_run")
     if 0 in cfg.mesh.values():
-        problems.append(f"a mesh axis of size 0 has no devices: {dict(cfg.mesh)}; 1 is unused")
+        problems.append(
+            f"a mesh axis of size 0 has no devices: {dict(cfg.mesh)}; use 1 for an unused axis"
+        )
     return problems
 
 
@@ -298,8 +302,8 @@ def optim_problems(optim: ConfigDict) -> list[str]:
         problems.append("schedule_free already averages: leave optim.ema_decay at 0")
     if optim.spike_factor and not (optim.spike_factor > 1 and optim.max_skipped_steps):
         problems.append(
-            f"optim.spike_factor={optim.spike_factor} must be above 1, and needs a budget, "
-            "optim.max_skipped_steps"
+            f"optim.spike_factor={optim.spike_factor} must be above 1, and needs "
+            "optim.max_skipped_steps of at least 1"
         )
     if problem := pattern_problem(optim.decay_pattern):
         problems.append(f"optim.decay_pattern={problem}")

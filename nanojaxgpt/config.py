@@ -42,12 +42,12 @@ def base_config() -> ConfigDict:
             num_layers=4,
             embed_dim=128,
             num_heads=4,
-            num_kv_heads=0,  # 0: as many as num_heads; 1: multi-query; between: grouped-query
+            num_kv_heads=0,  # 0: num_heads; 1: multi-query; in between: grouped-query
             head_dim=0,  # 0: embed_dim / num_heads
             mlp="gelu_tanh",  # gelu_tanh, gelu, relu, relu2, swiglu, geglu, none (attention only)
             mlp_dim=0,  # 0: 4 x embed_dim
             seq_len=256,  # context length in tokens
-            vocab_size=0,  # 0: the tokenizer's; a larger number pads the table
+            vocab_size=0,  # 0: the tokenizer's size; a larger number pads the embedding table
             positions="learned",  # learned, sinusoidal, rotary, alibi, none
             rotary_base=10000.0,
             norm="layernorm",  # layernorm, rmsnorm
@@ -57,18 +57,18 @@ def base_config() -> ConfigDict:
             final_norm=True,
             parallel_block=False,  # attention and MLP read the same input
             bias=True,  # in all projections
-            qk_norm=False,  # per head, shared over heads, no bias
-            windows=(0,),  # attention window of each layer in tokens, repeated; 0: no window
-            smeared_keys=False,  # k_t mixed with k_(t-1) by a learned gate per head
+            qk_norm=False,  # normalize queries and keys per head; one scale for all heads, no bias
+            windows=(0,),  # attention window per layer in tokens, cycled over the layers; 0: none
+            smeared_keys=False,  # mix k_t with k_(t-1) by a learned gate per head
             attention_scale=0.0,  # 0: 1 / sqrt(head_dim)
             logit_softcap=0.0,  # c: logits become c * tanh(logits / c)
             tied_head=True,
             dropout=0.0,
-            mup_base_dim=0,  # muP: the embed_dim at which it is the standard one; 0: off
-            embed_multiplier=1.0,  # of what enters the first layer
-            attention_multiplier=1.0,  # of the scores, beside attention_scale
-            logit_multiplier=1.0,
-            init="gpt2",  # gpt2, fan_in (truncated normal), torch (its layers' defaults)
+            mup_base_dim=0,  # embed_dim at which muP equals the standard parametrization; 0: no muP
+            embed_multiplier=1.0,  # scales the input of the first layer
+            attention_multiplier=1.0,  # scales the attention logits, on top of attention_scale
+            logit_multiplier=1.0,  # scales the output logits
+            init="gpt2",  # gpt2, fan_in (truncated normal), torch (PyTorch's layer defaults)
             attention="auto",  # auto (by backend), xla, cudnn, splash
             unroll=0,  # layers per scan iteration; 0: all on CPU, one elsewhere
             remat="none",  # none, full, dots, dots_no_batch: what the backward pass recomputes
@@ -78,21 +78,21 @@ def base_config() -> ConfigDict:
     )
     cfg.data = ConfigDict(
         dict(
-            source="stdlib",  # KIND[:LOCATION]: stdlib, text:PATH, jsonl:URL, ...; docs/data.md
-            sha256="",  # of what is downloaded, in hex; of several files with commas between
-            mixture=(),  # in place of source: ("3 text:a.txt", "1 text:b.txt"), weight and source
-            tokenizer="",  # bytes, chars, sentencepiece, ...; "": that of init.from_run, or bytes
-            tokenizer_vocab_size=1024,  # of a tokenizer trained here
-            lossy_tokenizer=False,  # accept one that changes or miscounts texts, and count the loss
-            packing="wrap",  # wrap: the stream cut at seq_len; pack: documents whole and apart
-            validation_fraction=0.1,  # the tail of each source that is never trained on
-            validation_documents=0,  # instead, so many last documents of each source; 0: off
-            validation_source="",  # instead, a source of its own
-            bad_text="error",  # error, skip: what becomes of a document that can't be read
-            tfds_dir="",  # prepared TensorFlow Datasets; "": ~/tensorflow_datasets
-            manual_dir="",  # files of yours that a TFDS builder asks for
-            num_workers=0,  # processes that tokenize; 0: one per core
-            prefetch_batches=2,  # made ahead of the step that needs them
+            source="stdlib",  # KIND[:LOCATION]: stdlib, text:PATH, jsonl:URL, ...; see docs/data.md
+            sha256="",  # of the download, in hex; separate several by commas; "": not checked
+            mixture=(),  # replaces source, weights first: ("3 text:a.txt", "1 text:b.txt")
+            tokenizer="",  # bytes, chars, sentencepiece, ...; "": as in init.from_run, else bytes
+            tokenizer_vocab_size=1024,  # size of a sentencepiece tokenizer trained on the corpus
+            lossy_tokenizer=False,  # accept a tokenizer that alters texts, and report the loss
+            packing="wrap",  # wrap: cut one stream every seq_len; pack: whole, separate documents
+            validation_fraction=0.1,  # tail of each source that is held out
+            validation_documents=0,  # hold out the last N documents of each source instead; 0: off
+            validation_source="",  # validate on this separate source instead; "": off
+            bad_text="error",  # error, skip: what to do with a document that can't be read
+            tfds_dir="",  # folder of prepared TensorFlow Datasets; "": ~/tensorflow_datasets
+            manual_dir="",  # folder of your own files, for TFDS builders that need them
+            num_workers=0,  # tokenizing processes; 0: one per core
+            prefetch_batches=2,  # batches prepared in advance
             cache_dir="",  # stores, downloads; "": $XDG_CACHE_HOME/nanojaxgpt, ~/.cache/nanojaxgpt
         )
     )
@@ -102,66 +102,66 @@ def base_config() -> ConfigDict:
             learning_rate=1e-3,
             schedule="cosine",  # cosine, linear, constant, inverse_sqrt, wsd
             warmup_steps=100,
-            final_fraction=0.1,  # of learning_rate, where cosine, linear and wsd end
-            decay_fraction=0.2,  # of num_steps, the length of wsd's decay
+            final_fraction=0.1,  # cosine, linear and wsd end at this fraction of learning_rate
+            decay_fraction=0.2,  # length of wsd's decay, as a fraction of num_steps
             beta1=0.9,
             beta2=0.95,
             eps=1e-8,
             weight_decay=0.1,
-            independent_decay=False,  # times the schedule's factor, not times the learning rate
-            decay_pattern=r"_[A-Z]{2,}$",  # paths that decay; default: matrices, tables included
-            rate_multipliers=(),  # of the learning rate by path: ("embed_VD=0.1",); 0 freezes
-            clip_norm=1.0,  # global norm of the gradient; 0: off
-            ema_decay=0.0,  # what is evaluated and saved averages the steps, fading so; 0: off
-            spike_factor=0.0,  # leaves out a gradient so many times the recent norm; 0: off
-            max_skipped_steps=0,  # updates left out in a row (spikes, non-finite) before the end
+            independent_decay=False,  # scale the decay by the schedule alone, not by learning_rate
+            decay_pattern=r"_[A-Z]{2,}$",  # paths that decay; default: all matrices and tables
+            rate_multipliers=(),  # learning rate factors by path: ("embed_VD=0.1",); 0 freezes
+            clip_norm=1.0,  # maximum global norm of the gradient; 0: off
+            ema_decay=0.0,  # evaluate and save an exponential average of the parameters; 0: off
+            spike_factor=0.0,  # skip a gradient this many times the recent norm; 0: off
+            max_skipped_steps=0,  # consecutive skipped updates (spikes, non-finite) tolerated
         )
     )
-    cfg.mesh = ConfigDict(  # devices per axis; -1: the rest
+    cfg.mesh = ConfigDict(  # devices per axis; -1: all that remain
         dict(
-            slice=1,  # slices joined by the data-centre network; the axes below lie in one
-            data=-1,  # copies of the model, each with its own rows
-            fsdp=1,  # rows too, and the weights, gathered at use
-            sequence=1,  # the tokens of a row
-            tensor=1,  # heads and MLP
+            slice=1,  # TPU slices on the data-center network; the other axes are within a slice
+            data=-1,  # replicas of the model, each with its own rows
+            fsdp=1,  # splits the rows and the weights, which are gathered when used
+            sequence=1,  # splits the tokens of each row
+            tensor=1,  # splits attention heads and the MLP
         )
     )
     cfg.train = ConfigDict(
         dict(
             num_steps=1000,
-            batch_size=32,  # global, in sequences
-            ramp_batch_size=0,  # of the first step; it doubles up to batch_size; 0: off
-            ramp_steps=0,  # until batch_size is reached
-            accumulation_steps=1,  # micro-batches per step; the global batch stays what it is
+            batch_size=32,  # global batch, in sequences
+            ramp_batch_size=0,  # batch size of the first step, doubled up to batch_size; 0: off
+            ramp_steps=0,  # steps until batch_size is reached
+            accumulation_steps=1,  # micro-batches that each batch is split into
             seed=0,
-            z_loss=0.0,  # weight of log(Z)^2
-            loss_chunks=1,  # parts of the sequence whose logits exist at once
+            z_loss=0.0,  # weight of log(Z)^2 in the loss
+            loss_chunks=1,  # parts of the sequence; only one part's logits exist at a time
             log_every_steps=10,
-            trackers=("jsonl",),  # jsonl, tensorboard, wandb, trackio; docs/trackers.md
-            hang_timeout_seconds=300.0,  # and 10 median steps without an end: exit 70; 0: off
+            trackers=("jsonl",),  # jsonl, tensorboard, wandb, trackio; see docs/trackers.md
+            hang_timeout_seconds=300.0,  # exit 70 if a step exceeds it and 10 median steps; 0: off
         )
     )
     cfg.eval = ConfigDict(
         dict(
             every_steps=100,  # 0: only at the end
-            batch_size=0,  # 0: as in training
+            batch_size=0,  # 0: train.batch_size
             num_batches=0,  # 0: the whole validation split
         )
     )
     cfg.checkpoint = ConfigDict(
         dict(
             every_steps=100,  # 0: only at the end
-            keep_last=2,
-            keep_every_steps=0,  # 0: none beyond the newest and the best
-            keep_best=1,  # by validation loss
+            keep_last=2,  # newest checkpoints to keep
+            keep_every_steps=0,  # also keep multiples of this step; 0: off
+            keep_best=1,  # best checkpoints to keep, by validation loss
         )
     )
     cfg.init = ConfigDict(
         dict(
             from_run="",  # start from the parameters of this run
-            state="params",  # params; all: go on from its step, with its optimizer and its batches
-            step=0,  # 0: its newest checkpoint
-            scale=1.0,  # of all matrices' random numbers, where there is no from_run
+            state="params",  # params; all: also its optimizer state, step and place in the data
+            step=0,  # checkpoint of from_run; 0: the newest
+            scale=1.0,  # scales the random initial values of all matrices; unused with from_run
         )
     )
     cfg.sample = ConfigDict(
@@ -170,18 +170,18 @@ def base_config() -> ConfigDict:
             max_tokens=256,
             num_samples=1,
             temperature=0.8,  # below 1e-5: greedy
-            top_k=0,
+            top_k=0,  # 0: off
             top_p=1.0,
             min_p=0.0,
             seed=0,
-            stop=(),  # strings; the text ends before the first that appears
-            end_ids=(),  # beside the tokenizer's end token
+            stop=(),  # the text ends before the first of these strings
+            end_ids=(),  # token ids that end a sample, besides the tokenizer's end token
         )
     )
     return cfg.lock()
 
 
-# What may change when a run goes on: none of it changes the function that is being trained.
+# May change when a run is resumed: none of it changes the function that is being trained.
 FREE_ON_RESUME = re.compile(
     r"(mesh|eval|checkpoint|sample)\..*|train\.(log_every_steps|hang_timeout_seconds|trackers)"
     r"|data\.(sha256|lossy_tokenizer|cache_dir|tfds_dir|manual_dir|num_workers|prefetch_batches)"
@@ -266,7 +266,7 @@ def load_module(path: str) -> ModuleType:
         raise ConfigError(f"can't read {show(path)}: {error.strerror}") from error
     if missing:
         guess = difflib.get_close_matches(path, near, 1) or near[:5]
-        hint = f"; there is {', '.join(guess)}" if guess else ""
+        hint = f"; did you mean {' or '.join(guess)}?" if guess else ""
         raise ConfigError(f"no experiment file {show(path).strip(chr(39))}{hint}")
     if found.suffix != ".py":
         raise ConfigError(f"{path} is not an experiment: its name must end in .py")
@@ -373,7 +373,7 @@ def from_json(text: str, origin: str = "config.json") -> ConfigDict:
             for name, value in values.items():
                 if f"{section}.{name}" not in known:
                     field = unknown_name("config field", f"{section}.{name}", known)
-                    raise ConfigError(f"{field}; another version wrote it")
+                    raise ConfigError(f"{field}; the file was written by another version")
                 value = tuple(value) if isinstance(value, list) else value
                 set_field(cfg, f"{section}.{name}", value)
         check_config(cfg)

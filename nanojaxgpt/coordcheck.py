@@ -30,12 +30,12 @@ def widened(cfg: ConfigDict, width: int, base: int) -> ConfigDict:
     model = cfg.model
     head_dim = model.head_dim or model.embed_dim // model.num_heads
     if width % head_dim:
-        raise ConfigError(f"width {width} does not divide into heads of {head_dim}")
+        raise ConfigError(f"width {width} is not divisible by the head size, {head_dim}")
     groups = model.num_heads // (model.num_kv_heads or model.num_heads)
     heads = width // head_dim
     if heads % groups:
         raise ConfigError(
-            f"the {heads} heads of width {width} don't divide into groups of {groups}"
+            f"the {heads} heads of width {width} are not divisible by the group size, {groups}"
         )
     model.mlp_dim = model.mlp_dim * width // model.embed_dim
     model.embed_dim, model.num_heads, model.head_dim = width, heads, head_dim
@@ -98,7 +98,7 @@ def check_coordinates(
     Raises ConfigError for a width that can't be.
     """
     if len(widths) < 2:
-        raise ConfigError(f"a slope needs two widths at least, not {list(widths)}")
+        raise ConfigError(f"a slope needs at least two widths, not {list(widths)}")
     base = cfg.model.mup_base_dim or min(widths)
     result: dict[str, Any] = {"widths": list(widths), "base": base, "sizes": {}, "slopes": {}}
     for name in PARAMETRIZATIONS:

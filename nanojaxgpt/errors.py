@@ -7,7 +7,7 @@ from pathlib import Path
 
 OK = 0
 INTERNAL = 70
-PREEMPTED = 75  # EX_TEMPFAIL: start me again and I go on
+PREEMPTED = 75  # EX_TEMPFAIL: start me again to resume
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
 
 

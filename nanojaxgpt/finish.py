@@ -28,7 +28,7 @@ def end_run(run: Path, report: Callable[[str], None]) -> None:
 def report_end(run: Path, report: Callable[[str], None]) -> None:
     """Report how a run ended, and the commands that use it."""
     saved = rundir.saved_steps(run / "checkpoints")
-    report(f"{run} is finished, at step {saved[-1]}")
+    report(f"{run} is finished at step {saved[-1]}")
     for line in summary(run, metrics.read_metrics(run), saved):
         report(line)
 

@@ -1,6 +1,6 @@
 """In: configs. Out: in words and numbers, how a learning rate depends on the length of a run.
 
-No jax here: whether a run can go on with another length is answered before a backend starts.
+No jax here: whether a run can be resumed with another length is known before a backend starts.
 """
 
 from ml_collections import ConfigDict
@@ -22,7 +22,7 @@ def warmup_warning(cfg: ConfigDict) -> str:
     )
 
 
-# What may change as a run goes on, where its learning rates so far stay what they were.
+# What may change when a run is resumed, where its learning rates so far stay what they were.
 LENGTH = {
     "constant": {"train.num_steps"},
     "inverse_sqrt": {"train.num_steps"},
@@ -31,25 +31,25 @@ LENGTH = {
 
 
 def length_problem(old: ConfigDict, new: ConfigDict, fields: set[str], step: int) -> str:
-    """Return why a run that is at `step` can't go on with other `fields`; "" where it can.
+    """Return why a run that is at `step` can't be resumed with other `fields`; "" where it can.
 
     It can where each update so far had the learning rate that the new config gives.
     """
     schedule = old.optim.schedule
     if fields <= LENGTH["wsd"] and schedule not in LENGTH:
         return (
-            f"with optim.schedule={schedule} the learning rates so far would have been others; "
+            f"with optim.schedule={schedule} the learning rates so far would have differed; "
             "constant, inverse_sqrt, and wsd before its decay can be extended"
         )
     if not fields <= LENGTH.get(schedule, set()):
-        return "a run goes on with the config that it began with"
+        return "a run keeps the config that it started with"
     if new.train.num_steps < step:
         return f"step {step} is saved already: set train.num_steps to at least {step}"
     begin = min(decay_begin(old), decay_begin(new))
     if schedule == "wsd" and begin < step:
         return (
-            f"the decay of wsd begins after step {begin}, and step {step} is saved; branch from a "
-            f"checkpoint of step {begin} or before, by init.from_run, --config.init.state=all and "
-            "--config.init.step=STEP in a new --run"
+            f"the decay of wsd begins after step {begin}, and step {step} is saved; branch from "
+            f"a checkpoint of step {begin} or before, with init.from_run, --config.init.state=all "
+            "and --config.init.step=STEP in a new --run"
         )
     return ""

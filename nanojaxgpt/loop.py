@@ -103,7 +103,7 @@ class Loop:
                 self.read()
                 if grows:
                     self.progress.say(
-                        f"step {step}: batches of {self.ramp.size(step - 1)} from here"
+                        f"step {step}: batches of {self.ramp.size(step - 1)} from here on"
                     )
                     self.reset_clock(step - 1)  # it was compiled, which is no measure
                 self.unread = step, numbers
@@ -139,7 +139,9 @@ class Loop:
             self.checkpoints.close()
             self.team.gather(None, "to save")
             self.stop.signal = signal
-            raise self.stop.stopped(f"saved step {step} in {self.run}; the same command goes on")
+            raise self.stop.stopped(
+                f"saved step {step} in {self.run}; rerun the same command to resume"
+            )
         if not last and due(step, cfg.eval.every_steps):
             self.read()
             self.validate(step, state)
@@ -153,15 +155,15 @@ class Loop:
         values = {name: float(value) for name, value in jax.device_get(numbers).items()}
         skipped, why = values.pop("skipped"), why_left_out(values, values.pop("norm_limit"))
         if skipped > self.job.cfg.optim.max_skipped_steps:
-            kept = f"step {self.saved} is saved" if self.saved else "nothing was saved yet"
+            kept = f"step {self.saved} is saved" if self.saved else "no step is saved yet"
             raise NonFiniteError(
                 f"step {step}: {why}; loss {values['loss']}, gradient norm {values['grad_norm']}, "
-                f"at learning rate {values['learning_rate']:.2e}, update {skipped:.0f} in a row "
-                f"that is left out; {kept}. Lower optim.learning_rate, lengthen "
+                f"at learning rate {values['learning_rate']:.2e}; bad updates in a row: "
+                f"{skipped:.0f}; {kept}. Lower optim.learning_rate, lengthen "
                 "optim.warmup_steps, or set optim.clip_norm, in a new --run"
             )
         if skipped:
-            self.progress.say(f"step {step}: {why}; its update was left out")
+            self.progress.say(f"step {step}: {why}; its update was skipped")
             return
         self.progress.advance(step)
         now = time.monotonic()
@@ -214,7 +216,7 @@ def why_left_out(values: dict[str, float], norm_limit: float) -> str:
     if values["grad_norm"] > norm_limit:
         return (
             f"its gradient norm {values['grad_norm']:.3g} is over {norm_limit:.3g}, "
-            "optim.spike_factor times the recent ones"
+            "optim.spike_factor times the recent mean"
         )
     return "its update is not finite"
 

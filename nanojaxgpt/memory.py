@@ -299,8 +299,8 @@ def suggestions(cfg: ConfigDict, mesh: Mesh, whole: bool = True) -> str:
             found.append((rank, saved, f"{text} (about {readable(saved)} less)"))
     best = sorted(sorted(found)[-SUGGESTED:], key=lambda one: -one[1])
     if not best:
-        return "It takes a device with more memory, or more devices"
-    return "What lowers it most: " + ", ".join(text for *_, text in best)
+        return "Use a device with more memory, or more devices"
+    return "To use less memory, set " + ", ".join(text for *_, text in best)
 
 
 def step_bytes(cfg: ConfigDict, devices: list[Any], whole: bool) -> float:

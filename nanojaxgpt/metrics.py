@@ -29,7 +29,7 @@ def read_metrics(run: Path, report: Callable[[str], None] | None = None) -> list
     if record := parse_record(last):
         records.append(record)
     if damaged and report:
-        report(f"WARNING: {damaged} of {len(lines)} lines of {path} are damaged; left out")
+        report(f"WARNING: {damaged} of {len(lines)} lines of {path} are damaged and were skipped")
     return records
 
 

@@ -19,7 +19,7 @@ from nanojaxgpt.sweep.space import Space
 
 PASS, FAIL, NOT_RUN = "PASS", "FAIL", "NOT-RUN"
 
-# What the command line may set: where the data lie and what computes, never the recipe.
+# What the command line may set: the location of the data and the devices, never the recipe.
 FREE = re.compile(
     r"data\.(source|sha256|tfds_dir|manual_dir|cache_dir|num_workers|prefetch_batches)"
     r"|mesh\..*|model\.(attention|unroll|remat)"
@@ -162,8 +162,8 @@ def load_paper(path: str, overrides: dict[str, str] | None = None) -> Paper:
     fixed = [name for name in overrides or {} if not FREE.fullmatch(name)]
     if fixed:
         raise ConfigError(
-            f"{fixed[0]} is part of what {path} states; only where the data lie and what computes "
-            "can be set here. For another recipe copy the file, and state its criterion"
+            f"{fixed[0]} is part of the recipe in {path}; only the location of the data and the "
+            "devices can be set here. For another recipe, copy the file and state its criteria"
         )
     if problems := paper_problems(paper):
         raise ConfigError("\n".join(f"{path}: {problem}" for problem in problems))
@@ -203,7 +203,7 @@ def paper_problems(paper: Paper) -> list[str]:
         if claim.accept is UNSTATED:
             problems.append(f"claim {claim.name!r} has no criterion; add accept=(low, high)")
         elif not claim.accept[0] <= claim.accept[1]:  # NaN fails this too
-            problems.append(f"claim {claim.name!r}: accept={claim.accept} holds nothing")
+            problems.append(f"claim {claim.name!r}: accept={claim.accept} accepts nothing")
         if not claim.source:
             problems.append(f"claim {claim.name!r} has no source; add where it was published")
         problems += unknown_arms(f"claim {claim.name!r}", claim.arms, list(seeds))

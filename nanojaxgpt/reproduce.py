@@ -59,7 +59,7 @@ def reproduce(paper: Paper, folder: Path, report: Report = print) -> Reproductio
     """Train the arms of `paper` in `folder`, as far as they are not yet, and measure its claims.
 
     What needs data or hardware that is not there is NOT-RUN. Raises a UserError for anything else
-    that the user can mend, Stopped after a signal; the same call then goes on.
+    that the user can mend, Stopped after a signal; the same call then resumes.
     """
     began, missing = time.monotonic(), {}
     for arm in paper.arms:
@@ -97,7 +97,7 @@ def check_arm(paper: Paper, arm: Arm, folder: Path) -> None:
     Its corpus must be there, and be the one that the paper names, if it names one.
     """
     if paper.needs and jax.default_backend() == "cpu":
-        raise DataError(f"it needs {paper.needs}, and there is only a CPU here")
+        raise DataError(f"it needs {paper.needs}, and only a CPU is available")
     data = prepare_data(arm.config, lambda _: None)
     tokens = [part["tokens"] for part in data.identity.get("parts", [])]
     if paper.tokens and tokens != [paper.tokens]:

@@ -33,7 +33,7 @@ def load_run(run: Path) -> ConfigDict:
         near = sorted(str(p.parent) for p in Path(run).parent.glob("*/config.json"))[:5]
     except OSError as error:
         raise ConfigError(f"can't read {show(str(path))}: {error.strerror}") from error
-    hint = f"; there is {', '.join(near)}" if near else ""
+    hint = f"; did you mean {' or '.join(near)}?" if near else ""
     raise ConfigError(f"{run} is not a run directory: it has no config.json{hint}")
 
 
@@ -79,7 +79,7 @@ def saved_steps(folder: Path) -> list[int]:
 
 
 def enter_run(run: Path, cfg: ConfigDict, step: int | None = None) -> list[tuple[str, Any, Any]]:
-    """Write `cfg` as the run's config, or check that it goes on with the run that is there.
+    """Write `cfg` as the run's config, or check that it matches the run that is there.
 
     Returns the differences that are allowed: config.FREE_ON_RESUME and, for a run whose newest
     checkpoint is that of `step` (0: none), its length where the schedule allows it. Raises
@@ -96,8 +96,8 @@ def enter_run(run: Path, cfg: ConfigDict, step: int | None = None) -> list[tuple
         if held and problem:
             lines = [f"  {name}: {old!r} there, {new!r} here" for name, old, new in changes]
             raise ConfigError(
-                f"{run} holds a run of another config:\n" + "\n".join(lines) + f"\n{problem};\n"
-                f"choose another --run, or start from its parameters by "
+                f"{run} was started with another config:\n" + "\n".join(lines) + f"\n{problem};\n"
+                f"choose another --run, or start from its parameters with "
                 f"--config.init.from_run={run}"
             )
     write_text(Path(run) / "config.json", config.to_json(cfg))
@@ -198,15 +198,15 @@ def check_data(
         known = old["data"]
     except FileNotFoundError:
         if saved_steps(Path(run) / "checkpoints"):
-            report(f"WARNING: {path} is missing: the corpus is not compared with the run's")
+            report(f"WARNING: {path} is missing, so the corpus can't be compared with the run's")
         return {}
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        report(f"WARNING: {path} is damaged: the corpus is not compared with the run's")
+        report(f"WARNING: {path} is damaged, so the corpus can't be compared with the run's")
         return {}
     if known != data:
         raise DataError(
             f"the corpus or its tokenizer is not what {run} was trained on:\n"
             f"  there {known}\n  here  {data}\n"
-            "bring back the old corpus, or choose another --run"
+            "restore the old corpus, or choose another --run"
         )
     return old

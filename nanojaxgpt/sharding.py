@@ -55,7 +55,7 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
     asked = " x ".join(f"{axis}={n}" for axis, n in zip(AXES, shape, strict=True) if n != 1)
     if math.prod(shape) != len(devices):
         raise ConfigError(
-            f"mesh {asked or 'data=1'} needs {math.prod(shape)} devices, here are {len(devices)}"
+            f"mesh {asked or 'data=1'} needs {math.prod(shape)} devices, not {len(devices)}"
         )
     return Mesh(arrange(shape, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
@@ -71,7 +71,7 @@ def arrange(shape: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
     if slices == 1:
         return mesh_utils.create_device_mesh(shape, devices, **split)
     if shape[0] != slices:
-        raise ConfigError(f"the devices stand in {slices} slices: set mesh.slice={slices}")
+        raise ConfigError(f"the devices are in {slices} slices: set mesh.slice={slices}")
     outer = (slices, *[1] * len(shape[1:]))
     return mesh_utils.create_hybrid_device_mesh((1, *shape[1:]), outer, devices, **split)
 

@@ -195,7 +195,7 @@ def make_step(cfg: ConfigDict, mesh: Mesh, loss_fn: LossFn | None = None) -> Ste
         first = shape.ramp_batch_size, shape.accumulation_steps
         sharding.check_batch("train.ramp_batch_size", *first, cfg.model.seq_len, mesh)
     model = Transformer(ModelConfig(**cfg.model))
-    # The key is made in the trace, too: a device that is not here can make none.
+    # The key is made in the trace, too: an absent device can make none.
     boxed = jax.eval_shape(lambda: make_init(cfg)(jax.random.key(0)))
     shardings, plain = sharding.tree_shardings(boxed, mesh), sharding.unbox(boxed)
     optim.path_mask(plain.params, cfg.optim.decay_pattern, "optim.decay_pattern")

@@ -59,7 +59,7 @@ def prepare_together(
     """
     data = team.first_then_all(lambda: prepare_data(cfg, report, run), "to prepare the data")
     if others := team.differing(data.identity):
-        raise DataError(f"the corpus or its tokenizer is another one on {others} than on host 0")
+        raise DataError(f"the corpus or its tokenizer on {others} differs from that of host 0")
     return data
 
 
@@ -134,7 +134,7 @@ def make_evaluation(
 def start_state(
     job: Job, run: Path, report: Callable[[str], None], team: Team = ALONE
 ) -> TrainState:
-    """Return the state to go on from.
+    """Return the state to start from.
 
     1. This run's newest good checkpoint. 2. The parameters of another run (init.from_run), or its
     whole state (init.state=all). 3. Pretrained weights, when there is a reader for them. 4. From
@@ -145,7 +145,7 @@ def start_state(
     if found:
         step, items = found
         team.decide(lambda: checkpoint.set_aside(folder, step))
-        report(f"going on from step {step}")
+        report(f"resuming from step {step}")
         return TrainState(jax.device_put(np.int32(step), job.shardings.step), **items)
     if job.cfg.init.state == "all":
         return branch_state(job, report, team)
@@ -231,7 +231,7 @@ def write_run(job: Job, run: Path, report: Callable[[str], None]) -> None:
 
 
 def check_space(job: Job, run: Path) -> None:
-    """Raise ConfigError where the disk of the run directory has no room for one checkpoint."""
+    """Raise ConfigError where the run directory's disk has too little space for a checkpoint."""
     leaves = jax.tree.leaves(job.abstract.items())
     size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
     if (free := shutil.disk_usage(run).free) < size:

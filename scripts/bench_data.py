@@ -136,7 +136,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--documents", type=int, default=20_000)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--tokenizer", default="", help="gpt2:FOLDER; default: reading alone")
+    parser.add_argument(
+        "--tokenizer", default="", help="gpt2:FOLDER; default: measure reading only"
+    )
     arguments = parser.parse_args()
     bench_reading(arguments.documents, arguments.rounds)
     if arguments.tokenizer:

@@ -71,7 +71,9 @@ def main() -> None:
     parser.add_argument("--seq_len", type=int, default=64)
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--separate", type=int, default=16, help="how many of the 16 to run alone")
+    parser.add_argument(
+        "--separate", type=int, default=16, help="how many of the 16 trials to run alone"
+    )
     args = parser.parse_args()
     sys.path.insert(0, str(ROOT))
     from nanojaxgpt.sweep.plan import load_trials, show_point

@@ -2,7 +2,7 @@
 
 Each framework runs in its own process, and they take turns, so that what else the machine does
 falls on all alike: compare the ratios. PyTorch is `transformers`' GPT-2 with fused AdamW, eager
-and compiled (`pip install .[bench]`). A step is forward, backward, clipping and AdamW.
+and compiled (`pip install -e .[interop]`). A step is forward, backward, clipping and AdamW.
 """
 
 import argparse
@@ -124,7 +124,7 @@ def take_turns(commands: dict[str, list[str]], counts: dict[str, int], rounds: i
     seconds: dict[str, list[float]] = {name: [] for name in workers}
     for name, worker in workers.items():
         if worker.stdout.readline().strip() != "ready":
-            sys.exit(f"{name} did not start (PyTorch: pip install .[bench])")
+            sys.exit(f"{name} did not start (PyTorch: pip install -e .[interop])")
     for _ in range(rounds):
         for name, worker in workers.items():
             worker.stdin.write(f"{counts[name]}\n")
@@ -152,10 +152,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--shape", choices=SHAPES, default="small")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--threads", type=int, default=1, help="cores, from the first on")
+    parser.add_argument("--threads", type=int, default=1, help="number of cores to use")
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--seconds", type=float, default=1.0, help="of each turn, about")
-    parser.add_argument("--python", default=sys.executable, help="the one that has PyTorch")
+    parser.add_argument("--seconds", type=float, default=1.0, help="seconds per turn, about")
+    parser.add_argument("--python", default=sys.executable, help="the Python that has PyTorch")
     parser.add_argument("--worker", choices=WORKERS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])

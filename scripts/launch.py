@@ -43,7 +43,7 @@ START = """\
 cd {folder} && mkdir -p launch || exit 1
 if [ -e launch/group ] && [ ! -e launch/code ] &&
   kill -0 -- -"$(cat launch/group)" 2> /dev/null; then
-  echo "a run is still there: stop or kill it first" >&2
+  echo "a run is still active: stop or kill it first" >&2
   exit 1
 fi
 rm -f launch/stop launch/code launch/child
@@ -54,7 +54,7 @@ STATUS = """\
 cd {folder}/launch || exit 1
 if [ -e code ]; then echo "ended with exit code $(cat code)"
 elif kill -0 -- -"$(cat group)" 2> /dev/null; then echo "running"
-else echo "gone without an exit code"; fi"""
+else echo "ended without an exit code"; fi"""
 
 STOP = """\
 cd {folder}/launch && touch stop && kill -TERM "$(cat child)"
@@ -272,38 +272,46 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         one = targets.add_parser(target)
         verbs = VERBS if target in ("tpu", "ssh") else ("start",)
         one.add_argument("verb", choices=verbs)
-        one.add_argument("name", help="HOST,HOST,..." if target == "ssh" else "of the pod or job")
+        one.add_argument(
+            "name", help="HOST,HOST,..." if target == "ssh" else "name of the pod or job"
+        )
         one.add_argument("--dry-run", action="store_true", help="print the commands")
-        one.add_argument("--sweep", action="store_true", help="workers of a sweep instead")
-        one.add_argument("--folder", default="nanojaxgpt", help="of the package, over there")
+        one.add_argument("--sweep", action="store_true", help="start sweep workers instead")
+        one.add_argument(
+            "--folder", default="nanojaxgpt", help="folder of the package on the remote machine"
+        )
         one.add_argument(
             "--program", default="nanojaxgpt" if target == "gke" else ".venv/bin/nanojaxgpt"
         )
         if target in ("tpu", "ssh"):
             extra = "tpu" if target == "tpu" else "cuda13"
-            one.add_argument("--extra", default=extra, help="of the package, for the accelerator")
+            one.add_argument("--extra", default=extra, help="extra to install")
     tpu, ssh, slurm, gke = targets.choices.values()
     for name in ("zone", "project"):
         tpu.add_argument(f"--{name}", default="")
-    ssh.add_argument("--port", type=int, default=12321, help="of the first host, and 100 less")
+    ssh.add_argument(
+        "--port", type=int, default=12321, help="port of the first host; 100 below is used too"
+    )
     slurm.add_argument("--nodes", type=int, default=1)
-    slurm.add_argument("--gpus", type=int, default=8, help="of each node")
+    slurm.add_argument("--gpus", type=int, default=8, help="GPUs per node")
     slurm.add_argument("--time", default="24:00:00")
-    slurm.add_argument("--signal_seconds", type=int, default=120, help="to save, before the end")
+    slurm.add_argument(
+        "--signal_seconds", type=int, default=120, help="between SIGTERM and the time limit"
+    )
     gke.add_argument("--hosts", type=int, required=True)
-    gke.add_argument("--chips", type=int, default=4, help="of each host")
-    gke.add_argument("--queue", default="", help="of Kueue, where the cluster has it")
+    gke.add_argument("--chips", type=int, default=4, help="chips per host")
+    gke.add_argument("--queue", default="", help="Kueue's queue, if the cluster has Kueue")
     for name in ("project", "location", "cluster"):
-        gke.add_argument(f"--{name}", default="", help="of gcluster; default: its own config")
+        gke.add_argument(f"--{name}", default="", help="for gcluster; default: its own config")
     for name, example in (
         ("compute_type", "ct5lp-hightpu-4t"), ("image", "REGISTRY/nanojaxgpt"),
         ("accelerator", "tpu-v5-lite-podslice"), ("topology", "4x4"), ("claim", "shared"),
     ):  # fmt: skip
-        gke.add_argument(f"--{name}", required=True, help=f"such as {example}")
+        gke.add_argument(f"--{name}", required=True, help=f"as in {example}")
     args = parser.parse_args(arguments[:split])
     args.train = arguments[split + 1 :]
     if args.verb == "start" and not args.train:
-        parser.error("after --, say what to train: -- --config=FILE.py --run=RUN")
+        parser.error("give the arguments of train after --, as in -- --config=FILE.py --run=RUN")
     return args
 
 

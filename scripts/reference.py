@@ -1,19 +1,23 @@
-"""Write the part of the docs that repeats the code: docs/config.md.
+"""Write the parts of the docs that repeat the code: docs/config.md, the tables of docs/migrate.md.
 
     python scripts/reference.py           # write them
-    python scripts/reference.py --check   # exit 1 if what is committed is out of date
+    python scripts/reference.py --check   # exit 1 if the committed pages are out of date
 
-Defaults come from `base_config()`, comments from its source, and values from checks.py.
+Defaults come from `base_config()`, comments from its source, values from checks.py, and other
+projects' names from names.py.
 """
 
+import argparse
 import inspect
 import json
 import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from nanojaxgpt.checks import CHOICES, RANGES
 from nanojaxgpt.config import FREE_ON_RESUME, base_config, fields
+from nanojaxgpt.names import MAXTEXT, NANOGPT, OTHER_NAMES, TRANSFORMERS
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 HEAD = """\
@@ -23,11 +27,15 @@ HEAD = """\
 
 Every field of an experiment, with its default. Set a field in an experiment file
 (`cfg.optim.learning_rate = 3e-4`) or on the command line (`--config.optim.learning_rate=3e-4`).
-`0` and `""` turn a feature off or leave the choice to the program, as the last column says.
+`0` and `""` turn a feature off or select a default, as the last column says.
 
-Fields marked "yes" under "resume" may change when a run is resumed. A change of any other field
-makes a different run: it is refused, and belongs in a new `--run`.
+Fields marked "yes" under "resume" may change when a run is resumed; so may `train.num_steps`, if the
+schedule allows it ([Longer runs](optimizers.md#longer-runs-and-branches)). A change of any other field
+makes a different run, which needs a new `--run`.
 """
+BEGIN = "<!-- Written by scripts/reference.py from nanojaxgpt/names.py. -->"
+END = "<!-- Until here. -->"
+PROJECTS = (NANOGPT, MAXTEXT, TRANSFORMERS)
 LIMIT = 1e9  # beyond this a range has no upper end worth showing
 
 
@@ -88,20 +96,62 @@ def config_page() -> str:
     return re.sub(r"(\|)\n## ", r"\1\n\n## ", "\n".join(lines)) + "\n"
 
 
+def quoted(names: Iterable[str]) -> str:
+    """Return the names as code, with commas."""
+    return ", ".join(f"`{name}`" for name in names)
+
+
+def name_notes(theirs: list[str], by_project: list[list[str]]) -> str:
+    """Return the notes on these names; a note that concerns only some of them names those."""
+    notes = []
+    for note in dict.fromkeys(OTHER_NAMES[name].note for name in theirs):
+        about = [name for name in theirs if OTHER_NAMES[name].note == note]
+        whole = [p for p, names in zip(PROJECTS, by_project, strict=True) if names == about]
+        label = "" if about == theirs else f"{whole[0] if whole else quoted(about)}: "
+        notes += [label + note] if note else []
+    return "; ".join(notes)
+
+
+def names_tables() -> str:
+    """Return, for each section of the config, a table of other projects' names."""
+    rows: dict[tuple[str, ...], list[str]] = {}  # our names: theirs
+    for theirs, other in OTHER_NAMES.items():
+        rows.setdefault(other.names, []).append(theirs)
+    sections: dict[str, list[str]] = {}
+    for ours, theirs in rows.items():
+        by_project = [[n for n in theirs if p in OTHER_NAMES[n].projects] for p in PROJECTS]
+        cells = [quoted(ours), *map(quoted, by_project), name_notes(theirs, by_project)]
+        section = "command line" if ours[0].startswith("--") else ours[0].split(".")[0]
+        sections.setdefault(section, []).append(f"| {' | '.join(cells)} |")
+    head = f"| here | {' | '.join(PROJECTS)} | |\n|---|---|---|---|---|\n"
+    return "\n".join(
+        f"### {section}\n\n{head}" + "\n".join(lines) + "\n" for section, lines in sections.items()
+    )
+
+
 def pages() -> dict[Path, str]:
     """Return what the generated pages should hold."""
-    return {DOCS / "config.md": config_page()}
+    migrate = DOCS / "migrate.md"
+    before, rest = migrate.read_text().split(BEGIN)
+    after = rest.split(END)[1]
+    tables = f"{before}{BEGIN}\n\n{names_tables()}\n{END}{after}"
+    return {DOCS / "config.md": config_page(), migrate: tables}
 
 
 def main(arguments: list[str]) -> int:
     """Write the pages, or with --check compare them; return the exit code."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if out of date")
+    check, stale = parser.parse_args(arguments).check, False
     for path, text in pages().items():
-        if arguments != ["--check"]:
+        if path.read_text() == text:
+            continue
+        stale = True
+        if check:
+            print(f"{path} is out of date; run python scripts/reference.py", file=sys.stderr)
+        else:
             path.write_text(text)
-        elif path.read_text() != text:
-            print(f"{path} is out of date: python scripts/reference.py", file=sys.stderr)
-            return 1
-    return 0
+    return int(check and stale)
 
 
 if __name__ == "__main__":

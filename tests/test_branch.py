@@ -1,4 +1,4 @@
-"""A finished run goes on, and a branch begins in the middle of another run, with the same bits."""
+"""A finished run is extended, a branch begins in the middle of another run, to the same bits."""
 
 import itertools
 import json
@@ -83,7 +83,7 @@ def test_a_cooldown_from_a_checkpoint_has_the_bits_of_a_run_that_always_had_it(p
     whole, trunk = programs.losses("whole"), programs.losses("trunk")
     assert programs.losses("branch") == {step: whole[step] for step in (9, 10, 11, 12)}
     assert [step for step in whole if whole[step] != trunk[step]] == [10, 11, 12]
-    # Once it has a checkpoint of its own, it goes on from there.
+    # Once it has a checkpoint of its own, it resumes from there.
     shutil.rmtree(programs.folder / "branch" / "checkpoints" / "12")
     shutil.copytree(
         programs.folder / "whole/checkpoints/8", programs.folder / "branch/checkpoints/8"
@@ -161,11 +161,16 @@ def test_a_length_can_change_exactly_where_the_rates_so_far_stay_what_they_were(
 def test_a_branch_that_could_not_go_on_is_refused(changes, error, words, programs):
     options = {"init.from_run": f"{programs.folder}/trunk", "init.state": "all"}
     changes = {k: v.replace("FOLDER", str(programs.folder)) for k, v in changes.items()}
-    job = programs.job(**WSD, **(options | {"init.step": "8"} | changes))
-    with jax.set_mesh(job.mesh), pytest.raises(error, match=f"(?s){words}"):
-        branch_state(job, str)
+
+    def branch():
+        job = programs.job(**WSD, **(options | {"init.step": "8"} | changes))
+        with jax.set_mesh(job.mesh):
+            branch_state(job, str)
+
+    with pytest.raises(error, match=f"(?s){words}"):
+        branch()
 
 
 def test_a_branch_needs_a_run(programs):
-    with pytest.raises(ConfigError, match=r"init.state=all needs the run .* set init.from_run"):
+    with pytest.raises(ConfigError, match=r"init.state=all needs a run .* set init.from_run"):
         programs.job(**{"init.state": "all"})

@@ -123,7 +123,7 @@ def test_weights_altered_in_a_valid_file_are_caught(tmp_path):
     said = []
     step, _ = restore(tmp_path / "c", abstract(), report=said.append)
     assert step == 1
-    assert "not the numbers that were saved" in said[0]
+    assert "these arrays differ from what was saved" in said[0]
 
 
 @pytest.mark.parametrize("how", ["renamed", "contents moved"])

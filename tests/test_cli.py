@@ -1,4 +1,4 @@
-"""Every mistake at the door is answered by a sentence on stderr and its exit code."""
+"""Every mistake on the command line gets one message on stderr and its exit code."""
 
 import fcntl
 import hashlib
@@ -56,7 +56,7 @@ def run(folder):
 
 @pytest.fixture
 def refused(capsys):
-    """Return a function that runs the door in this process and gives the sentence on stderr."""
+    """Return a function that runs a command in this process and gives its message on stderr."""
 
     def run_main(code, *arguments):
         assert main(list(map(str, arguments))) == code
@@ -91,7 +91,7 @@ def test_help_lists_the_verbs(arguments, capsys):
 
 def test_no_verb_is_a_mistake_with_the_same_help(capsys):
     assert main([]) == USAGE
-    assert "VERB" in capsys.readouterr().out
+    assert "COMMAND" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -112,15 +112,15 @@ def test_version(capsys):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["trian"], "no verb trian; did you mean train?"),
+        (["trian"], "no command trian; did you mean train?"),
         (["samples", "x"], "did you mean sample?"),
-        (["zzz"], "no verb zzz"),
+        (["zzz"], "no command zzz"),
         (["train", "--cofnig=x.py"], "no option --cofnig; did you mean --config?"),
         (["sample", "RUN", "--promt=x"], "no option --promt; did you mean --prompt?"),
         (["sample", "RUN", "--temp=1"], "no option --temp"),
-        (["train"], "say what to train"),
-        (["eval"], "which run?"),
-        (["sample"], "which run?"),
+        (["train"], "train needs --config=FILE.py"),
+        (["eval"], "eval needs a run directory"),
+        (["sample"], "sample needs a run directory"),
         (["sample", "RUN", "--prompt"], "--prompt"),
         (["eval", "RUN", "--step=newest"], "--step: 'newest' is not an integer"),
         (["eval", "RUN", "--step=²"], "--step: '²' is not an integer"),
@@ -203,7 +203,7 @@ def test_run_has_the_name_of_its_experiment(folder, monkeypatch):
         ("data.source=stdlb", "data.source"),
         ("data.tokenizer=byte", "data.tokenizer"),
         ("mesh.data=3", "needs 3 devices"),
-        ("mesh.tensor=16", "needs 16 devices, here are 8"),
+        ("mesh.tensor=16", "needs 16 devices, not 8"),
         ("optim.decay_pattern=nothing", "optim.decay_pattern"),
         ("model.vocab_size=3", "model.vocab_size=3"),
         ("train.batch_size=12", "train.batch_size=12"),
@@ -257,7 +257,7 @@ def test_wrong_key_is_answered_before_jax_is_imported(folder):
 def test_a_process_ends_with_the_exit_code(folder, tmp_path):
     found = command("trian")
     assert (found.returncode, found.stdout) == (USAGE, "")
-    assert found.stderr == "error: no verb trian; did you mean train?\n"
+    assert found.stderr == "error: no command trian; did you mean train?\n"
     found = command(
         "train", f"--config={folder}/tiny.py", f"--run={tmp_path}/run", "--config.mesh.data=3",
         XLA_FLAGS="--xla_force_host_platform_device_count=3",
@@ -352,7 +352,7 @@ def test_eval_of_another_source(run, tmp_path, capsys, refused, packing):
     for source, code, words in (
         (f"text:{tail}", DATA, "'\\t' (U+0009) is not among"),
         ("text:absent.txt", DATA, "no file, folder or glob absent.txt"),
-        ("task:copy", DATA, "has other words than the tokenizer"),
+        ("task:copy", DATA, "does not have the words of the run's tokenizer"),
         ("csv:absent", USAGE, "no kind 'csv'"),
         ("text:http://127.0.0.1:1/a.txt", DATA, "can't be downloaded"),
     ):
@@ -380,8 +380,8 @@ def test_sample_prints_text_and_keeps_it(run, tmp_path, capsys):
         (["--prompt=Z"], DATA, "'Z'"),
         (["--top_p=2"], USAGE, "sample.top_p=2.0"),
         (["--seed=x"], USAGE, "sample.seed='x'"),
-        (["--end_ids=99"], USAGE, "sample.end_ids holds 99"),
-        (["--config.sample.stop=('',)"], USAGE, "sample.stop holds an empty string"),
+        (["--end_ids=99"], USAGE, "sample.end_ids contains 99"),
+        (["--config.sample.stop=('',)"], USAGE, "sample.stop contains an empty string"),
         (["--step=3"], CHECKPOINT, "no checkpoint of step 3"),
     ],
 )
@@ -392,7 +392,7 @@ def test_sample_refuses(arguments, code, words, run, refused):
 
 
 @pytest.mark.parametrize("verb", [verb for verb in VERBS if verb not in ("sweep", "reproduce")])
-def test_what_is_no_run(verb, tmp_path, run, refused):
+def test_not_a_run_directory(verb, tmp_path, run, refused):
     for path in (tmp_path / "nowhere", tmp_path):
         assert "is not a run directory" in refused(USAGE, verb, path)
     assert str(run) in refused(USAGE, verb, run.with_name("runn"))

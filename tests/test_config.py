@@ -354,7 +354,7 @@ def test_experiment_with_variant_and_overrides(experiment):
 
 def test_missing_file_suggests_another(experiment, tmp_path):
     path = experiment("", "quickstart.py")
-    with pytest.raises(ConfigError, match="there is") as caught:
+    with pytest.raises(ConfigError, match="did you mean") as caught:
         load_experiment(str(tmp_path / "quikstart.py"))
     assert path in str(caught.value)
     with pytest.raises(ConfigError, match="no experiment file"):

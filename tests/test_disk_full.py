@@ -94,7 +94,7 @@ def test_a_disk_that_fills_up(step, argument, kept, words, disk, run_on, capsys)
     (disk / "filler").unlink()
     assert run_on(disk, 0, argument) == 0
     out = capsys.readouterr().out
-    assert not kept or f"going on from step {max(kept)}" in out
+    assert not kept or f"resuming from step {max(kept)}" in out
     assert rundir.saved_steps(disk / "run" / "checkpoints")[-1] == LAST
     assert not list(disk.rglob("*orbax-checkpoint-tmp*"))
     if argument != NO_METRICS:

@@ -407,7 +407,22 @@ def test_readme_is_short():
 
 
 def test_generated_pages_are_up_to_date():
-    run_reference([])
+    reference = load_script("reference")
+    assert {path.name for path in reference.pages()} == {"config.md", "migrate.md"}
+    assert reference.main(["--check"]) == 0
+
+
+def test_reference_notices_a_change_and_help_writes_nothing(tmp_path, monkeypatch):
+    reference = load_script("reference")
+    page = tmp_path / "config.md"
+    page.write_text("old")
+    monkeypatch.setattr(reference, "pages", lambda: {page: "new"})
+    with pytest.raises(SystemExit):
+        reference.main(["--help"])
+    assert reference.main(["--check"]) == 1
+    assert page.read_text() == "old"
+    assert reference.main([]) == 0
+    assert page.read_text() == "new"
 
 
 @pytest.mark.parametrize(

@@ -128,7 +128,7 @@ def test_the_next_command_resumes_or_begins_anew_where_the_file_has_changed(serv
     source = f"text:{server.url}/a.txt"
     for begin, cuts in ((0, [1000, 1000]), (1000, [2000, 2000])):
         server.cuts = cuts
-        with pytest.raises(DataError, match=r"broke off after .* repeat the command to resume"):
+        with pytest.raises(DataError, match=r"broke off after .* rerun the command to resume"):
             read(source)
         assert server.asked[-1] == (f"bytes={begin + 1000}-", '"one"')
     assert files_in(tmp_path) == {"a.txt.partial", "a.txt.validator", "a.txt.lock"}
@@ -220,7 +220,7 @@ def test_bad_urls_and_hashes_are_exit_2_or_3(tmp_path, capsys):
         (["source=text:http://example.com/a.txt"], 2, "use https://, or set data.sha256"),
         (["source=text:https://"], 2, "names no server"),
         (["source=text:https://[::1/a.txt"], 2, "is not a URL"),
-        (["sha256=abc"], 2, "data.sha256='abc' is not a SHA-256"),
+        (["sha256=abc"], 2, "data.sha256='abc' must be a SHA-256"),
     ):
         assert main([*command, *(f"--config.data.{field}" for field in fields)]) == code
         error = capsys.readouterr().err

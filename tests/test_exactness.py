@@ -132,7 +132,7 @@ LOSSY = {
         ),
         "'a b' comes back as 'ab'",
     ),
-    "a mark before": (metaspace(), "'a b' has 3 bytes of UTF-8, of which its tokens count 4"),
+    "a mark before": (metaspace(), "'a b' has 3 bytes of UTF-8, but its tokens count 4"),
     "lower case": (wordpiece(), "comes back as"),
 }
 

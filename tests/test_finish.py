@@ -38,7 +38,7 @@ print("jax" in sys.modules)
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     lines = found.stdout.splitlines()
     assert lines[-2:] == ["0", "False"], found.stderr
-    assert lines[0] == f"{run} is finished, at step 6"
+    assert lines[0] == f"{run} is finished at step 6"
     assert f"  checkpoint       {run}/checkpoints/6" in lines
     assert f"  nanojaxgpt eval {run}" in lines
 

@@ -150,10 +150,10 @@ def test_all_stop_after_the_same_step(seed, three):
 @pytest.mark.parametrize(
     ("starts", "words"),
     [
-        ([(0, 3), (1, 3)], "of 3 processes, no word from 2 in 1 s"),
-        ([(0, 3)], "of 3 processes, no word from 1, 2 in 1 s"),
-        ([(1, 3)], "no word from process 0 at 127.0.0.1:"),
-        ([(0, 3), (1, 3), (1, 3)], "two processes are number 1"),
+        ([(0, 3), (1, 3)], "no answer from process 2 of 3 in 1 s"),
+        ([(0, 3)], "no answer from process 1, 2 of 3 in 1 s"),
+        ([(1, 3)], "no answer from process 0 at 127.0.0.1:"),
+        ([(0, 3), (1, 3), (1, 3)], "two processes have --process_id=1"),
         ([(0, 3), (1, 4), (2, 3)], "was started as one of 4, not 3"),
     ],
 )
@@ -212,7 +212,7 @@ def test_flags_come_before_the_environment(monkeypatch):
 def test_flags_without_multihost_are_refused():
     found = command("train", "--config=experiments/quickstart.py", "--num_processes=2")
     assert found.returncode == 2
-    assert "go with --multihost" in found.stderr
+    assert "need --multihost" in found.stderr
 
 
 def check_together(three, tmp_path, monkeypatch, facts=lambda index: {}, runs=None):
@@ -243,9 +243,9 @@ def test_every_difference_is_named_with_its_host(three, tmp_path, monkeypatch):
     assert all(isinstance(error, ConfigError) for error in found)
     lines = str(found[0]).split("\n")[1:]
     name = socket.gethostname()
-    assert any(line.startswith(f"  host 1 ({name}): package jax is 0.1, and") for line in lines)
-    assert f"  host 1 ({name}): devices of a process is 4, and 8 on host 0" in lines
-    assert f"  host 2 ({name}): train.seed is 1, and 0 on host 0" in lines
+    assert any(line.startswith(f"  host 1 ({name}): package jax is 0.1, but") for line in lines)
+    assert f"  host 1 ({name}): devices of a process is 4, but 8 on host 0" in lines
+    assert f"  host 2 ({name}): train.seed is 1, but 0 on host 0" in lines
     assert any("host 2" in line and "the code's hash is x" in line for line in lines)
     assert len(lines) == 4
 

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from nanojaxgpt import metrics, train
+from nanojaxgpt import finish, train
 from nanojaxgpt.__main__ import main
 from nanojaxgpt.config import override_config
 from nanojaxgpt.data.loader import prepare_data
@@ -68,7 +68,7 @@ def test_unset_tokenizer_without_a_parent_is_bytes(child):
 )
 def test_another_tokenizer_is_refused(spec, text, child, parent, tmp_path):
     with pytest.raises(
-        ConfigError, match=r"another tokenizer.*init\.from_run.*leave data\.tokenizer"
+        ConfigError, match=r"different tokenizer.*init\.from_run.*leave data\.tokenizer"
     ):
         quiet(child(text, spec, **{"data.tokenizer_vocab_size": "270"}))
     assert not list((tmp_path / "cache").rglob("*.tokens"))  # nothing was tokenized in vain
@@ -85,7 +85,7 @@ def test_text_that_an_inherited_tokenizer_lacks_is_refused(child):
 
 def test_task_must_have_the_parents_words(child, parent):
     cfg = child(**{"data.source": "task:modular_addition,p=11"})
-    with pytest.raises(ConfigError, match=r"task:modular_addition,p=11 .*another tokenizer"):
+    with pytest.raises(ConfigError, match=r"task:modular_addition,p=11 .*different tokenizer"):
         quiet(cfg)
     first = override_config(cfg, {"init.from_run": ""})
     quiet(first).tokenizer.save(parent / "tokenizer")
@@ -123,7 +123,7 @@ def test_run_keeps_what_it_inherited(child, parent, tmp_path, monkeypatch, capsy
         train.begin_run(job, run, lambda _: None)
 
     monkeypatch.setattr(train, "train_job", begin)
-    monkeypatch.setattr(metrics, "plot_losses", lambda *_: None)
+    monkeypatch.setattr(finish, "end_run", lambda *_: None)
     train.fit(cfg, run, report=lambda _: None)
     kept = load_tokenizer(run / "tokenizer")
     assert kept.content_hash() == load_tokenizer(parent / "tokenizer").content_hash()

@@ -219,7 +219,7 @@ def test_started_again_stopped_and_killed(target, machines, capfd):
     assert do(kind, "start", name, train=TRAIN) == 0
     wait_until(lambda: all((f / "starts").read_text().count("started") == 3 for f in folders))
     assert do(kind, "start", name, train=TRAIN) == 1
-    assert "a run is still there" in capfd.readouterr().err
+    assert "a run is still active" in capfd.readouterr().err
     assert do(kind, "stop", name) == 0
     assert [code.read_text() for code in codes] == ["75\n"] * 2
     assert do(kind, "start", name, train=TRAIN) == 0

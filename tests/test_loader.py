@@ -166,14 +166,14 @@ def test_weights_of_too_many_digits_are_refused():
 
 @pytest.mark.parametrize("kind", ["wrap", "pack", "task"])
 def test_a_corpus_smaller_than_a_batch_is_refused(kind, open_kind):
-    with pytest.raises(DataError, match=r"fills .* sequences, but a batch takes 4,000"):
+    with pytest.raises(DataError, match=r"fills .* sequences, but a batch needs 4,000"):
         make_train_rows(open_kind(kind).train(SEQ_LEN), 4_000, 0)
 
 
 def test_a_task_stands_alone(folders, open_kind):
-    with pytest.raises(ConfigError, match=r"task:copy can only be data.source"):
+    with pytest.raises(ConfigError, match=r"task:copy must be data.source"):
         open_kind("wrap", **{"data.mixture": "('1 task:copy',)"})
-    with pytest.raises(ConfigError, match=r"task:copy can only be data.source"):
+    with pytest.raises(ConfigError, match=r"task:copy must be data.source"):
         open_kind("wrap", **{"data.validation_source": "task:copy"})
 
 

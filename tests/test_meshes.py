@@ -257,7 +257,7 @@ def test_each_device_asks_for_its_own_rows_only():
 
 def test_what_does_not_fit_is_named():
     mesh = sharding.make_mesh(dict(data=2, fsdp=2, tensor=2))
-    with pytest.raises(ConfigError, match="needs 9 devices, here are 8"):
+    with pytest.raises(ConfigError, match="needs 9 devices, not 8"):
         sharding.make_mesh(dict(data=3, fsdp=3))
     with pytest.raises(ConfigError, match=r"train.batch_size=6 .* the next that is: 8"):
         sharding.check_batch("train.batch_size", 6, 1, 16, mesh)

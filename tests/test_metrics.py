@@ -72,7 +72,7 @@ def test_damaged_lines_are_left_out_and_reported_once(tmp_path):
     path.write_bytes(b"\n".join([first, *DAMAGED, last]) + b'\n{"step": 4, "lo')
     assert read_metrics(tmp_path, said.append) == whole
     number, lines = len(DAMAGED), len(DAMAGED) + 2
-    assert said == [f"WARNING: {number} of {lines} lines of {path} are damaged; left out"]
+    assert said == [f"WARNING: {number} of {lines} lines of {path} are damaged and were skipped"]
     assert validation_losses(tmp_path) == {3: 2.25}
     open_writer(tmp_path, 9, said.append).close()
     assert len(said) == 2

@@ -154,7 +154,7 @@ def test_two_processes_stopped_by_one_go_on_as_one_process(start, one, tmp_path)
     assert "step  1/" in outputs[0]
     assert "step  1/" not in outputs[1]  # process 0 alone reports
     (output,) = finish(start(run))
-    assert f"going on from step {step}" in output
+    assert f"resuming from step {step}" in output
     assert_same(run, one)
 
 
@@ -165,7 +165,7 @@ def test_one_process_goes_on_as_two(start, one, tmp_path):
     wait_for(run, 3, [process])
     process.send_signal(signal.SIGTERM)
     assert "saved step" in process.communicate(timeout=300)[0]
-    assert "going on from step" in finish(*start_team(start, run))[0]
+    assert "resuming from step" in finish(*start_team(start, run))[0]
     assert_same(run, one)
 
 
@@ -180,7 +180,7 @@ def test_four_processes_with_axes_across_them_go_on_as_two(start, tmp_path):
     processes[2].send_signal(signal.SIGTERM)
     outputs = [process.communicate(timeout=300)[0] for process in processes]
     assert [process.returncode for process in processes] == [75] * 4, outputs
-    assert "going on from step" in finish(*start_team(start, run, *shape))[0]
+    assert "resuming from step" in finish(*start_team(start, run, *shape))[0]
     assert_same(run, tmp_path / "alone")
 
 
@@ -199,7 +199,7 @@ def test_a_damaged_checkpoint_is_passed_over_on_all_hosts(start, one, tmp_path):
             path.write_bytes(b"\0" * path.stat().st_size)
     outputs = finish(*start_team(start, run))
     assert f"{NUM_STEPS} is unusable" in outputs[0]
-    assert "going on from step 6" in outputs[0]
+    assert "resuming from step 6" in outputs[0]
     assert_same(run, one)
 
 
@@ -292,7 +292,7 @@ def test_a_host_that_never_joins_is_named(start, tmp_path):
     ends = end_of([process], began)
     row("host 1 never joins, --join_seconds=5", ends)
     assert ends[0][0] == 2
-    assert ends[0][2] == "error: of 2 processes, no word from 1 in 5 s"
+    assert ends[0][2] == "error: no answer from process 1 of 2 in 5 s"
 
 
 @pytest.mark.slow
@@ -303,6 +303,6 @@ def test_hosts_of_different_configs_are_refused(start, tmp_path):
     ends = end_of(processes, began)
     row("other configs (from the start)", ends)
     assert [code for code, *_ in ends] == [2, 2]
-    assert all("host 1" in line and "train.seed is 8, and 7 on host 0" in line
+    assert all("host 1" in line and "train.seed is 8, but 7 on host 0" in line
                for *_, line in ends)  # fmt: skip
     assert not (tmp_path / "run" / "config.json").exists()

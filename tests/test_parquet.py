@@ -48,8 +48,8 @@ def test_fields_of_any_text_type_and_depth(tmp_path, kind):
     assert [d.text for d in read_documents(f"{source}#a.b")] == ["deep", "deeper"]
     assert [d.text for d in read_documents(f"{source}#c.d")] == ["one", "two", "three"]
     assert identity(f"{source}#a.b") != identity(f"{source}#c.d")
-    for field, words in (("", "no field that must be the text"), ("#a.number", "'a.number'")):
-        with pytest.raises(ConfigError, match=rf"{words}; choose by #FIELD: a\.b, c\.d"):
+    for field, words in (("", "no single text field"), ("#a.number", "'a.number'")):
+        with pytest.raises(ConfigError, match=rf"{words}; choose one with #FIELD: a\.b, c\.d"):
             read_documents(source + field)
 
 

@@ -61,7 +61,7 @@ def test_a_deferred_signal_is_noted_and_the_second_raises(number, code):
         with pytest.raises(Stopped) as caught:
             os.kill(os.getpid(), number)
     assert caught.value.exit_code == code
-    assert "before it was saved" in str(caught.value)
+    assert "before the step was saved" in str(caught.value)
 
 
 @pytest.mark.parametrize(("number", "code"), SIGNALS)

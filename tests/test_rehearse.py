@@ -1,4 +1,4 @@
-"""What a rehearsal says, against real shards, closed forms, handwritten HLO, and at the door."""
+"""What a rehearsal says, against real shards, closed forms and handwritten HLO; its command."""
 
 import importlib.util
 import json
@@ -302,13 +302,13 @@ def test_a_ring_is_twice_as_fast_as_a_line():
     ("name", "slices", "words"),
     [
         ("v5f:4x4", 1, "did you mean v5p or v5e"),
-        ("", 1, "name the hardware, --topology=v5e:4x4"),
+        ("", 1, "name the hardware, as in --topology=v5e:4x4"),
         ("V5E:4x4", 1, "no chip 'V5E'; did you mean v5e"),
-        ("xyz", 1, "no chip 'xyz'; there are v4"),
-        ("v5e", 1, "write v5e:4x4"),
-        ("v5p:4x4", 1, "write v5p:4x4x4"),
-        ("h100:0", 1, "write h100:8"),
-        ("h100:8", 2, "only TPUs come in slices"),
+        ("xyz", 1, "no chip 'xyz'; available: v4"),
+        ("v5e", 1, "write the sizes as in v5e:4x4"),
+        ("v5p:4x4", 1, "write the sizes as in v5p:4x4x4"),
+        ("h100:0", 1, "write the sizes as in h100:8"),
+        ("h100:8", 2, "only TPUs have slices"),
         ("v5e:4x4", 0, "at least 1"),
     ],
 )
@@ -409,11 +409,11 @@ def test_advice_names_what_takes_most():
     assert "remat=full" in estimate.advice(cfg, memory._replace(available=1e9))
     assert not memory.fits
     small = {"mesh.data": "3", "mesh.slice": "2", "train.batch_size": "90", "model.remat": "full"}
-    cfg, room = config(**small), memory._replace(available=1e9)
-    assert "accumulation_steps=3" in estimate.advice(cfg, room)  # 15 rows a device
+    cfg, memory_left = config(**small), memory._replace(available=1e9)
+    assert "accumulation_steps=3" in estimate.advice(cfg, memory_left)  # 15 rows a device
     assert device_tokens(cfg) == 15 * 16
     cfg = config(**small | {"train.accumulation_steps": "15"})
-    assert "mesh.fsdp=3 mesh.data=1" in estimate.advice(cfg, room)
+    assert "mesh.fsdp=3 mesh.data=1" in estimate.advice(cfg, memory_left)
 
 
 COMMAND = re.compile(r"rehearse --config=(experiments/\S+) --topology=(\S+)(?: --slices=(\d+))?")
@@ -497,7 +497,7 @@ def test_a_step_that_does_not_fit_is_exit_6(monkeypatch, capsys, parallel):
     experiment = f"--config={ROOT}/experiments/gpt2.py"
     assert main(["rehearse", experiment, "--topology=h100:8"]) == 6
     captured = capsys.readouterr()
-    assert "DOES NOT FIT; first" in captured.out
+    assert "DOES NOT FIT; try" in captured.out
     assert "the step does not fit the memory of h100:8" in captured.err
 
 

@@ -76,7 +76,7 @@ def get_paper():
     ("old", "new", "words"),
     [
         (", accept=(0, 1)", "", r"'loss' has no criterion; add accept=\(low, high\)"),
-        ("accept=(0, 1)", "accept=(1, 0)", "holds nothing"),
+        ("accept=(0, 1)", "accept=(1, 0)", "accepts nothing"),
         ('arms=("plain",)', 'arms=("plane",)', "no arm plane; did you mean plain"),
         ('"here"', '""', "has no source"),
         ("base_config())", "base_config(), ())", "'plain' has no seeds"),
@@ -108,7 +108,7 @@ def test_the_recipe_can_not_be_changed_from_outside(tmp_path):
     path.write_text(PAPER)
     arm = load_paper(str(path), {"data.source": "text:other.txt"}).arms[0]
     assert arm.config.data.source == "text:other.txt"
-    with pytest.raises(ConfigError, match=r"train\.num_steps is part of what"):
+    with pytest.raises(ConfigError, match=r"train\.num_steps is part of the recipe"):
         load_paper(str(path), {"train.num_steps": "3"})
 
 
@@ -257,7 +257,7 @@ def test_a_finished_run_of_another_recipe_is_not_taken_for_this_one(tiny, tmp_pa
 def test_what_needs_an_accelerator_is_not_run_on_a_cpu(tiny, tmp_path):
     found = reproduce(replace(tiny, needs="one GPU"), tmp_path / "out", lambda _: None)
     assert [result.verdict for result in found.results] == ["NOT-RUN", "NOT-RUN", "PASS"]
-    assert found.results[0].reason == "it needs one GPU, and there is only a CPU here"
+    assert found.results[0].reason == "it needs one GPU, and only a CPU is available"
 
 
 def test_fewer_seeds_are_said_to_be_fewer(tiny):

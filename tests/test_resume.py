@@ -138,7 +138,7 @@ def test_killed_stopped_and_started_again(start, uninterrupted, tmp_path):
             assert f"saved step {saved} in {run}" in output
             assert steps_seen(run) == saved
             assert seen <= saved < NUM_STEPS
-    assert "going on from step" in finish(start(run), run)
+    assert "resuming from step" in finish(start(run), run)
     assert_same_run(run, uninterrupted)
 
 

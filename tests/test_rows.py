@@ -156,7 +156,7 @@ def test_a_large_denominator_takes_no_memory():
 
 
 def test_a_source_smaller_than_its_share_of_a_batch_is_refused():
-    with pytest.raises(DataError, match=r"split of c fills 7 sequences, but a batch takes 8"):
+    with pytest.raises(DataError, match=r"split of c fills 7 sequences, but a batch needs 8"):
         make_train_rows(MIXTURE, 24, seed=0)
     make_train_rows(MIXTURE, 21, seed=0)
 

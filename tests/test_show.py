@@ -35,11 +35,11 @@ def show(small_config, tmp_path):
 
 def test_a_packed_row_shows_its_documents_and_its_padding(show):
     lines = show(**{"data.packing": "pack", "data.validation_documents": "1"})
-    assert lines[0] == "train, step 1: 2 rows of 16 places"
+    assert lines[0] == "train, step 1: 2 rows of 16 positions"
     assert lines[1] == "  tokens: 28, padding: 4 (12.5%)"
     assert lines[2] == "  scored targets: 28 (87.5%)"
     first = lines.index(next(line for line in lines if line.startswith("-- row 0, segment 1")))
-    text = lines[first].split("places, ")[1]
+    text = lines[first].split("positions, ")[1]
     assert text.startswith("'a")
     assert [line.split() for line in lines[first + 1 : first + 5]] == [
         ["1", "0", "'a'", "->", f"'{text[2]}'", "1"],
@@ -47,8 +47,8 @@ def test_a_packed_row_shows_its_documents_and_its_padding(show):
         ["1", "2", "<195>", "->", "<169>", "1"],
         ["1", "3", "<169>", "->", "<end>", "1"],
     ]
-    assert lines[first + 5].startswith("-- row 0, segment 2: 4 places")
-    assert lines[-1] == "-- row 1, padding: 4 places, 0 of them scored"
+    assert lines[first + 5].startswith("-- row 0, segment 2: 4 positions")
+    assert lines[-1] == "-- row 1, padding: 4 positions, 0 of them scored"
 
 
 def test_a_batch_that_grew_shows_as_many_rows(show):
@@ -61,7 +61,7 @@ def test_a_batch_that_grew_shows_as_many_rows(show):
 def test_a_wrapped_row_shows_where_documents_end(show):
     lines = show(rows=1, batch_size=1)
     [title] = [line for line in lines if line.startswith("-- row")]
-    assert "row 0, segment 1: 16 places" in title
+    assert "row 0, segment 1: 16 positions" in title
     assert title.count(" <end> ") == 3
     assert sum("<end>" in line and "->" in line for line in lines) >= 6
 
@@ -79,14 +79,14 @@ def test_a_task_shows_that_only_its_answer_is_scored(show):
     start = lines.index(next(line for line in lines if line.startswith("-- row 0, segment 2")))
     marks = [line.split()[5:] for line in lines[start + 1 : start + 5]]
     assert marks == [["0", "not", "scored"]] * 3 + [["1"]]
-    assert lines[start + 5] == "-- row 0, padding: 2 places, 0 of them scored"
+    assert lines[start + 5] == "-- row 0, padding: 2 positions, 0 of them scored"
 
 
 def test_a_validation_batch_that_is_not_there_is_refused(show):
     lines = show("validation", rows=1, **{"data.validation_documents": "2"})
-    assert lines[0] == "validation, step 1: 1 rows of 16 places"
+    assert lines[0] == "validation, step 1: 1 rows of 16 positions"
     assert sum(line.endswith("not scored") for line in lines) == 16 - 9
-    with pytest.raises(DataError, match="has 1 batches, no number 2"):
+    with pytest.raises(DataError, match="has only 1 batches, not 2"):
         show("validation", step=2, **{"data.validation_documents": "2"})
 
 
@@ -104,8 +104,8 @@ def test_the_verb_needs_no_jax_and_says_what_is_wrong(tmp_path):
     arguments = [sys.executable, "-c", program, "inspect", f"--config={experiment}", "--step=3"]
     found = subprocess.run(arguments, capture_output=True, text=True, cwd=ROOT)
     assert found.returncode == 0, found.stderr
-    assert found.stdout.startswith("train, step 3: 32 rows of 8 places\n")
+    assert found.stdout.startswith("train, step 3: 32 rows of 8 positions\n")
     assert found.stdout.count("\n-- row") == 4
     refused = command("inspect", f"--config={experiment}", "--step=0")
     assert refused.returncode == 2
-    assert "steps count from 1" in refused.stderr
+    assert "must be at least 1" in refused.stderr

@@ -262,7 +262,7 @@ def test_fields_within_fields(tmp_path):
         (bytes(9), ":2 is not JSON: it holds NUL bytes"),
         (b'{"title": "x"}', ":2 has no field 'text'; it has title"),
         (b'{"text": 1}', ":2 holds an integer where its text should be"),
-        (b'{"text": "\\ud800"}', r":2 holds half a surrogate pair, U\+D800"),
+        (b'{"text": "\\ud800"}', r":2 holds an unpaired surrogate, U\+D800"),
     ],
 )
 def test_bad_json_is_refused_or_skipped(tmp_path, line, problem):
@@ -386,13 +386,13 @@ def test_dataset_needs_a_split_field_and_version_that_exist(tmp_path):
     prepare_dataset(tmp_path, "lambada", ["word"], field="passage")
     assert [d.text for d in read_documents("tfds:lambada", tfds_dir=str(tmp_path))] == ["word"]
     for location, problem in {
-        "lambada@dev": "no split 'dev'; there is .*train",
-        "lambada#number": "no text field 'number'; choose by #FIELD: passage",
+        "lambada@dev": "no split 'dev'; available: .*train",
+        "lambada#number": "no text field 'number'; choose one with #FIELD: passage",
         "lambada/": "is not tfds:NAME",
     }.items():
         with pytest.raises(ConfigError, match=problem):
             list(read_documents(f"tfds:{location}", tfds_dir=str(tmp_path)))
-    with pytest.raises(DataError, match=r"lambada/2\.0\.0; there is version 1\.1\.0"):
+    with pytest.raises(DataError, match=r"lambada/2\.0\.0; available versions: 1\.1\.0"):
         list(read_documents("tfds:lambada:2.0.0", tfds_dir=str(tmp_path)))
 
 
@@ -473,7 +473,7 @@ def test_hugging_face_datasets_are_loaded_by_name(monkeypatch):
     assert texts == ["x", "y"]
     assert asked == [("owner/name", None, "train"), ("owner/name", "config", "test[:2]")]
     assert source_identity("hf:owner/name#title")["fingerprint"] == "f00d"
-    with pytest.raises(ConfigError, match="choose by #FIELD: text, title"):
+    with pytest.raises(ConfigError, match="choose one with #FIELD: text, title"):
         list(read_documents("hf:owner/name#label"))
     with pytest.raises(DataError, match="can't be loaded: ValueError: Unknown split"):
         list(read_documents("hf:owner/name@absent"))
@@ -487,7 +487,7 @@ def test_hugging_face_fields_within_fields(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", package)
     assert [d.text for d in read_documents("hf:owner/name#a.b")] == ["deep"]
     assert [d.text for d in read_documents("hf:owner/name#c.d")] == ["flat"]
-    with pytest.raises(ConfigError, match=r"choose by #FIELD: a\.b, c\.d"):
+    with pytest.raises(ConfigError, match=r"choose one with #FIELD: a\.b, c\.d"):
         list(read_documents("hf:owner/name"))
 
 

@@ -108,7 +108,7 @@ def test_refused_inputs_leave_nothing_behind(ten_documents, tmp_path):
 
 def test_cache_that_can_not_be_written_is_named(ten_documents, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(DataError, match=f"can't make the token store below {tmp_path}/file"):
+    with pytest.raises(DataError, match=f"can't create the token store in {tmp_path}/file"):
         prepare(data_config(source=ten_documents), tmp_path / "file")
 
 
@@ -200,7 +200,7 @@ def test_second_process_waits_and_says_so(ten_documents, tmp_path):
     first = start_child(ten_documents, tmp_path, "slow")
     assert first.stdout.readline() == "half\n"
     second = start_child(ten_documents, tmp_path, "plain")
-    assert "another process is making" in second.stdout.readline()
+    assert "another process is preparing" in second.stdout.readline()
     (tmp_path / "flag").touch()
     (*_, made), (*_, found) = (child.communicate(timeout=60)[0].split("\n")[:-1]
                               for child in (first, second))  # fmt: skip
@@ -336,7 +336,7 @@ def test_validation_source_has_its_own_store(ten_documents, tmp_path):
     plain = prepare_corpus(ten_documents, tmp_path, "chars")
     assert plain.validation is None
     assert plain.tokenizer.content_hash() == found.tokenizer.content_hash()
-    with pytest.raises(ConfigError, match=r"data\.validation_source=.* is what is trained on"):
+    with pytest.raises(ConfigError, match=r"data\.validation_source=.* is also a training source"):
         prepare_corpus(ten_documents, tmp_path, "chars", validation_source=ten_documents + "/*.txt")
 
 

@@ -61,7 +61,7 @@ def test_a_report_has_a_table_the_best_and_plots(write_experiment, tmp_path, cap
         "finished",
         *["learning_rate=0.001", "mlp=relu"],
     ]
-    assert "differ by 0.1000; for that to show at 5 %" in out
+    assert "differ by 0.1000; to detect that at the 5 %" in out
     rows = list(csv.DictReader(open(target / "trials.csv")))  # noqa: SIM115
     assert [float(row["validation_loss"]) for row in rows[:7]] == found[:7]
     assert rows[7]["state"] == "non-finite"
@@ -191,7 +191,7 @@ def test_status_and_report_need_the_folder_alone(write_experiment, tmp_path, cap
     plan = read_plan(folder)
     assert [(t.name, t.point, t.cfg) for t in plan.trials] == [tuple(t) for t in trials]
     for arguments, words in (
-        (["report", f"--dir={folder}", "--config.train.seed=1"], "needs the --config"),
+        (["report", f"--dir={folder}", "--config.train.seed=1"], "needs --config"),
         (["run", f"--dir={folder}"], "sweep run needs --config=EXPERIMENT.py\n"),
     ):
         assert main(["sweep", *arguments]) == 2

@@ -233,7 +233,7 @@ def test_only_one_draws_at_a_time(write_experiment, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_real_search_by_the_verbs(write_experiment, tmp_path, capsys, monkeypatch):
+def test_a_real_search_by_the_commands(write_experiment, tmp_path, capsys, monkeypatch):
     patch_mesh(monkeypatch)
     path = write_experiment(f"tpe(log_uniform('{RATE}', 1e-4, 1e-1), 5, reduction=2)")
     folder = tmp_path / "s"
@@ -242,9 +242,9 @@ def test_a_real_search_by_the_verbs(write_experiment, tmp_path, capsys, monkeypa
     out = capsys.readouterr().out
     assert out.startswith(
         "5 trials, chosen as it goes by TPE for the lowest validation_loss; "
-        "ASHA lets 1 in 2 go on from steps 2, 4\n"
+        "ASHA keeps 1 in 2 at steps 2, 4\n"
     )
-    assert "16 random points fit the config" in out
+    assert "16 random points" in out
     assert main(["sweep", "status", *arguments]) == 0
     assert "5 of 5 to be drawn" in capsys.readouterr().out
     assert not folder.exists()
@@ -259,7 +259,7 @@ def test_a_real_search_by_the_verbs(write_experiment, tmp_path, capsys, monkeypa
         assert (steps[-1] == STEPS[-1]) == (state == "finished")
         assert state == "finished" or steps[-1] in STEPS
         message = read_outcome(folder, trial.name)["message"]
-        assert ("is not among the best 1/2 that came so far" in message) == (state == "pruned")
+        assert ("is not among the best 1/2 so far" in message) == (state == "pruned")
     assert main(["sweep", "resume", *arguments]) == 0
     assert capsys.readouterr().out == ""
     assert main(["sweep", "status", *arguments]) == 0
@@ -300,7 +300,7 @@ def test_a_point_that_does_not_fit_is_named_and_not_kept(write_experiment, tmp_p
     wrong = tpe(product(log_uniform(RATE, 1e-4, 1e-1), choice("model.num_heads", 3)), 3)
     bad = Search(tmp_path, search.base, wrong)
     with Claims(tmp_path) as claims:
-        with pytest.raises(ConfigError, match=r"num_heads=3\): model.embed_dim=16 does"):
+        with pytest.raises(ConfigError, match=r"num_heads=3\): model.embed_dim=16 is not"):
             bad.draw(claims)
         assert bad.left() == 3
         assert search.draw(claims)

@@ -100,10 +100,10 @@ def test_dry_run_prints_the_batch_script(experiment, tmp_path, capsys):
     [
         (["--slurm=2", "--slurm_options=partiton=gpu"], "did you mean partition?"),
         (["--slurm=2", "--slurm_options=command=x"], "no option command"),
-        (["--slurm_options=time=1"], "go with --slurm=WORKERS"),
-        (["--dry_run"], "go with --slurm=WORKERS"),
+        (["--slurm_options=time=1"], "need --slurm=WORKERS"),
+        (["--dry_run"], "need --slurm=WORKERS"),
         (["--slurm=-1"], "at least"),
-        (["--slurm=2"], "there is no srun here"),
+        (["--slurm=2"], "srun is not installed"),
     ],
 )
 def test_what_slurm_can_not_do_exits_2(experiment, arguments, words, tmp_path, capsys, monkeypatch):
@@ -155,7 +155,7 @@ def test_a_worker_that_is_preempted_saves_and_goes_on(
         time.sleep(0.02)
     os.kill(int((tmp_path / "pid70").read_text()), signal.SIGTERM)
     assert ends(tmp_path, 3, 400) == ["0 0", "0 75", "1 0"]
-    assert "the same command goes on" in (tmp_path / "log70").read_text()
+    assert "rerun the same command" in (tmp_path / "log70").read_text()
     trials = load_trials(str(experiment), {})
     assert len(trials) == 4
     for trial in trials:

@@ -202,7 +202,7 @@ def test_what_can_not_be_is_refused(spec, words):
 
 
 def test_an_example_longer_than_a_row_says_what_it_needs():
-    with pytest.raises(ConfigError, match=r"takes 32 places, but model.seq_len=31.*seq_len=32"):
+    with pytest.raises(ConfigError, match=r"takes 32 positions, but model.seq_len=31.*seq_len=32"):
         task_rows(open_task("task:copy")[1], 31)
 
 
@@ -211,7 +211,7 @@ def test_words_come_back_and_are_saved(tmp_path):
     ids = tokenizer.encode("1 2 + 3 =")
     assert tokenizer.decode(ids) == "1 2 + 3 ="
     assert tokenizer.token_bytes()[ids].sum() == len("1 2 + 3 = ")
-    with pytest.raises(DataError, match="'x' is no word of this task"):
+    with pytest.raises(DataError, match="'x' is not a word of this task"):
         tokenizer.encode("1 x")
     tokenizer.save(tmp_path)
     loaded = load_tokenizer(tmp_path)

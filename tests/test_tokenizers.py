@@ -221,7 +221,7 @@ def test_sentencepiece_file(tmp_path, subwords):
     loaded = train_tokenizer(f"sentencepiece:{path}", [], 0)
     assert loaded.content_hash() == subwords.content_hash()
     path.write_bytes(b"not a model")
-    with pytest.raises(DataError, match=r"own.model is no SentencePiece model"):
+    with pytest.raises(DataError, match=r"own.model is not a SentencePiece model"):
         train_tokenizer(f"sentencepiece:{path}", [], 0)
     path.unlink()
     with pytest.raises(DataError, match=r"no tokenizer file .*own.model"):

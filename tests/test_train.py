@@ -194,7 +194,7 @@ def test_a_run_goes_on_over_as_many_bad_updates_as_it_may(
     cfg = override_config(cfg, {"optim.max_skipped_steps": "1"})
     why = "its update is not finite" if np.isnan(factor) else "its gradient norm .* is over"
     for _ in range(2):
-        with pytest.raises(NonFiniteError, match=f"step 23: {why}.* update 2 in a row"):
+        with pytest.raises(NonFiniteError, match=f"step 23: {why}.* bad updates in a row: 2"):
             train("other")
         forget(tmp_path / "other", 23)
         assert (tmp_path / "other" / "checkpoints" / "22").exists()
@@ -224,7 +224,7 @@ def test_damaged_notes_block_no_run(small_config, tmp_path, monkeypatch, capsys)
             identity.write_bytes(content)
         assert check_data(run, {"another": "corpus"}, said.append) == {}
         what = "damaged" if content is not None else "missing"
-        assert f"identity.json is {what}: the corpus is not compared" in said[-1]
+        assert f"identity.json is {what}, so the corpus can't be compared" in said[-1]
     assert len(said) == len(IDENTITIES)
     forget(run, 4)
     records.write_bytes(b"7\n" + records.read_bytes().replace(b"{", b"\x80{", 1))

@@ -62,7 +62,7 @@ def points() -> "Points":
     except (OSError, KeyError, ValueError) as error:
         raise DataError(
             f"{path} holds no points ({type(error).__name__}: {error}); name the CSV file of "
-            "Besiroglu et al. by CHINCHILLA_POINTS"
+            "Besiroglu et al. in CHINCHILLA_POINTS"
         ) from error
     kept = np.sort(np.argsort(losses, kind="stable")[:-LEFT_OUT])
     return Points(params[kept], (flops / 6 / params)[kept], losses[kept])

@@ -31,7 +31,7 @@ from nanojaxgpt.sweep.space import Space, choice, zip_
 
 SHAKESPEARE = load_module(str(Path(__file__).parents[1] / "shakespeare_char.py"))
 RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
-FLOOR = 1e-5  # of the learning rate, where every cosine ends
+FINAL_RATE = 1e-5  # of the learning rate, where every cosine ends
 FIGURES = "Wortsman et al. 2023, figures 1 and 2"
 SENSITIVITY = "Wortsman et al. 2023, section 2.2 (LR sensitivity) and figure 1"
 ARMS = {"plain": False, "qk_norm": True}
@@ -57,8 +57,8 @@ def get_config(variant: str = "plain") -> ConfigDict:
 
 
 def rates() -> Space:
-    """Return the paper's learning rates, each with the fraction that ends at the same floor."""
-    fractions = (float(f"{FLOOR / rate:.3g}") for rate in RATES)
+    """Return the paper's learning rates, each with the fraction that ends at the same rate."""
+    fractions = (float(f"{FINAL_RATE / rate:.3g}") for rate in RATES)
     return zip_(choice("optim.learning_rate", *RATES), choice("optim.final_fraction", *fractions))
 
 

@@ -17,14 +17,14 @@ if TYPE_CHECKING:
     from nanojaxgpt.text_stream import TextStream
 
 HELP = {
-    "prompt": "the text to continue; empty: a new document",
-    "stop": "a string to stop before; give it again for more of them, empty for none",
-    "end_ids": "ids to stop at beside the tokenizer's end token, as in 5,6",
+    "prompt": "the text to continue; empty for a new document",
+    "stop": "a string to stop before; repeat the option for several, empty for none",
+    "end_ids": "token ids to stop at, besides the tokenizer's end token, as in 5,6",
 }
 
 
 def sample(arguments: list[str]) -> None:
-    """Print text that a run's checkpoint continues from a prompt, streamed as it is made."""
+    """Generate text from a prompt with a checkpoint of a run, and print it as it is drawn."""
     defaults = config.base_config().sample
     options: dict[str, dict[str, Any]] = {
         name: {"default": None, "help": HELP.get(name, f"overrides the config's sample.{name}")}
@@ -49,7 +49,7 @@ def sample(arguments: list[str]) -> None:
         )
     if unknown := [token for token in how.end_ids if token >= tokenizer.vocab_size]:
         raise ConfigError(
-            f"sample.end_ids holds {unknown[0]}, but the last id is {tokenizer.vocab_size - 1}"
+            f"sample.end_ids contains {unknown[0]}, but the last id is {tokenizer.vocab_size - 1}"
         )
     end_ids = tuple({*how.end_ids, tokenizer.end_id} - {-1})
     import jax
@@ -62,7 +62,7 @@ def sample(arguments: list[str]) -> None:
     mesh, model_cfg = sharding.make_mesh({}, jax.devices()[:1]), ModelConfig(**cfg.model)
     length = min(model_cfg.seq_len, len(prompt) + how.max_tokens)
     cache = memory.cache_bytes(model_cfg, how.num_samples, length)
-    lower = "What lowers it: fewer sample.num_samples, smaller sample.max_tokens"
+    lower = "To use less memory, lower sample.num_samples or sample.max_tokens"
     shown = tokenizer.decode(prompt)
     streams = [TextStream(tokenizer, prompt, how.stop, end_ids) for _ in range(how.num_samples)]
     with memory.explained("sampling", mesh, lambda: lower):
@@ -97,7 +97,7 @@ def read_prompt(tokenizer: "Tokenizer", text: str, default: str) -> list[int]:
             raise
     warn(
         f"the tokenizer can't encode the default prompt, {default!r}: starting from "
-        f"{tokenizer.decode([0])!r}; choose another by --prompt=TEXT"
+        f"{tokenizer.decode([0])!r}; choose another with --prompt=TEXT"
     )
     return [0]
 
@@ -125,4 +125,4 @@ def save_samples(run: Path, samples: list[dict[str, Any]]) -> None:
         with open(run / "samples" / "samples.jsonl", "a") as file:
             file.writelines(json.dumps(sample) + "\n" for sample in samples)
     except OSError as error:
-        warn(f"the samples were not kept in {run}: {error.strerror}")
+        warn(f"can't save the samples in {run}: {error.strerror}")

@@ -78,9 +78,9 @@ def find_loss(tokenizer: Tokenizer) -> str:
         if back != text:
             return f"{text!r} comes back as {back!r}"
         if counted != size:
-            return f"{text!r} has {size} bytes of UTF-8, of which its tokens count {counted}"
+            return f"{text!r} has {size} bytes of UTF-8, but its tokens count {counted}"
         if tokenizer.end_id in ids:
-            return f"{text!r} is read as the token that ends a document"
+            return f"{text!r} is encoded as the end-of-document token"
     return ""
 
 

@@ -84,7 +84,7 @@ def open_data(
     check_data(data)
     if is_task(data):
         task = task_data(data.source)
-        advice = "choose a run on a task of the same words"
+        advice = "choose a run trained on a task with the same words"
         check_inherited(task.tokenizer, inherited, data.source, advice)
         return task
     return text_data(prepare(data, folder, report, inherited), data)
@@ -106,7 +106,7 @@ def check_data(data: DataConfig) -> None:
     mixed = [entry.partition(" ")[2].strip() for entry in data.mixture]
     for name in (data.validation_source, *mixed):
         if name.startswith("task:"):
-            raise ConfigError(f"{name} can only be data.source, alone: it has a split of its own")
+            raise ConfigError(f"{name} must be data.source, on its own: a task has its own split")
     check_sources(data)
 
 
@@ -135,13 +135,13 @@ def open_source(
     if source.startswith("task:"):
         found = task_data(source)
         if found.tokenizer.content_hash() != tokenizer.content_hash():
-            raise DataError(f"{source} has other words than the tokenizer of the model")
+            raise DataError(f"{source} does not have the words of the run's tokenizer")
         return found
     content, lossy = source_identity(source, data), check_exact(tokenizer, data, folder)
     try:
         store = prepare_store(source, content, tokenizer, lossy, data, folder, report)
     except OSError as error:
-        raise DataError(f"can't make the token store below {folder}: {error}") from error
+        raise DataError(f"can't create the token store in {folder}: {error}") from error
     return text_data(Corpus((Part(source, Fraction(1), store),), store), data)
 
 
@@ -180,7 +180,7 @@ def whole_weights(weights: list[Fraction]) -> list[int]:
     whole = [weight // math.gcd(*whole) for weight in whole]
     if sum(whole) > LARGEST_SUM:
         raise ConfigError(
-            f"data.mixture: the weights come to {sum(whole):,} parts; give them fewer digits"
+            f"data.mixture: the weights come to {sum(whole):,} parts; use fewer digits"
         )
     return whole
 
@@ -204,7 +204,9 @@ def open_task(spec: str) -> tuple[str, Task]:
     """Return the name and the task of `task:NAME[,option=value...]`. Raises ConfigError."""
     name, *settings = spec.removeprefix("task:").split(",")
     if name not in TASKS:
-        raise ConfigError(f"{unknown_name('task', name, list(TASKS))}; there is {', '.join(TASKS)}")
+        raise ConfigError(
+            f"{unknown_name('task', name, list(TASKS))}; available: {', '.join(TASKS)}"
+        )
     known = {
         option: parameter.default
         for option, parameter in inspect.signature(TASKS[name]).parameters.items()

@@ -80,7 +80,7 @@ def read_manifest(folder: Path) -> Manifest:
             raise refusal(folder, "manifest.json", f"has format {manifest['format']}, not {FORMAT}")
         if manifest != seal(manifest):
             raise refusal(
-                folder, "manifest.json", "was altered: its content is not that of its hash"
+                folder, "manifest.json", "was altered: its content does not match its hash"
             )
         if problem := contradiction(manifest):
             raise refusal(folder, "manifest.json", f"contradicts itself: {problem}")
@@ -96,7 +96,7 @@ def contradiction(manifest: Manifest) -> str:
     """Return where the numbers and names of a manifest don't agree, or nothing."""
     shards, dtype = manifest["shards"], manifest["dtype"]
     if dtype not in TOKEN_DTYPES:
-        return f"dtype {dtype!r} is none of {', '.join(TOKEN_DTYPES)}"
+        return f"dtype {dtype!r} is not one of {', '.join(TOKEN_DTYPES)}"
     names = [f"{number:05}.tokens" for number in range(len(shards))]
     if not shards or names != [shard["file"] for shard in shards]:
         return "its shards are not numbered from 00000 on"
@@ -122,7 +122,7 @@ def check_files(folder: Path, manifest: Manifest) -> None:
             raise refusal(folder, name, f"has {size:,} bytes instead of {expected['size']:,}")
         found = describe_file(path) if hash_all else dict(edges=edge_hash(path))
         if any(expected[key] != value for key, value in found.items()):
-            raise refusal(folder, name, "was altered: its SHA-256 is not the manifest's")
+            raise refusal(folder, name, "was altered: its SHA-256 does not match the manifest")
 
 
 def read_starts(folder: Path, manifest: Manifest) -> tuple[np.ndarray, np.ndarray]:
@@ -148,6 +148,4 @@ def read_starts(folder: Path, manifest: Manifest) -> tuple[np.ndarray, np.ndarra
 
 def refusal(folder: Path, name: str, what: str) -> DataError:
     """Return the error for a file of the store in `folder`, with what to do about it."""
-    return DataError(
-        f"{folder / name} {what}; delete the folder {folder} so that it is prepared again"
-    )
+    return DataError(f"{folder / name} {what}; delete the folder {folder} to prepare it again")

@@ -115,7 +115,7 @@ def plan_rows(document_starts: np.ndarray, span: Span, seq_len: int) -> Plan:
     """Return how the documents of the span are packed into rows of `seq_len` places.
 
     A document with more targets than that is cut, so that its pieces share one token. In each
-    group of successive pieces the longest come first, and each goes to the first row with room.
+    group of successive pieces the longest come first, and each goes to the first row where it fits.
     """
     start_P, places_P = cut_documents(document_starts, span, seq_len)
     row_P = first_fit(places_P, seq_len)

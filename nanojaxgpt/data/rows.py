@@ -103,7 +103,7 @@ def make_train_rows(sources: tuple[Source, ...], batch_size: int, seed: int) -> 
         if source.rows.count < needed:
             raise DataError(
                 f"the training split of {source.name} fills {source.rows.count:,} sequences, but a "
-                f"batch takes {needed:,}; use more data, or a smaller train.batch_size or "
+                f"batch needs {needed:,}; use more data, or a smaller train.batch_size or "
                 "model.seq_len"
             )
     if len(sources) == 1:

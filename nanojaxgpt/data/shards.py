@@ -31,7 +31,7 @@ SHARD_BYTES = 32 << 20  # of text: a few seconds' work, so that little is lost t
 TOKEN_DTYPES = ("<u2", "<u4")
 EDGE_BYTES = 1 << 16  # of a file's beginning and end, hashed apart to tell large files quickly
 
-UNGUARDED = 'the script that trains does so without `if __name__ == "__main__":`'
+UNGUARDED = 'the training script lacks `if __name__ == "__main__":`'
 
 Shard = tuple[int, list[str]]  # its number and its texts
 
@@ -72,8 +72,8 @@ def write_in_parallel(folder: Path, shards: Iterator[Shard], num_workers: int, l
                 under_way.popleft().result()
         except BrokenProcessPool as error:
             raise OSError(
-                "a process that tokenizes ended suddenly: for want of memory (lower "
-                f"data.num_workers), or since {UNGUARDED}"
+                "a tokenizing process ended suddenly: it ran out of memory (lower "
+                f"data.num_workers), or {UNGUARDED}"
             ) from error
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)

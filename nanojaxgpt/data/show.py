@@ -21,8 +21,8 @@ from nanojaxgpt.data.tokenizers import Tokenizer
 from nanojaxgpt.errors import DataError
 
 LEGEND = """
-A line is a place: segment, position, the token that the model reads -> the target that it must
-say next, and the target's weight in the loss."""
+Each line is a position: segment, position in it, input token -> target token, and the target's
+weight in the loss."""
 
 
 def show_step(
@@ -42,10 +42,10 @@ def show_step(
         table = data.validation(seq_len)
         num_batches, read = make_eval_batches(table, batch_size)
         if step > num_batches:
-            raise DataError(f"the validation split has {num_batches} batches, no number {step}")
+            raise DataError(f"the validation split has only {num_batches} batches, not {step}")
         batch_size = min(batch_size, table.count - (step - 1) * batch_size)  # the last is smaller
     batch = read_batch(read, ramp, step - 1, 0, batch_size)
-    yield f"{split}, step {step}: {batch_size} rows of {seq_len} places"
+    yield f"{split}, step {step}: {batch_size} rows of {seq_len} positions"
     yield from describe(batch)
     for name, count in counts.items():
         yield f"  from {name}: {count} rows"
@@ -87,10 +87,10 @@ def show_row(batch: Batch, row: int, tokenizer: Tokenizer) -> Iterator[str]:
         segment = segment_T[first]
         if not segment:
             scored = int((weight_T[first:last] > 0).sum())
-            yield f"-- row {row}, padding: {last - first} places, {scored} of them scored"
+            yield f"-- row {row}, padding: {last - first} positions, {scored} of them scored"
             continue
         text = show_text(tokenizer, tokens_T[first:last])
-        yield f"-- row {row}, segment {segment}: {last - first} places, {text}"
+        yield f"-- row {row}, segment {segment}: {last - first} positions, {text}"
         for place in range(first, last):
             token = show_token(tokenizer, int(tokens_T[place]))
             target = show_token(tokenizer, int(targets_T[place]))

@@ -38,7 +38,9 @@ from nanojaxgpt.errors import ConfigError, DataError, UserError
 TOKENIZER_FORMAT = 2  # raise it whenever the same corpus would train another tokenizer
 OPEN_SHARDS = 256  # each mapped file costs a descriptor, of which a process often has 1,024
 
-ACCEPT_LOSS = "choose another tokenizer, or accept and count the loss by data.lossy_tokenizer=True"
+ACCEPT_LOSS = (
+    "choose another tokenizer, or accept and count the loss with data.lossy_tokenizer=True"
+)
 
 Span = tuple[int, int]  # token positions [start, stop)
 Report = Callable[[str], object]
@@ -186,8 +188,8 @@ def prepare(
         for (_, source), content in zip(weighted, contents, strict=True):
             if content == held_out:
                 raise ConfigError(
-                    f"data.validation_source={data.validation_source} is what is trained on, "
-                    f"{source}; name another, or split by data.validation_fraction"
+                    f"data.validation_source={data.validation_source} is also a training source, "
+                    f"{source}; name another, or use data.validation_fraction"
                 )
     try:
         tokenizer = inherited or ByteTokenizer()
@@ -211,7 +213,7 @@ def prepare(
         if source := data.validation_source:
             validation = prepared(source, held_out)
     except OSError as error:
-        raise DataError(f"can't make the token store below {cache_dir}: {error}") from error
+        raise DataError(f"can't create the token store in {cache_dir}: {error}") from error
     return Corpus(parts, validation)
 
 
@@ -236,7 +238,7 @@ def check_exact(tokenizer: Tokenizer, data: DataConfig, cache_dir: Path) -> bool
     if loss and not data.lossy_tokenizer:
         name, advice = data.tokenizer or "of init.from_run", ACCEPT_LOSS
         if data.tokenizer in TRAINED:  # by an older version: today's are exact
-            advice = f"delete the folder {cache_dir}/tokenizers so that it is trained again"
+            advice = f"delete the folder {cache_dir}/tokenizers to train it again"
         raise DataError(f"the tokenizer {name} is lossy: {loss}; {advice}")
     return bool(loss)
 
@@ -251,8 +253,8 @@ def check_inherited(
             for one in (inherited, tokenizer)
         )
         raise ConfigError(
-            f"{named} gives another tokenizer ({here}) than the run of init.from_run was trained "
-            f"with ({there}): its embeddings would be read by ids of another meaning; {advice}"
+            f"{named} gives a different tokenizer ({here}) from that of the run in init.from_run "
+            f"({there}), so token ids would select the wrong embeddings; {advice}"
         )
 
 
@@ -313,7 +315,7 @@ def prepare_store(
     store = open_store(folder)
     if any(loss := store.loss()):
         line = (
-            f"{source} loses by its tokenizer: {loss.changed_documents:,} of "
+            f"{source} is altered by its tokenizer: {loss.changed_documents:,} of "
             f"{store.num_documents:,} documents change, {loss.changed_characters:,} characters "
             f"don't come back, {loss.miscounted_bytes:,} bytes are miscounted"
         )
@@ -334,10 +336,10 @@ def making(folder: Path, report: Report) -> Iterator[Path | None]:
         yield None
         return
     if shards.is_starting_worker():  # it would wait for its parent, which waits for it
-        raise DataError(f"nothing is prepared here: {shards.UNGUARDED}")
+        raise DataError(f"can't prepare the data: {shards.UNGUARDED}")
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock_path, unfinished = (folder.with_name(folder.name + e) for e in (".lock", ".unfinished"))
-    with hold_lock(lock_path, f"another process is making {folder}", report):
+    with hold_lock(lock_path, f"another process is preparing {folder}", report):
         if folder.exists():
             yield None
             return

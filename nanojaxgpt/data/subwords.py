@@ -80,7 +80,7 @@ def explain_training(message: str, vocab_size: int) -> str:
     if least := re.search(r"\d+ vs (\d+)", message):
         return (
             f"a SentencePiece vocabulary of {vocab_size} is too small for this corpus, whose "
-            f"characters and bytes take {least[1]}; raise data.tokenizer_vocab_size"
+            f"characters and bytes need {least[1]}; raise data.tokenizer_vocab_size"
         )
     return f"SentencePiece can't train {vocab_size} pieces on this corpus: {message}"
 

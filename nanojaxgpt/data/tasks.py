@@ -253,7 +253,7 @@ def task_rows(task: Task, seq_len: int) -> tuple[Rows, Rows]:
     per_row = seq_len // num_places
     if not per_row:
         raise ConfigError(
-            f"an example of this task takes {num_places} places, but model.seq_len={seq_len}; "
+            f"an example of this task takes {num_places} positions, but model.seq_len={seq_len}; "
             f"set model.seq_len={num_places} or a multiple of it"
         )
 

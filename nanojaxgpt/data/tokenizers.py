@@ -135,7 +135,7 @@ class WordTokenizer:
         except KeyError as error:
             near = " ".join(self.words[:12])
             raise DataError(
-                f"{error} is no word of this task, whose words are {near} ..."
+                f"{error} is not a word of this task; its words are {near} ..."
             ) from None
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
@@ -165,7 +165,7 @@ class SentencePieceTokenizer:
     A long text is cut where that can't change a token: before spaces, if no piece has one after
     another character, and if all scores are whole numbers, as those of merges are: sums of others
     are rounded by how far into a text they are, and decide between near ties.
-    Raises DataError where `model` is no SentencePiece model; `origin` names it.
+    Raises DataError where `model` is not a SentencePiece model; `origin` names it.
     """
 
     kind = "sentencepiece"
@@ -174,7 +174,7 @@ class SentencePieceTokenizer:
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         except RuntimeError as error:
-            raise DataError(f"{origin} is no SentencePiece model") from error
+            raise DataError(f"{origin} is not a SentencePiece model") from error
         self.model = model
         self.vocab_size = self._processor.vocab_size()
         if not self.vocab_size:
@@ -373,7 +373,7 @@ def read_tokenizer(spec: str) -> Tokenizer:
         raise DataError(f"data.tokenizer={spec}: no GPT-2 vocabulary in {path}: {pairs}")
     if kind == "hf" and location:
         return JsonTokenizer(kind, {HF_FILES[0]: read_model(path)}, location)
-    raise ConfigError(f"data.tokenizer={spec!r} is none of {KINDS}")
+    raise ConfigError(f"data.tokenizer={spec!r} must be one of {KINDS}")
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
@@ -396,7 +396,9 @@ def load_tokenizer(folder: Path) -> Tokenizer:
             files = {name: read_model(path.with_name(name)) for name in names}
             tokenizer = JsonTokenizer(kind, files, str(folder))
         else:
-            raise DataError(f"{path}: no tokenizer kind {kind!r}; another version wrote it")
+            raise DataError(
+                f"{path}: no tokenizer kind {kind!r}; the file was written by another version"
+            )
     except OSError as error:
         raise DataError(f"no tokenizer in {folder}: {error.strerror}: {error.filename}") from error
     except (KeyError, TypeError, ValueError) as error:

@@ -48,11 +48,13 @@ def place(coordinator: str, num_processes: int, process_id: int, seconds: float)
         address, count, index, devices = found
     if address is None or count is None or index is None:
         raise ConfigError(
-            "--multihost: this is no TPU pod and no SLURM step; give --coordinator=HOST:PORT, "
-            "--num_processes=N and --process_id=I"
+            "--multihost: this is neither a TPU pod nor a SLURM step; give "
+            "--coordinator=HOST:PORT, --num_processes=N and --process_id=I"
         )
     if not 0 <= index < count:
-        raise ConfigError(f"--process_id={index} is not from 0 to {count - 1}, of {count}")
+        raise ConfigError(
+            f"--process_id={index} must be from 0 to {count - 1}, of {count} processes"
+        )
     return address, count, index, devices
 
 
@@ -148,12 +150,12 @@ def preflight(team: Team, cfg: ConfigDict, run: Path) -> None:
         pass  # told above
     for name, value in said[0]["facts"].items():
         if mine.get(name) != value:
-            problems.append(f"{name} is {mine.get(name)}, and {value} on host 0")
+            problems.append(f"{name} is {mine.get(name)}, but {value} on host 0")
     found = team.gather(problems, "to check its setup")
     probe.unlink(missing_ok=True)
     if any(found):
         lines = [f"  {team.name(i)}: {p}" for i, told in enumerate(found) for p in told]
-        raise ConfigError("the hosts don't fit together:\n" + "\n".join(lines))
+        raise ConfigError("the hosts differ:\n" + "\n".join(lines))
 
 
 def unseen(run: Path, token: str) -> list[str]:

@@ -94,7 +94,7 @@ class Lifeline:
                         self._drop(key.data, "is gone: killed, or its machine is down")
                 for index in [i for i in self.links if self._silent(i)]:
                     selector.unregister(self.links[index])
-                    self._drop(index, f"gave no sign of life for {SILENCE_SECONDS:.0f} s")
+                    self._drop(index, f"sent no heartbeat for {SILENCE_SECONDS:.0f} s")
 
     def _silent(self, index: int) -> bool:
         return time.monotonic() - self.heard[index] > SILENCE_SECONDS
@@ -115,7 +115,7 @@ class Lifeline:
     def _drop(self, index: int, what: str) -> None:
         self.links.pop(index).close()
         if self.stood_still:
-            index, what = self.index, f"stood still for {self.stood_still:.0f} s: others went away"
+            index, what = self.index, f"was suspended for {self.stood_still:.0f} s, and others left"
         if not self.closing and self.ended is None:
             self._on_end(index, {"index": index, "code": INTERNAL, "text": what})
 
@@ -150,7 +150,7 @@ def connect(index: int, count: int, coordinator: str, seconds: float) -> Lifelin
         raise ConfigError(f"--coordinator={coordinator} is not HOST:PORT with a port above 1124")
     address = host.strip("[]"), int(port) + PORT_OFFSET
     deadline = time.monotonic() + seconds
-    meet = _welcome if index == 0 else _knock
+    meet = _welcome if index == 0 else _join
     links, names = meet(index, count, address, deadline, seconds)
     for link in links.values():
         link.settimeout(SILENCE_SECONDS)
@@ -179,14 +179,14 @@ def _welcome(
             except TimeoutError:
                 if time.monotonic() >= deadline:
                     missing = ", ".join(str(i) for i in range(count) if i not in names)
-                    problem = f"of {count} processes, no word from {missing} in {seconds:.0f} s"
+                    problem = f"no answer from process {missing} of {count} in {seconds:.0f} s"
                 continue
             except (OSError, ValueError, KeyError, TypeError):
-                continue  # a stranger at the port
+                continue  # not one of our processes
             if told != count:
                 problem = f"{name} was started as one of {told}, not {count}"
             elif number in names:
-                problem = f"two processes are number {number}: {names[number]}, {name}"
+                problem = f"two processes have --process_id={number}: {names[number]}, {name}"
             names.setdefault(number, name)
             links[number if number not in links else -1] = link  # a double is only answered
     reply = {"problem": problem, "names": [names[i] for i in sorted(names)]}
@@ -197,7 +197,7 @@ def _welcome(
     return links, reply["names"]
 
 
-def _knock(
+def _join(
     index: int, count: int, address: tuple[str, int], deadline: float, seconds: float
 ) -> tuple[dict[int, socket.socket], list[str]]:
     """Find process 0 and wait for its answer."""
@@ -209,7 +209,7 @@ def _knock(
             break
         except OSError as error:
             if time.monotonic() > deadline:
-                raise ConfigError(f"no word from {place} in {seconds:.0f} s ({error})") from None
+                raise ConfigError(f"no answer from {place} in {seconds:.0f} s ({error})") from None
             time.sleep(0.2)
     # Process 0 names whoever is missing: give it the time to.
     link.settimeout(max(deadline - time.monotonic(), 0) + SILENCE_SECONDS)
@@ -217,7 +217,9 @@ def _knock(
         link.sendall(json.dumps(hello).encode() + b"\n")
         reply = json.loads(_read_line(link))
     except (OSError, ValueError):
-        raise ConfigError(f"{place} went away before all had come") from None
+        raise ConfigError(
+            f"{place} closed the connection before all processes had joined"
+        ) from None
     if reply["problem"]:
         raise ConfigError(reply["problem"])
     return {0: link}, reply["names"]

@@ -26,7 +26,7 @@ def keep_freed_memory() -> None:
     except (OSError, AttributeError, TypeError):
         return
     mallopt(M_MMAP_MAX, 0)
-    mallopt(M_ARENA_MAX, 1)  # the arenas of threads have no room for large buffers
+    mallopt(M_ARENA_MAX, 1)  # large buffers do not fit the arenas of threads
     mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
@@ -58,7 +58,7 @@ class StopRequest:
         """Note the signal; raise at once where nothing looks, or where it comes again."""
         again, self.signal = self.signal, number
         if again or not self.deferred:
-            raise self.stopped("stopped before it was saved" if again else "stopped")
+            raise self.stopped("stopped before the step was saved" if again else "stopped")
 
     def stopped(self, message: str) -> Stopped:
         """Return the exception that ends the process with the signal's exit code."""

@@ -34,7 +34,7 @@ class Team:
         return [value]
 
     def next_stop(self, step: int, signal: int) -> int:
-        """Return the signal to stop for after `step`, the same on all; 0: go on.
+        """Return the signal to stop for after `step`, the same on all; 0: continue.
 
         `signal` is what this process was sent, 0 for nothing. A step is asked about once, in
         order.

@@ -1,1 +1,1 @@
-"""In: a config and the name of hardware that is not here. Out: what a training step takes there."""
+"""In: a config and the name of hardware you don't have. Out: what a training step takes there."""

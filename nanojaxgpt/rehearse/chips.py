@@ -97,20 +97,18 @@ def parse_topology(name: str, slices: int = 1) -> Topology:
     Raises ConfigError, with the nearest name where there is one.
     """
     if not name:
-        raise ConfigError(f"name the hardware, --topology=v5e:4x4; the chips: {', '.join(CHIPS)}")
+        raise ConfigError(f"name the hardware, as in --topology=v5e:4x4; chips: {', '.join(CHIPS)}")
     kind, colon, text = name.partition(":")
     if kind not in CHIPS:
         near = difflib.get_close_matches(kind.lower(), CHIPS, 2, 0.4)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(CHIPS)}"
+        hint = f"did you mean {' or '.join(near)}?" if near else f"available: {', '.join(CHIPS)}"
         raise ConfigError(f"--topology={show(name)}: no chip {show(kind)}; {hint}")
     chip = CHIPS[kind]
     dimensions = max(chip.torus, 1)
     parts = text.split("x")
     if not colon or len(parts) != dimensions or not all(map(SIZE.fullmatch, parts)):
         example = {1: "8", 2: "4x4", 3: "4x4x4"}[dimensions]
-        raise ConfigError(
-            f"--topology={show(name)}: write {kind}:{example}, with other sizes if you like"
-        )
+        raise ConfigError(f"--topology={show(name)}: write the sizes as in {kind}:{example}")
     if slices < 1 or (slices > 1 and chip.platform != "tpu"):
-        raise ConfigError(f"--slices={slices}: at least 1, and only TPUs come in slices")
+        raise ConfigError(f"--slices={slices} must be at least 1, and only TPUs have slices")
     return Topology(name, chip, tuple(map(int, parts)), slices)

@@ -122,8 +122,8 @@ def roofline(
 ) -> Roofline:
     """Return the step's bounds on `count` chips.
 
-    Compute has the recomputed FLOPs too, MFU not. Memory is a floor: state and temporaries are
-    read and written once, and each micro-batch reads its weights twice.
+    Compute has the recomputed FLOPs too, MFU not. Memory is a lower bound: state and temporaries
+    are read and written once, and each micro-batch reads its weights twice.
     """
     compute = (model_flops + extra_flops) / count / chip.flops
     item = 2 if cfg.model.compute_dtype == "bfloat16" else 4

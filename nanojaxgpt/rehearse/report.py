@@ -38,7 +38,7 @@ def memory_lines(one: Rehearsal) -> list[str]:
     ]
     lines = ["memory of a device in GiB"]
     lines += [f"  {name:<28}{size / GIB:>9.3f}  {how}" for name, size, how in rows]
-    verdict = "fits" if memory.fits else f"DOES NOT FIT; first {advice(one.cfg, memory)}"
+    verdict = "fits" if memory.fits else f"DOES NOT FIT; try {advice(one.cfg, memory)}"
     share = f"of {memory.available / GIB:.1f}: {verdict}"
     return [*lines, f"  {'total':<28}{memory.total / GIB:>9.3f}  {share}"]
 

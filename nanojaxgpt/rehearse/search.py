@@ -106,8 +106,8 @@ def search(
         raise ConfigError(f"no mesh of {chips} divides the batch and the model")
     if not trials:
         raise MemoryExceeded(
-            f"no mesh of {chips} holds the parameters, gradients and optimizer state: on the best "
-            f"a chip lacks {readable(-max(left for _, left in divided))}"
+            f"no mesh of {chips} holds the parameters, gradients and optimizer state; on the best "
+            f"mesh each chip lacks {readable(-max(left for _, left in divided))}"
         )
     say(f"{len(trials)} meshes hold the state; at most {limit} programs are compiled")
     asked: dict[tuple[str, int], float] = {}

@@ -17,7 +17,7 @@ NO_LIBTPU = f"libtpu is not installed ({INSTALL} compiles for the chip itself)"
 MAX_FAKE_DEVICES = 1024  # XLA's client for CPU takes memory for each: 10,000 x 10,000 took all
 FAKE = (
     "XLA for CPU partitioned the step: parameters and optimizer state are exact, temporaries and "
-    "collectives are what the CPU's compiler makes of it, attention is the plain kernel"
+    "collectives are those of the CPU's compiler, attention is the plain kernel"
 )
 
 
@@ -64,7 +64,7 @@ def open_target(topology: Topology) -> Target:
         return Target(topology, devices, f"{NO_LIBTPU}; {FAKE}")
     if platform == "gpu":
         return Target(topology, devices, f"GPU programs are not compiled; {FAKE}")
-    return Target(topology, devices, "the chip's figures are round ones, of no machine")
+    return Target(topology, devices, "the chip's figures are round numbers, of no real machine")
 
 
 def tpu_devices(topology: Topology) -> tuple[Any, ...]:
@@ -102,5 +102,5 @@ def fake_devices(count: int) -> tuple[Any, ...]:
         pass  # the backend runs already
     devices = jax.devices("cpu")
     if len(devices) < count:
-        raise ConfigError(f"{count} fake devices needed, but {len(devices)} are started already")
+        raise ConfigError(f"{count} fake devices needed, but {len(devices)} have started already")
     return tuple(devices[:count])

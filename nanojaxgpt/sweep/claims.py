@@ -111,8 +111,8 @@ class Claims:
                     path, _ = self.held.get(name, (None, None))
                     if path and newest_claim(self.folder, name) != path:
                         print(
-                            f"error: {name} was taken over while this process stood still; "
-                            "start it again",
+                            f"error: {name} was taken over by another process while this one "
+                            "was suspended; start it again",
                             file=sys.stderr,
                             flush=True,
                         )

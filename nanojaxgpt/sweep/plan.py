@@ -65,7 +65,7 @@ def load_plan(experiment: str, overrides: dict[str, str]) -> Plan:
     if not points:
         raise ConfigError(f"the sweep of {experiment} is an empty space")
     if twice := overrides.keys() & {field for point in points for field in point}:
-        raise ConfigError(f"{', '.join(sorted(twice))} is swept, and set on the command line too")
+        raise ConfigError(f"{', '.join(sorted(twice))} is both swept and set on the command line")
     trials: dict[str, Trial] = {}
     for number, point in enumerate(points, 1):
         try:

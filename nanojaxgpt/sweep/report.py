@@ -115,11 +115,13 @@ def summary(
     if len(groups) > 1 and seeds > 1:
         first, second = groups[:2]
         needed = seeds_needed(first, second)
-        verdict = f"about {needed} seeds each" if needed else "no number of seeds can be told"
+        verdict = (
+            f"about {needed} seeds each" if needed else "the number of seeds can't be estimated"
+        )
         lines += [
             "",
-            f"The first two differ by {abs(first.mean - second.mean):.4f}; for that to show at 5 % "
-            f"with a power of 80 %: {verdict}.",
+            f"The first two differ by {abs(first.mean - second.mean):.4f}; to detect that at the "
+            f"5 % level with a power of 80 %: {verdict}.",
         ]
     return lines
 

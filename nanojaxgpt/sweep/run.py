@@ -24,7 +24,7 @@ MEASURES = {"map": measure_alone, "vmap": measure_together}
 
 
 class Pruned(Exception):
-    """A trial is not worth going on with; the text says why."""
+    """A trial is not worth continuing; the text says why."""
 
 
 class Search(Protocol):
@@ -117,7 +117,7 @@ def run_trials(
     a job raises.
     """
     if search and mode == "vmap":
-        raise ConfigError("tpe trains one trial after another, each by what the others gave: map")
+        raise ConfigError("tpe draws each trial from the results of the others: use --mode=map")
     mode = "map" if search else mode
     with stop_signals() as stop, Claims(folder) as claims:
         sweep, waiting = Sweep(folder, trials, claims, stop, report, search, {}), False

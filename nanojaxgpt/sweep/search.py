@@ -27,7 +27,7 @@ try:
     import optuna
     from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 except ImportError:
-    raise ConfigError("a sweep by tpe needs Optuna: pip install 'nanojaxgpt[sweep]'") from None
+    raise ConfigError("a tpe sweep needs Optuna: pip install 'nanojaxgpt[sweep]'") from None
 from optuna.trial import FrozenTrial, TrialState
 
 DRAWING = "drawing"  # the claim of who draws; trials are named by hashes
@@ -185,7 +185,7 @@ class Search:
             if step < trial.cfg.train.num_steps and own.should_prune():
                 raise Pruned(
                     f"step {step}: {self.tpe.metric} {value:.4f} is not among the best "
-                    f"1/{self.tpe.reduction} that came so far"
+                    f"1/{self.tpe.reduction} so far"
                 )
 
         return look

@@ -79,7 +79,9 @@ def submit_workers(
     try:
         executor = slurm.SlurmExecutor(folder)
     except RuntimeError:
-        raise ConfigError("there is no srun here: submit on the cluster, or --dry_run") from None
+        raise ConfigError(
+            "srun is not installed: submit from the cluster, or use --dry_run"
+        ) from None
     executor.update_parameters(**settings)
     jobs = executor.map_array(Worker.__call__, [Worker(arguments)] * workers)
     job = jobs[0].job_id.split("_")[0]

@@ -113,7 +113,7 @@ def uniform(field: str, low: float, high: float, num: int = 0, whole: bool = Fal
     With `whole` the values are rounded to whole numbers. Raises ConfigError unless low < high.
     """
     if not -math.inf < low < high < math.inf:
-        raise ConfigError(f"{field}: no range from {low} to {high}")
+        raise ConfigError(f"{field}: low={low} must be below high={high}, and both finite")
     return _range(field, Range(low, high, False, whole), num)
 
 
@@ -123,7 +123,9 @@ def log_uniform(field: str, low: float, high: float, num: int = 0, whole: bool =
     The ends are exact; between them a value has six significant digits, which people can type.
     """
     if not 0 < low < high < math.inf:
-        raise ConfigError(f"{field}: no logarithmic range from {low} to {high}")
+        raise ConfigError(
+            f"{field}: low={low} must be above 0 and below high={high}, and both finite"
+        )
     return _range(field, Range(low, high, True, whole), num)
 
 
@@ -192,8 +194,8 @@ def tpe(
     """Return a search over `num` points, each chosen by what those before it gave (by Optuna).
 
     Trials are pruned as they go (ASHA): after 1, `reduction`, `reduction`^2, ... times
-    eval.every_steps one goes on if it is among the best 1 / `reduction` that came so far; 0: all
-    go on. Sources: Bergstra et al. 2011 (TPE), Li et al. 2020 (ASHA). Raises ConfigError.
+    eval.every_steps one continues if it is among the best 1 / `reduction` so far; 0: all
+    continue. Sources: Bergstra et al. 2011 (TPE), Li et al. 2020 (ASHA). Raises ConfigError.
     """
     if num < 1 or reduction == 1 or reduction < 0:
         raise ConfigError(f"tpe of {num} points, reduction {reduction}: at least 1; 0, 2 or more")
@@ -215,7 +217,7 @@ def _range(field: str, numbers: Range, num: int) -> Space:
     def points() -> list[Point]:
         if num < 1:
             raise ConfigError(
-                f"{field} is a range without end: give it num=, or take draws(space, num)"
+                f"{field} is a continuous range: give it num=, or take draws(space, num)"
             )
         return [{field: numbers.value(i / (num - 1) if num > 1 else 0.5)} for i in range(num)]
 

@@ -3,7 +3,7 @@
 The stacked trials are spread over the devices, by the mesh axis `trial` before those of
 `sharding.AXES`: an axis that the config gives a size stays inside each trial, what is left (-1)
 goes to the trials. The results agree with those of the runs alone up to rounding. A trial that
-is no longer finite, or is at its last step, is frozen while its neighbours go on.
+is no longer finite, or is at its last step, is frozen while the others continue.
 """
 
 import functools
@@ -42,7 +42,9 @@ def open_group(cfg: ConfigDict, report: Callable[[str], None]) -> Job:
     sizes = {axis: 1 if size == -1 else size for axis, size in cfg.mesh.items()}
     devices, count = jax.devices(), math.prod(sizes.values())
     if len(devices) % count:
-        raise ConfigError(f"{len(devices)} devices can't be dealt out to trials of {count} each")
+        raise ConfigError(
+            f"{len(devices)} devices can't be divided among trials of {count} devices each"
+        )
     data = prepare_data(cfg, report)
     return make_job(resolve(cfg, data), data, sharding.make_mesh(sizes, devices[:count]))
 
@@ -184,7 +186,7 @@ class Follower:
         ):
             begin_run(job, run, print)
             first = start_state(job, run, print)
-        self.first = jax.device_get(first)  # one device has no room for all of them
+        self.first = jax.device_get(first)  # one device may not hold all of them
         self.start, self.ramp = int(first.step), train_ramp(job.cfg)
         self.writer = metrics.MetricsWriter(run, self.start, job.cfg, warn)
         self.losses = metrics.validation_losses(run)
@@ -211,7 +213,7 @@ class Follower:
             self.close()
         elif skipped:
             with open(self.run / "log.txt", "a") as log:
-                print(f"step {step}: {why}; its update was left out", file=log)
+                print(f"step {step}: {why}; its update was skipped", file=log)
         elif due(step, train.log_every_steps) or step == train.num_steps:
             rows = self.ramp.before(step) - self.ramp.before(self.start + 1)
             rate = rows * self.job.cfg.model.seq_len / max(seconds, 1e-9)
@@ -255,7 +257,7 @@ class Follower:
 def align(jobs: list[Job], runs: list[Path]) -> None:
     """Set aside what was saved after the last step that all have, where batches grow.
 
-    Then all must be at the same step; else each goes on from its own.
+    Then all must be at the same step; else each resumes from its own.
     """
     if train_ramp(jobs[0].cfg).steps:
         saved = [set(checkpoint.saved_steps(run / "checkpoints")) for run in runs]
@@ -266,7 +268,7 @@ def align(jobs: list[Job], runs: list[Path]) -> None:
 def train_together(jobs: list[Job], runs: list[Path], stop: StopRequest) -> list[str]:
     """Train the jobs in their run directories; return why each ended early, "" where it did not.
 
-    Each goes on from its own newest checkpoint. Raises Stopped after a signal, all saved.
+    Each resumes from its own newest checkpoint. Raises Stopped after a signal, all saved.
     """
     first = jobs[0]
     with ExitStack() as owned:
@@ -305,7 +307,9 @@ def train_together(jobs: list[Job], runs: list[Path], stop: StopRequest) -> list
                     take = functools.partial(stack.take, states, index)
                     follower.between(own, take, stopping)
             if stopping:
-                raise stop.stopped("saved what was trained together; the same command goes on")
+                raise stop.stopped(
+                    "saved what was trained together; rerun the same command to resume"
+                )
             if all(follower.ended for follower in followers):
                 break
         return [follower.message for follower in followers]

@@ -25,10 +25,14 @@ MODES = ("map", "vmap", "auto")
 OPTIONS: dict[str, dict[str, Any]] = {
     "config": {"default": "", "help": "the experiment: FILE.py or FILE.py:VARIANT"},
     "dir": {"default": "", "help": "the sweep's folder; default: sweeps/EXPERIMENT"},
-    "workers": {"default": 1, "type": integer(1), "help": "processes side by side; default: 1"},
-    "mode": {"default": "", "choices": ("", *MODES), "help": f"{', '.join(MODES)}; see docs"},
-    "width": {"default": 16, "type": integer(1), "help": "trials in one step of vmap; default: 16"},
-    "metric": {"default": "", "help": "of the report; default: tpe's, or validation_loss"},
+    "workers": {"default": 1, "type": integer(1), "help": "parallel processes; default: 1"},
+    "mode": {
+        "default": "",
+        "choices": ("", *MODES),
+        "help": f"{', '.join(MODES)}; see docs/sweeps.md",
+    },
+    "width": {"default": 16, "type": integer(1), "help": "trials per vmapped step; default: 16"},
+    "metric": {"default": "", "help": "metric of the report; default: tpe's, or validation_loss"},
     "maximize": {"action": "store_true", "help": "the metric is better when larger"},
     "slurm": {"default": 0, "type": integer(0), "help": "workers to submit as a SLURM array"},
     "slurm_options": {"default": "", "help": "partition=gpu,time=240,gpus_per_node=1,..."},
@@ -50,7 +54,7 @@ def sweep(arguments: list[str]) -> None:
         enough = ", or the --dir of a sweep" if parsed.run in READERS else ""
         raise ConfigError(f"sweep {parsed.run} needs --config=EXPERIMENT.py{enough}")
     if stored and parsed.overrides:
-        raise ConfigError("--config.FIELD=VALUE needs the --config that it changes")
+        raise ConfigError("--config.FIELD=VALUE needs --config")
     if not parsed.slurm and (parsed.dry_run or parsed.slurm_options):
         raise ConfigError("--slurm_options and --dry_run need --slurm=WORKERS")
     folder = Path(parsed.dir) if parsed.dir else default_folder(parsed.config)
@@ -86,17 +90,17 @@ def plan_lines(parsed: Any, plan: Plan, folder: Path) -> list[str]:
         every, last = plan.base.eval.every_steps, plan.base.train.num_steps
         rungs = [every * tpe.reduction**rung for rung in range(9)] if tpe.reduction else []
         rungs = [str(step) for step in rungs if 0 < step < last]
-        pruned = f"; ASHA lets 1 in {tpe.reduction} go on from steps {', '.join(rungs)}"
+        pruned = f"; ASHA keeps 1 in {tpe.reduction} at steps {', '.join(rungs)}"
         lines = [
             f"{tpe.num} trials, chosen as it goes by TPE for the "
             f"{'highest' if tpe.maximize else 'lowest'} {tpe.metric}{pruned if rungs else ''}",
             "",
-            f"{len(plan.trials)} random points fit the config; if these were all:",
+            f"{len(plan.trials)} random points as an example, all of them valid:",
             *lines,
         ]
     command = [f"--config={parsed.config}", f"--dir={folder}"]
     command += [f"--config.{field}={text}" for field, text in parsed.overrides.items()]
-    lines += ["", "on as many machines that share the folder as you like:"]
+    lines += ["", "run this on any number of machines that share the folder:"]
     return [*lines, f"  nanojaxgpt sweep run {shlex.join(command)}"]
 
 

@@ -52,7 +52,7 @@ class BadTexts:
 
     def __call__(self, problem: str) -> None:
         if not self.skip:
-            raise DataError(f"{problem}; fix it, or skip such documents by data.bad_text=skip")
+            raise DataError(f"{problem}; fix it, or skip such documents with data.bad_text=skip")
         self.count += 1
         if self.count <= SHOWN:
             self.report(f"skipped: {problem}")
@@ -92,9 +92,9 @@ def choose_field(source: str, field: str, texts: list[str]) -> str:
     """
     choice = field or ("text" if "text" in texts else texts[0] if len(texts) == 1 else "")
     if choice not in texts:
-        problem = f"no text field {field!r}" if field else "no field that must be the text"
+        problem = f"no text field {field!r}" if field else "no single text field"
         raise ConfigError(
-            f"{source}: {problem}; choose by #FIELD: {', '.join(texts) or 'it has none'}"
+            f"{source}: {problem}; choose one with #FIELD: {', '.join(texts) or 'there is none'}"
         )
     return choice
 
@@ -107,6 +107,6 @@ def check_text(name: str, value: object, refuse: Refuse) -> str:
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        refuse(f"{name} holds half a surrogate pair, U+{ord(value[error.start]):04X}")
+        refuse(f"{name} holds an unpaired surrogate, U+{ord(value[error.start]):04X}")
         return ""
     return value

@@ -91,7 +91,7 @@ def download(url: str, target: Path, sha256: str) -> None:
         size = partial.stat().st_size
         if size <= furthest:  # nothing new has come
             raise DataError(
-                f"{url} broke off after {size:,} bytes ({problem}); repeat the command to resume"
+                f"{url} broke off after {size:,} bytes ({problem}); rerun the command to resume"
             )
         furthest = size
         say(f"{url} broke off after {size:,} bytes ({problem}); resuming")
@@ -106,7 +106,7 @@ def download(url: str, target: Path, sha256: str) -> None:
     size = partial.stat().st_size
     partial.replace(target)
     validator_path(partial).unlink(missing_ok=True)
-    hint = "" if sha256 else f"; to have it checked from now on, set data.sha256={digest}"
+    hint = "" if sha256 else f"; to check it from now on, set data.sha256={digest}"
     say(f"downloaded {url}: {size:,} bytes, {target}{hint}")
 
 
@@ -154,7 +154,7 @@ def receive(url: str, partial: Path, sha256: str) -> str:
         check_url(response.url, sha256)  # it may have been redirected
         begin, total = extent(response)
         if begin not in (0, start):
-            return f"the server sent bytes from {begin:,} where {start:,} was asked for"
+            return f"the server sent bytes from {begin:,} where {start:,} was requested"
         write_validator(tag, response)
         with (
             open(partial, "ab" if begin else "wb") as file,
@@ -262,7 +262,7 @@ def reason_of(error: Exception) -> str:
     """Return in words what went wrong with a connection."""
     cause = error.reason if isinstance(error, urllib.error.URLError) else error
     if isinstance(cause, TimeoutError):
-        return str(cause) if "answer" in str(cause) else f"nothing came for {SECONDS:.0f} s"
+        return str(cause) if "answer" in str(cause) else f"no data came for {SECONDS:.0f} s"
     text = cause.strerror if isinstance(cause, OSError) else str(cause)
     return text or type(cause).__name__
 

@@ -226,9 +226,7 @@ def missing_files(kind: str, path: epath.Path, endings: tuple[str, ...]) -> str:
     """Return the sentence for a path that holds no text."""
     if path.is_dir():
         wanted = ", ".join(f"*{ending}" for ending in endings)
-        return (
-            f"{path} holds no {wanted} file; name a glob for other endings, {kind}:{path}/**/*.md"
-        )
+        return f"{path} holds no {wanted} file; use a glob for other endings, {kind}:{path}/**/*.md"
     if path.name == "tinyshakespeare.txt":
         return (
             f"no file {path}; it is Tiny Shakespeare, 1,115,394 bytes, from the char-rnn "

@@ -104,7 +104,7 @@ def open_dataset(location: str, data: DataConfig) -> Prepared:
         builder.info.splits[split]
     except (KeyError, ValueError) as error:
         known = ", ".join(builder.info.splits)
-        raise ConfigError(f"tfds:{location}: no split {split!r}; there is {known}") from error
+        raise ConfigError(f"tfds:{location}: no split {split!r}; available: {known}") from error
     features: Any = builder.info.features
     texts = [k for k, kind in features.items() if isinstance(kind, tfds.features.Text)]
     return Prepared(builder, split, choose_field(f"tfds:{location}", field, texts))
@@ -121,12 +121,12 @@ def find_prepared(
         if len(configs) > 1:
             names = ", ".join(sorted(path.name for path in configs))
             raise ConfigError(
-                f"tfds:{location}: which config? there is {names}, tfds:{name}/CONFIG"
+                f"tfds:{location}: name a config, tfds:{name}/CONFIG; available: {names}"
             )
         found = versions(configs[0]) if configs else {}
     chosen = found.get(version) if version else found[max(found, key=as_numbers)] if found else None
     if not chosen:
-        here = f"; there is version {', '.join(sorted(found))}" if found else ""
+        here = f"; available versions: {', '.join(sorted(found))}" if found else ""
         raise DataError(
             f"no prepared dataset {base}{f'/{version}' if version else ''}{here}; "
             + how_to_prepare(location)
@@ -152,10 +152,10 @@ def how_to_prepare(location: str) -> str:
     parts = NAME.fullmatch(location)
     name, config = (parts[1], parts[2]) if parts else (location, "")
     if name in OWN_BUILDERS:
-        return "set data.manual_dir to the folder of your text files, and it is made from them"
+        return "set data.manual_dir to the folder of your text files to build it from them"
     full = f"{name}/{config}" if config else name
     return (
-        "nothing is downloaded here. On a machine with a network run\n"
+        "datasets are not downloaded automatically. On a machine with network access, run\n"
         f'  python -c "import tensorflow_datasets as tfds, tensorflow_datasets.text.{name}; '
         f"tfds.builder('{full}', file_format='array_record').download_and_prepare()\"\n"
         "and set data.tfds_dir to the folder that this fills (~/tensorflow_datasets)"
