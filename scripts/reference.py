@@ -29,9 +29,9 @@ Every field of an experiment, with its default. Set a field in an experiment fil
 (`cfg.optim.learning_rate = 3e-4`) or on the command line (`--config.optim.learning_rate=3e-4`).
 `0` and `""` turn a feature off or select a default, as the last column says.
 
-Fields marked "yes" under "resume" may change when a run is resumed; so may `train.num_steps`, if the
-schedule allows it ([Longer runs](optimizers.md#longer-runs-and-branches)). A change of any other field
-makes a different run, which needs a new `--run`.
+Fields marked "yes" under "resume" may change when a run is resumed; so may `train.num_steps`, if
+the schedule allows it ([Longer runs](optimizers.md#longer-runs-and-branches)). A change of any
+other field makes a different run, which needs a new `--run`.
 """
 BEGIN = "<!-- Written by scripts/reference.py from nanojaxgpt/names.py. -->"
 END = "<!-- Until here. -->"
