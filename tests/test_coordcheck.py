@@ -38,9 +38,9 @@ def test_widths_keep_the_shape_of_a_head(small_config):
         4,
         16,
     )
-    with pytest.raises(ConfigError, match="heads of 4"):
+    with pytest.raises(ConfigError, match="not divisible by the head size, 4"):
         widened(cfg, 30, 0)
-    with pytest.raises(ConfigError, match="groups of 2"):
+    with pytest.raises(ConfigError, match="not divisible by the group size, 2"):
         widened(cfg, 12, 0)
     with pytest.raises(ConfigError, match="two widths"):
         check_coordinates(cfg, (64,), 1)
