@@ -385,8 +385,13 @@ def from_json(text: str, origin: str = "config.json") -> ConfigDict:
 
 
 def config_hash(cfg: ConfigDict) -> str:
-    """Return 16 hex digits that name the resolved config."""
-    text = json.dumps(cfg.to_dict(), sort_keys=True)
+    """Return 16 hex digits that name what a resolved config changes of the defaults.
+
+    So a sweep's trials keep their names when a later version has more fields.
+    """
+    defaults = dict(fields(base_config()))
+    changed = {name: value for name, value in fields(cfg) if value != defaults[name]}
+    text = json.dumps(changed, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -295,6 +295,17 @@ def test_json_brings_everything_back():
         back.train.sed = 6
 
 
+def test_a_new_field_with_a_default_leaves_the_names_of_configs_alone(monkeypatch):
+    cfg, later = (override_config(base_config(), {"train.num_steps": "7"}) for _ in range(2))
+    named, defaults = config.config_hash(cfg), base_config().unlock()
+    for extended in (defaults, later.unlock()):
+        extended.train.new_field = 3
+    monkeypatch.setattr(config, "base_config", lambda: defaults)
+    assert config.config_hash(later) == named
+    later.train.new_field = 4
+    assert config.config_hash(later) != named
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [

@@ -8,6 +8,7 @@ from nanojaxgpt.coordcheck import check_coordinates, save, slope, table, widened
 from nanojaxgpt.errors import ConfigError
 
 
+@pytest.mark.slow
 def test_activations_stay_with_the_width_under_mup_alone(small_config, tmp_path):
     cfg = small_config(**{
         "model.num_heads": "4", "model.num_kv_heads": "2", "optim.schedule": "constant",

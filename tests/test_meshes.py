@@ -46,7 +46,7 @@ def cfg(small_config):
 
 
 # Mesh sizes over 8 devices, and what else may not change a step: accumulation_steps, remat,
-# unroll, loss_chunks. Each size of each axis and each option comes up; `-m slow` tries all sizes.
+# unroll, loss_chunks. Each size of each axis and each option comes up; `-m exhaustive` tries all.
 OPTIONS = [(1, "none", 1, 1), (2, "none", 0, 4), (1, "full", 1, 2), (2, "dots", 1, 1)]
 SIZES = [
     dict(slice=2, data=4), dict(fsdp=8), dict(tensor=8), dict(sequence=4, tensor=2),
@@ -116,9 +116,12 @@ def plain_steps():
 
 @pytest.mark.parametrize(
     ("sizes", "options"),
-    [(sizes, OPTIONS[i % len(OPTIONS)]) for i, sizes in enumerate(SIZES)]
+    [
+        pytest.param(sizes, OPTIONS[i % len(OPTIONS)], marks=[pytest.mark.slow] * (i > 2))
+        for i, sizes in enumerate(SIZES)
+    ]
     + [
-        pytest.param(sizes, options, marks=pytest.mark.slow)
+        pytest.param(sizes, options, marks=pytest.mark.exhaustive)
         for sizes in ALL_SIZES
         for options in OPTIONS
     ],

@@ -169,6 +169,7 @@ def test_one_process_goes_on_as_two(start, one, tmp_path):
     assert_same(run, one)
 
 
+@pytest.mark.slow
 def test_four_processes_with_axes_across_them_go_on_as_two(start, tmp_path):
     """fsdp and tensor both span processes of one device; 16 ids, so that tensor divides them."""
     shape = ["--config.model.vocab_size=16", "--config.mesh.data=1", "--config.mesh.tensor=2"]

@@ -157,7 +157,7 @@ def test_terminated_before_the_first_step(place, start, tmp_path):
     assert process.returncode == PREEMPTED, output
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("seed", range(6))
 def test_killed_at_random_moments(seed, start, uninterrupted, tmp_path):
     run, chance, kills = tmp_path / "run", random.Random(seed), 0

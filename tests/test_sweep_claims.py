@@ -192,6 +192,7 @@ def stop_at(folder, processes, step, index, number) -> str:
     return process.communicate(timeout=300)[0]
 
 
+@pytest.mark.slow
 def test_two_at_once_one_killed_one_stopped_then_resumed(launch, tmp_path):
     experiment, begin = launch
     rng, total = random.Random(), NUM_TRIALS * NUM_STEPS
@@ -218,7 +219,7 @@ def test_the_launcher_stops_its_workers(launch, tmp_path):
     assert_each_done_once(experiment, tmp_path, outputs)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_two_launchers_one_killed_at_twenty_moments(launch, tmp_path):
     experiment, begin = launch
     rng = random.Random(0)

@@ -232,6 +232,7 @@ def test_only_one_draws_at_a_time(write_experiment, tmp_path):
     assert len(search.trials()) == 2
 
 
+@pytest.mark.slow
 def test_a_real_search_by_the_commands(write_experiment, tmp_path, capsys, monkeypatch):
     patch_mesh(monkeypatch)
     path = write_experiment(f"tpe(log_uniform('{RATE}', 1e-4, 1e-1), 5, reduction=2)")
@@ -323,7 +324,7 @@ def test_a_space_that_has_changed_is_told(write_experiment, tmp_path):
             open_search(path, tmp_path).draw(claims)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_two_workers_killed_at_random_moments(write_experiment, tmp_path):
     path = write_experiment(f"tpe(log_uniform('{RATE}', 1e-4, 1e-1), {NUM}, reduction=2)")
     command = [sys.executable, "-m", "nanojaxgpt", "sweep", "run", f"--config={path}"]

@@ -160,7 +160,7 @@ def share_programs(cfg, monkeypatch, devices=1, sizes=None, loss_fn=None):
     return job
 
 
-@pytest.mark.parametrize("factor", [np.nan, 1e3])
+@pytest.mark.parametrize("factor", [np.nan, pytest.param(1e3, marks=pytest.mark.slow)])
 def test_a_run_goes_on_over_as_many_bad_updates_as_it_may(
     factor, small_config, tmp_path, monkeypatch
 ):
@@ -275,9 +275,12 @@ CASES = {name: {"optim.optimizer": name} for name in OPTIMIZERS}
 CASES["sgd"] |= {"optim.learning_rate": "0.1"}
 CASES["schedule_free"] |= {"optim.schedule": "constant"}
 CASES["adamw, averaged"] = {"optim.ema_decay": "0.8"}
+QUICK = ("adamw", "muon")
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=[pytest.mark.slow] * (c not in QUICK)) for c in CASES]
+)
 def test_every_optimizer_learns_resumes_bit_for_bit_and_shards(
     case, small_config, tmp_path, monkeypatch
 ):
@@ -374,6 +377,7 @@ def test_a_run_starts_from_another_runs_parameters(cfg, tmp_path):
     def quiet(config, run):
         return fit(config, tmp_path / run, report=lambda _: None)
 
+    cfg = override_config(cfg, {"mesh.data": "1", "train.num_steps": "2"})
     first = quiet(cfg, "first")
     other = cfg.copy_and_resolve_references().unlock()
     other.init.from_run = str(tmp_path / "first")
