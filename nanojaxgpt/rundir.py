@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from nanojaxgpt import config, console, horizon
 from nanojaxgpt.checks import show
 from nanojaxgpt.errors import CheckpointError, ConfigError, DataError, UserError, why
+from nanojaxgpt.regular import read_regular
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "ml-collections", "numpy")
 STEP = re.compile("0|[1-9][0-9]{0,9}")  # the name of a checkpoint's folder
@@ -212,7 +213,7 @@ def read_identity(
     path = Path(run) / "identity.json"
     skipped = f"so {subject} can't be compared with the run's"
     try:
-        old = json.loads(path.read_bytes())
+        old = json.loads(read_regular(path))
         if isinstance(old["data"], dict):
             return old
     except FileNotFoundError:

@@ -1,6 +1,7 @@
 """Every tokenizer gives back the text it took, and counts its bytes."""
 
 import json
+import os
 import subprocess
 import sys
 from itertools import islice
@@ -206,6 +207,16 @@ def test_saved_tokenizer_is_the_same(spec, tmp_path, corpus, subwords, gpt2, qwe
     assert loaded.content_hash() == tokenizer.content_hash()
     assert (loaded.vocab_size, loaded.end_id) == (tokenizer.vocab_size, tokenizer.end_id)
     np.testing.assert_array_equal(loaded.encode(corpus[1]), tokenizer.encode(corpus[1]))
+
+
+def test_devices_and_pipes_are_not_read(tmp_path):
+    pipe = tmp_path / "tokenizer.json"
+    os.mkfifo(pipe)
+    for spec in ("hf:/dev/null", "sentencepiece:/dev/null", f"hf:{pipe}", f"sentencepiece:{pipe}"):
+        with pytest.raises(DataError, match="it is a device, a pipe or a socket"):
+            read_tokenizer(spec)
+    with pytest.raises(DataError, match="it is a device, a pipe or a socket"):
+        load_tokenizer(tmp_path)
 
 
 def test_tokenizers_have_different_hashes(subwords):

@@ -17,6 +17,7 @@ import sentencepiece
 
 from nanojaxgpt.data.subwords import SPACE_MARK, cut_after_letters, may_cut, train_sentencepiece
 from nanojaxgpt.errors import ConfigError, DataError
+from nanojaxgpt.regular import read_regular
 
 KINDS = (
     "bytes, chars, sentencepiece, sentencepiece-unigram, sentencepiece:FILE, gpt2:FOLDER, hf:FILE"
@@ -380,7 +381,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     """Return the tokenizer saved in `folder`. Raises DataError: missing, altered or unknown."""
     path = Path(folder) / "tokenizer.json"
     try:
-        description = json.loads(path.read_text(encoding="utf-8"))
+        description = json.loads(read_regular(path))
         kind, content_hash = description["kind"], description["hash"]
         if kind == "bytes":
             tokenizer: Tokenizer = ByteTokenizer()
@@ -401,7 +402,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
             )
     except OSError as error:
         raise DataError(f"no tokenizer in {folder}: {error.strerror}: {error.filename}") from error
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise DataError(f"{path} is not a tokenizer's description: {error!r}") from error
     if tokenizer.content_hash() != content_hash:
         raise DataError(f"the tokenizer in {folder} is not the one that was saved there")
@@ -416,7 +417,7 @@ def code_points(text: str) -> np.ndarray:
 def read_model(path: Path) -> bytes:
     """Return the bytes of a tokenizer's file. Raises DataError where there is none."""
     try:
-        return path.read_bytes()
+        return read_regular(path)
     except OSError as error:
         raise DataError(f"no tokenizer file {path}: {error.strerror}") from error
 

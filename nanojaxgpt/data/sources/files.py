@@ -10,9 +10,7 @@ import hashlib
 import importlib
 import io
 import json
-import os
 import re
-import stat
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +19,7 @@ from typing import IO, Any
 
 from etils import epath
 
+from nanojaxgpt import regular
 from nanojaxgpt.checks import show
 from nanojaxgpt.data.sources.documents import (
     DataConfig,
@@ -153,19 +152,17 @@ def check_location(kind: str, location: str) -> None:
         raise ConfigError(f"data.source={kind}: needs a path: {kind}:FILE, {kind}:FOLDER or a glob")
     if "://" in path or WILDCARD.search(path):
         return
-    check_regular(epath.Path(path).expanduser())
+    check_local(epath.Path(path).expanduser())
 
 
-def check_regular(path: epath.Path) -> None:
+def check_local(path: epath.Path) -> None:
     """Raise DataError where a local path is missing, or a device or a pipe, which may never end."""
     try:
-        mode = os.stat(path).st_mode
+        regular.check_regular(path)
     except FileNotFoundError:
         raise DataError(missing_files("text", path, TEXT_ENDINGS)) from None
     except OSError as error:
         raise DataError(f"{show(str(path))} can't be read: {error.strerror}") from error
-    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
-        raise DataError(f"{path} is a device, a pipe or a socket, not a file")
 
 
 def find_files(kind: str, location: str, endings: tuple[str, ...]) -> list[tuple[str, epath.Path]]:
@@ -191,7 +188,7 @@ def find_files(kind: str, location: str, endings: tuple[str, ...]) -> list[tuple
         raise DataError(missing_files(kind, path, endings))
     if "://" not in location:
         for found in paths:
-            check_regular(found)
+            check_local(found)
     levels = zip(*(p.parent.parts for p in paths), strict=False)
     shared = len([*takewhile(lambda names: len(set(names)) == 1, levels)])
     return sorted(("/".join(p.parts[shared:]), p) for p in paths)
