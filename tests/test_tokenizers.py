@@ -219,6 +219,27 @@ def test_devices_and_pipes_are_not_read(tmp_path):
         load_tokenizer(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("vocabulary", "words"), [({}, "has no tokens"), ({"a": 2**32 - 1}, "has the id 4,294,967,295")]
+)
+def test_a_vocabulary_that_no_model_can_have_is_refused(vocabulary, words, tmp_path):
+    model = {"type": "BPE", "vocab": vocabulary, "merges": []}
+    (tmp_path / "t.json").write_text(json.dumps({"model": model}))
+    (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
+    (tmp_path / "merges.txt").write_text("")
+    for spec in (f"hf:{tmp_path}/t.json", f"gpt2:{tmp_path}"):
+        with pytest.raises(DataError, match=f"as a tokenizer: its vocabulary {words}"):
+            read_tokenizer(spec)
+
+
+def test_an_old_file_without_the_models_type_is_read(tmp_path):
+    model = {"vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b"]}
+    for number, more in enumerate(({}, {"type": "BPE"})):
+        path = tmp_path / f"{number}.json"
+        path.write_text(json.dumps({"model": more | model}))
+        assert read_tokenizer(f"hf:{path}").encode("aba").tolist() == [2, 0]
+
+
 def test_tokenizers_have_different_hashes(subwords):
     both = [train_tokenizer("chars", [text], 0) for text in ("ab", "abc")]
     hashes = {t.content_hash() for t in (*both, subwords, train_tokenizer("bytes", [], 0))}
