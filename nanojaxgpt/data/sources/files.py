@@ -12,7 +12,7 @@ import io
 import json
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import takewhile
 from typing import IO, Any
@@ -32,6 +32,7 @@ from nanojaxgpt.errors import ConfigError, DataError
 
 TEXT_ENDINGS = (".txt",)
 JSON_ENDINGS = (".jsonl", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst")
+BUCKETS = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs", "hf": "huggingface_hub"}  # {scheme: package}
 MISSING = object()
 WILDCARD = re.compile(r"[*?[]")
 JSON_KINDS = {list: "an array", str: "a string", int: "a number", float: "a number",
@@ -146,13 +147,24 @@ def split_field(location: str, default: str) -> tuple[str, str]:
 
 
 def check_location(kind: str, location: str) -> None:
-    """Raise ConfigError or DataError where a local path is not there or is no file or folder."""
+    """Raise ConfigError for an unknown scheme, DataError where a local path can't be read."""
     path = split_field(location, "")[0] if kind in ("jsonl", "parquet") else location
     if not path:
         raise ConfigError(f"data.source={kind}: needs a path: {kind}:FILE, {kind}:FOLDER or a glob")
+    check_scheme(f"data.source={kind}:{path}", path, ("https", "http", *BUCKETS))
     if "://" in path or WILDCARD.search(path):
         return
     check_local(epath.Path(path).expanduser())
+
+
+def check_scheme(setting: str, path: str, known: Iterable[str] = BUCKETS) -> None:
+    """Raise ConfigError, naming the setting, where `path` has a scheme that can't be opened."""
+    scheme, separator, _ = path.partition("://")
+    if separator and scheme not in BUCKETS:
+        names = ", ".join(f"{name}://" for name in known)
+        raise ConfigError(
+            f"{setting}: no scheme {show(scheme)}; known: {names}; write a local path without one"
+        )
 
 
 def check_local(path: epath.Path) -> None:
@@ -180,7 +192,7 @@ def find_files(kind: str, location: str, endings: tuple[str, ...]) -> list[tuple
             paths = list(walk(epath.Path(*path.parts[:plain]), list(path.parts[plain:])))
     except ImportError as error:
         scheme = location.partition(":")[0]
-        package = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs"}.get(scheme, "fsspec")
+        package = BUCKETS.get(scheme, "fsspec")
         raise DataError(f"{location} needs the package {package}: pip install {package}") from error
     except Exception as error:  # each kind of bucket has its own errors for a missing right
         raise DataError(f"{location} can't be read: {type(error).__name__}: {error}") from error
