@@ -268,6 +268,9 @@ def test_fields_within_fields(tmp_path):
     [
         (b'{"text": ', ":2 is not JSON"),
         (b'{"text": "\xe9"}', ":2 is not UTF-8"),
+        (b"[", ":2 is not JSON: it begins an array.*one object per line"),
+        (b'[{"text": "a"},', ":2 is not JSON: it begins an array"),
+        (b"{", ":2 is not JSON: it begins an object.*one object per line"),
         (b'["text"]', ":2 holds an array, not an object"),
         (b"[" * 5000, ":2 is not JSON"),
         (bytes(9), ":2 is not JSON: it holds NUL bytes"),

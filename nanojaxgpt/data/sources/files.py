@@ -84,6 +84,7 @@ def read_jsonl(location: str, data: DataConfig, refuse: Refuse) -> Iterator[Docu
     `a.b` is the field b of the object a. Blank lines and empty texts are passed over.
     """
     location, field = split_field(location, "text")
+    advice = f'write one object per line, as in {{"{field}": "..."}}'
     for name, path in find_files("jsonl", location, JSON_ENDINGS):
         for number, line in read_lines(path, refuse):
             if not line.strip():
@@ -95,14 +96,15 @@ def read_jsonl(location: str, data: DataConfig, refuse: Refuse) -> Iterator[Docu
                 continue
             except (ValueError, RecursionError) as error:
                 reason = likely_format(line) or error
+                if line.lstrip().startswith(b"["):
+                    reason = f"it begins an array; {advice}"
+                elif line.strip() == b"{":
+                    reason = f"it begins an object of several lines; {advice}"
                 refuse(f"{path}:{number} is not JSON: {reason}")
                 continue
             if not isinstance(record, dict):
                 kind = JSON_KINDS[type(record)]
-                refuse(
-                    f"{path}:{number} holds {kind}, not an object; write one object per line, "
-                    f'as in {{"{field}": "..."}}'
-                )
+                refuse(f"{path}:{number} holds {kind}, not an object; {advice}")
                 continue
             value = find_field(record, field, MISSING)
             if value is MISSING:
