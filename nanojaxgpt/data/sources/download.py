@@ -228,7 +228,10 @@ def open_url(request: urllib.request.Request) -> HTTPResponse:
     try:
         answer = answers.get(timeout=SECONDS)
     except queue.Empty:
-        raise TimeoutError(f"no answer within {SECONDS:.0f} s") from None
+        answer = TimeoutError()
+    # The connection's own timeout may come first.
+    if isinstance(getattr(answer, "reason", answer), TimeoutError):
+        raise TimeoutError(f"no answer within {SECONDS:.0f} s")
     if isinstance(answer, Exception):
         raise answer
     return answer
