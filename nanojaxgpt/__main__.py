@@ -121,7 +121,7 @@ def prepare(arguments: list[str]) -> None:
         warn(line)
 
     run = Path(parsed.run) if parsed.run else None
-    inherited = inherited_tokenizer(cfg, run)
+    inherited = inherited_tokenizer(cfg, warn, run)
     corpus = store.prepare(DataConfig(**cfg.data), config.cache_dir(cfg), report, inherited)
     print_table(store.describe(corpus))
     if not said:
@@ -250,14 +250,13 @@ def evaluate(arguments: list[str]) -> None:
 
 def open_other_data(cfg: Any, parsed: Any) -> tuple[Any, Any]:
     """Return the config and the data to evaluate the source --data of `eval` on, all of it."""
-    from nanojaxgpt.data.loader import open_source
+    from nanojaxgpt.data.loader import load_run_tokenizer, open_source
     from nanojaxgpt.data.sources import DataConfig
-    from nanojaxgpt.data.tokenizers import load_tokenizer
 
     # What the run's config says of its own source: which hash it has, how much is looked at.
     own = {"data.sha256": "", "eval.num_batches": "0"}
     cfg = config.override_config(cfg, own | parsed.overrides)
-    tokenizer = load_tokenizer(Path(parsed.run) / "tokenizer")
+    tokenizer = load_run_tokenizer(Path(parsed.run), warn)
     data = DataConfig(**cfg.data)
     return cfg, open_source(parsed.data, tokenizer, data, config.cache_dir(cfg), warn)
 

@@ -20,6 +20,10 @@ def read_metrics(run: Path, report: Callable[[str], None] | None = None) -> list
     `report` is told how many were damaged; a last line torn by a crash does not count.
     """
     path, records, damaged = Path(run) / "metrics.jsonl", [], 0
+    if path.exists() and not path.is_file():
+        if report:
+            report(f"WARNING: {path} is damaged and was skipped: it is not a regular file")
+        return []
     content = path.read_bytes() if path.exists() else b""
     *lines, last = content.split(b"\n")
     for line in lines:

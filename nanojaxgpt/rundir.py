@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from nanojaxgpt import config, console, horizon
 from nanojaxgpt.checks import show
 from nanojaxgpt.errors import CheckpointError, ConfigError, DataError, UserError, why
+from nanojaxgpt.regular import read_regular
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "ml-collections", "numpy")
 STEP = re.compile("0|[1-9][0-9]{0,9}")  # the name of a checkpoint's folder
@@ -192,21 +193,34 @@ def check_data(
 
     {} where there is none; where it can't be read, so that nothing is compared, `report` says so.
     """
-    path = Path(run) / "identity.json"
-    try:
-        old = json.loads(path.read_bytes())
-        known = old["data"]
-    except FileNotFoundError:
-        if saved_steps(Path(run) / "checkpoints"):
-            report(f"WARNING: {path} is missing, so the corpus can't be compared with the run's")
-        return {}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        report(f"WARNING: {path} is damaged, so the corpus can't be compared with the run's")
-        return {}
-    if known != data:
+    old = read_identity(run, "the corpus", report)
+    if old and old["data"] != data:
         raise DataError(
             f"the corpus or its tokenizer is not what {run} was trained on:\n"
-            f"  there {known}\n  here  {data}\n"
+            f"  there {old['data']}\n  here  {data}\n"
             "restore the old corpus, or choose another --run"
         )
     return old
+
+
+def read_identity(
+    run: Path, subject: str, report: Callable[[str], object] = console.warn
+) -> dict[str, Any]:
+    """Return the run's identity.json, or {} where it is missing or damaged.
+
+    Then `report` is told that `subject` can't be compared, unless the run has only begun.
+    """
+    path = Path(run) / "identity.json"
+    skipped = f"so {subject} can't be compared with the run's"
+    try:
+        old = json.loads(read_regular(path))
+        if isinstance(old["data"], dict):
+            return old
+    except FileNotFoundError:
+        if saved_steps(Path(run) / "checkpoints"):
+            report(f"WARNING: {path} is missing, {skipped}")
+        return {}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        pass
+    report(f"WARNING: {path} is damaged, {skipped}")
+    return {}

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, Protocol
 from nanojaxgpt import rundir
 from nanojaxgpt.errors import ConfigError
 from nanojaxgpt.hosts import process
+from nanojaxgpt.regular import read_regular
 
 QUEUE_RECORDS = 1000
 CLOSE_SECONDS = 30.0  # for all trackers together, to send what they still hold
@@ -162,10 +163,10 @@ def tracking_id(run: Path) -> str:
     """Return the name of this run at its trackers, made and kept in trackers.json if new."""
     path = run / "trackers.json"
     try:
-        found = json.loads(path.read_bytes())["id"]
+        found = json.loads(read_regular(path))["id"]
         if isinstance(found, str) and found.isalnum():
             return found
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         pass  # new, or damaged: then the trackers show another run
     new = secrets.token_hex(4)
     rundir.write_text(path, json.dumps({"id": new}) + "\n")

@@ -15,6 +15,7 @@ from conftest import ROOT, command, write_tiny
 from nanojaxgpt import __version__, checkpoint, config, rundir, sharding
 from nanojaxgpt.__main__ import VERBS, main
 from nanojaxgpt.arguments import split_overrides
+from nanojaxgpt.data.tokenizers import train_tokenizer
 from nanojaxgpt.errors import ConfigError
 from nanojaxgpt.hosts import process
 from nanojaxgpt.metrics import read_metrics
@@ -359,6 +360,22 @@ def test_eval_of_another_source(run, tmp_path, capsys, refused, packing):
         assert words in refused(code, "eval", run, f"--data={source}")
     tail.write_text("a")
     assert "shorter than two tokens" in refused(DATA, "eval", run, f"--data=text:{tail}")
+
+
+def test_another_tokenizer_than_the_run_was_trained_with_is_refused(folder, run, tmp_path, refused):
+    run, corpus = copy(run, tmp_path / "run"), f"--data=text:{folder}/corpus.txt"
+    own = (folder / "corpus.txt").read_text()
+    for text in (own.replace("a", "z"), own + "z"):  # of the same size, and larger
+        train_tokenizer("chars", [text], 0).save(run / "tokenizer")
+        for arguments in (["eval", run, corpus], ["sample", run, "--prompt=elm"]):
+            err = refused(DATA, *arguments)
+            assert "tokenizer is not the tokenizer that" in err
+            assert "restore the tokenizer" in err
+    (run / "identity.json").write_text("[")
+    err = refused(DATA, "sample", run)
+    size = len(set(own))
+    assert f"has {size + 1} tokens, but the model of" in err
+    assert f"model.vocab_size={size};" in err
 
 
 def test_sample_prints_text_and_keeps_it(run, tmp_path, capsys):

@@ -1,6 +1,7 @@
 """What starts from another run's parameters reads text with that run's tokenizer, or is refused."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -106,6 +107,31 @@ def test_parent_without_a_tokenizer_is_a_data_error(child, parent):
     shutil.rmtree(parent / "tokenizer")
     with pytest.raises(DataError, match=r"no tokenizer in .*parent/tokenizer"):
         quiet(child())
+
+
+def test_the_parents_tokenizer_is_compared_with_its_identity(child, parent):
+    identity, own = parent / "identity.json", load_tokenizer(parent / "tokenizer").content_hash()
+    for data in (dict(parts=[dict(tokenizer="0" * 16)]), dict(tokenizer="0" * 16)):
+        identity.write_text(json.dumps(dict(data=data)))
+        with pytest.raises(
+            DataError, match=rf"hash is {own}, but identity\.json has 0{{16}}; rest"
+        ):
+            quiet(child("abcde" * 60))
+    identity.write_text(json.dumps(dict(data=dict(parts=[dict(tokenizer=own)]))))
+    assert quiet(child("abcde" * 60)).tokenizer.content_hash() == own
+    for content in (b"[", b'{"data": 3}', b"{}", None):
+        identity.unlink()
+        identity.write_bytes(content) if content else os.mkfifo(identity)
+        said = []
+        prepare_data(child("abcde" * 60), said.append)
+        assert [line for line in said if "identity.json" in line] == [
+            f"WARNING: {identity} is damaged, so the tokenizer can't be compared with the run's"
+        ]
+    cfg = json.loads((parent / "config.json").read_text())
+    cfg["model"]["vocab_size"] = 4
+    (parent / "config.json").write_text(json.dumps(cfg))
+    with pytest.raises(DataError, match=r"has 5 tokens, but .* model\.vocab_size=4"):
+        quiet(child("abcde" * 60))
 
 
 def test_trials_of_other_parents_share_no_data(child):

@@ -10,8 +10,8 @@ PACKAGE = "nanojaxgpt"
 # A module imports only modules of its own layer and of lower ones.
 LAYERS = {
     0: {"", "errors", "names", "checks", "model", "attention", "loss", "optim", "sharding",
-        "data.tokenizers", "data.subwords", "projection", "probe", "scaling", "data.rows",
-        "data.tasks", "sweep",
+        "data.tokenizers", "data.subwords", "projection", "probe", "regular", "scaling",
+        "data.rows", "data.tasks", "sweep",
         "sweep.space", "rehearse.chips", "rehearse.collectives", "schedules",
         "matrices", "commands", "flops", "console"},
     1: {"config", "rundir", "arguments", "hosts", "hosts.process", "hosts.lifeline", "hosts.team",

@@ -1,6 +1,7 @@
 """FLOPs by hand and by nanoGPT's count; the record of a run and its plot."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -79,6 +80,17 @@ def test_damaged_lines_are_left_out_and_reported_once(tmp_path):
     open_writer(tmp_path, 9, said.append).close()
     assert len(said) == 2  # the second start finds a whole file
     assert read_metrics(tmp_path) == whole
+
+
+def test_a_pipe_in_place_of_the_records_is_skipped(tmp_path):
+    path, said = tmp_path / "metrics.jsonl", []
+    os.mkfifo(path)
+    assert read_metrics(tmp_path, said.append) == []
+    assert said == [f"WARNING: {path} is damaged and was skipped: it is not a regular file"]
+    writer = open_writer(tmp_path, 0, said.append)
+    writer.write(1, loss=2.5)
+    writer.close()
+    assert read_metrics(tmp_path) == [{"step": 1, "loss": 2.5}]
 
 
 def open_writer(run, start, report=print) -> MetricsWriter:

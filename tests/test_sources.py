@@ -189,6 +189,17 @@ def test_files_of_another_format_are_named(kind, content, words, tmp_path):
     assert ("UTF-32" in str(caught.value)) == ("UTF-32" in words)
 
 
+@pytest.mark.parametrize("kind", ["text", "blocks", "jsonl", "parquet"])
+@pytest.mark.parametrize("location", ["ftp://x/y", "file:///x/*.txt", "GS://x", "://x"])
+def test_an_unknown_scheme_names_the_known_ones(kind, location):
+    known = "known: https://, http://, gs://, s3://, az://, hf://; write a local path without one"
+    for function in (source_identity, lambda source: list(read_documents(source))):
+        with pytest.raises(ConfigError, match=known):
+            function(f"{kind}:{location}")
+    with pytest.raises(ConfigError, match=r"data\.tfds_dir=.*known: gs://"):
+        source_identity("tfds:lm1b", tfds_dir=location)
+
+
 def test_devices_and_pipes_are_not_read(tmp_path):
     os.mkfifo(tmp_path / "pipe.txt")
     for source in ("text:/dev/zero", "jsonl:/dev/zero", f"text:{tmp_path}", f"text:{tmp_path}/*"):
@@ -257,6 +268,9 @@ def test_fields_within_fields(tmp_path):
     [
         (b'{"text": ', ":2 is not JSON"),
         (b'{"text": "\xe9"}', ":2 is not UTF-8"),
+        (b"[", ":2 is not JSON: it begins an array.*one object per line"),
+        (b'[{"text": "a"},', ":2 is not JSON: it begins an array"),
+        (b"{", ":2 is not JSON: it begins an object.*one object per line"),
         (b'["text"]', ":2 holds an array, not an object"),
         (b"[" * 5000, ":2 is not JSON"),
         (bytes(9), ":2 is not JSON: it holds NUL bytes"),

@@ -1,6 +1,7 @@
 """Every tokenizer gives back the text it took, and counts its bytes."""
 
 import json
+import os
 import subprocess
 import sys
 from itertools import islice
@@ -206,6 +207,37 @@ def test_saved_tokenizer_is_the_same(spec, tmp_path, corpus, subwords, gpt2, qwe
     assert loaded.content_hash() == tokenizer.content_hash()
     assert (loaded.vocab_size, loaded.end_id) == (tokenizer.vocab_size, tokenizer.end_id)
     np.testing.assert_array_equal(loaded.encode(corpus[1]), tokenizer.encode(corpus[1]))
+
+
+def test_devices_and_pipes_are_not_read(tmp_path):
+    pipe = tmp_path / "tokenizer.json"
+    os.mkfifo(pipe)
+    for spec in ("hf:/dev/null", "sentencepiece:/dev/null", f"hf:{pipe}", f"sentencepiece:{pipe}"):
+        with pytest.raises(DataError, match="it is a device, a pipe or a socket"):
+            read_tokenizer(spec)
+    with pytest.raises(DataError, match="it is a device, a pipe or a socket"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "words"), [({}, "has no tokens"), ({"a": 2**32 - 1}, "has the id 4,294,967,295")]
+)
+def test_a_vocabulary_that_no_model_can_have_is_refused(vocabulary, words, tmp_path):
+    model = {"type": "BPE", "vocab": vocabulary, "merges": []}
+    (tmp_path / "t.json").write_text(json.dumps({"model": model}))
+    (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
+    (tmp_path / "merges.txt").write_text("")
+    for spec in (f"hf:{tmp_path}/t.json", f"gpt2:{tmp_path}"):
+        with pytest.raises(DataError, match=f"as a tokenizer: its vocabulary {words}"):
+            read_tokenizer(spec)
+
+
+def test_an_old_file_without_the_models_type_is_read(tmp_path):
+    model = {"vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b"]}
+    for number, more in enumerate(({}, {"type": "BPE"})):
+        path = tmp_path / f"{number}.json"
+        path.write_text(json.dumps({"model": more | model}))
+        assert read_tokenizer(f"hf:{path}").encode("aba").tolist() == [2, 0]
 
 
 def test_tokenizers_have_different_hashes(subwords):

@@ -37,10 +37,10 @@ def sample(arguments: list[str]) -> None:
     given = {f"sample.{name}": getattr(parsed, name) for name in defaults}
     cfg = config.override_config(cfg, {k: v for k, v in given.items() if v is not None})
     run, how = Path(parsed.run), cfg.sample
-    from nanojaxgpt.data.tokenizers import load_tokenizer
+    from nanojaxgpt.data.loader import load_run_tokenizer
     from nanojaxgpt.text_stream import TextStream
 
-    tokenizer = load_tokenizer(run / "tokenizer")
+    tokenizer = load_run_tokenizer(run, warn)
     prompt = read_prompt(tokenizer, how.prompt, defaults.prompt)
     if len(prompt) > cfg.model.seq_len:
         warn(

@@ -29,7 +29,7 @@ from nanojaxgpt.data.store import (
 from nanojaxgpt.data.tasks import TASKS, Task, task_rows
 from nanojaxgpt.data.tokenizers import Tokenizer, WordTokenizer, load_tokenizer
 from nanojaxgpt.errors import ConfigError, DataError
-from nanojaxgpt.rundir import load_run
+from nanojaxgpt.rundir import load_run, read_identity
 
 Fetched = TypeVar("Fetched")
 LARGEST_SUM = 2**31  # of a mixture's weights as integers, see rows.interleave
@@ -51,22 +51,48 @@ def prepare_data(cfg: ConfigDict, report: Callable[[str], object], run: Path | N
     `run` is the run directory that it is for, where there is one. Raises as `open_data` and
     `inherited_tokenizer` do.
     """
-    inherited = inherited_tokenizer(cfg, run)
+    inherited = inherited_tokenizer(cfg, report, run)
     return open_data(DataConfig(**cfg.data), cache_dir(cfg), report, inherited)
 
 
-def inherited_tokenizer(cfg: ConfigDict, run: Path | None = None) -> Tokenizer | None:
+def inherited_tokenizer(
+    cfg: ConfigDict, report: Callable[[str], object], run: Path | None = None
+) -> Tokenizer | None:
     """Return the tokenizer of the parameters that a config starts from; None from scratch.
 
     A run that was begun keeps a copy, so that it does not need init.from_run any more. Raises
-    ConfigError where init.from_run is not a run, DataError where that has no tokenizer.
+    ConfigError where init.from_run is not a run, DataError as `load_run_tokenizer` does.
     """
     if not cfg.init.from_run:
         return None
     if run and (Path(run) / "identity.json").exists():  # it is written after the tokenizer
-        return load_tokenizer(Path(run) / "tokenizer")
-    load_run(Path(cfg.init.from_run))
-    return load_tokenizer(Path(cfg.init.from_run) / "tokenizer")
+        return load_run_tokenizer(Path(run), report)
+    return load_run_tokenizer(Path(cfg.init.from_run), report)
+
+
+def load_run_tokenizer(run: Path, report: Callable[[str], object]) -> Tokenizer:
+    """Return the tokenizer that a run was trained with.
+
+    `report` is told where the run's identity.json can't confirm it. Raises ConfigError where `run`
+    is not a run directory, DataError where its tokenizer is missing, damaged or another one.
+    """
+    cfg, folder = load_run(run), run / "tokenizer"
+    tokenizer = load_tokenizer(folder)
+    restore = "restore the tokenizer that the run was trained with"
+    if identity := read_identity(run, "the tokenizer", report):
+        data, found = identity["data"], tokenizer.content_hash()
+        known, *_ = data.get("parts") or [data]  # all parts share one; a task has no parts
+        if isinstance(known, dict) and known.get("tokenizer", found) != found:
+            raise DataError(
+                f"{folder} is not the tokenizer that {run} was trained with: its hash is {found}, "
+                f"but identity.json has {known['tokenizer']}; {restore}"
+            )
+    if 0 < cfg.model.vocab_size < tokenizer.vocab_size:
+        raise DataError(
+            f"{folder} has {tokenizer.vocab_size:,} tokens, but the model of {run} has "
+            f"model.vocab_size={cfg.model.vocab_size}; {restore}"
+        )
+    return tokenizer
 
 
 def open_data(

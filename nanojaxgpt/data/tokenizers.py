@@ -17,6 +17,7 @@ import sentencepiece
 
 from nanojaxgpt.data.subwords import SPACE_MARK, cut_after_letters, may_cut, train_sentencepiece
 from nanojaxgpt.errors import ConfigError, DataError
+from nanojaxgpt.regular import read_regular
 
 KINDS = (
     "bytes, chars, sentencepiece, sentencepiece-unigram, sentencepiece:FILE, gpt2:FOLDER, hf:FILE"
@@ -232,6 +233,7 @@ END_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>",
 GPT2_FILES = ("encoder.json", "vocab.bpe")  # what they are called in a run's folder
 GPT2_NAMES = (GPT2_FILES, ("vocab.json", "merges.txt"), ("gpt2_encoder.json", "gpt2_vocab.bpe"))
 HF_FILES = ("huggingface.json",)
+LARGEST_VOCABULARY = 1 << 24  # above every one in use; a table of all ids is kept
 
 
 class JsonTokenizer:
@@ -254,7 +256,10 @@ class JsonTokenizer:
         self._prefix = model["continuing_subword_prefix"] if model["type"] == "WordPiece" else ""
         self._byte_fallback = model.get("byte_fallback", False)
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
-        self.vocab_size = max(vocabulary.values()) + 1
+        self.vocab_size = max(vocabulary.values(), default=-1) + 1
+        if not 0 < self.vocab_size <= LARGEST_VOCABULARY:
+            number = f"the id {self.vocab_size - 1:,}" if vocabulary else "no tokens"
+            raise DataError(f"{origin} can't be used as a tokenizer: its vocabulary has {number}")
         self.end_id = next((vocabulary[token] for token in END_TOKENS if token in vocabulary), -1)
         added = self._tokenizer.get_added_tokens_decoder()
         self.spellings = tuple(token.content for token in added.values())
@@ -331,7 +336,9 @@ def build_from_json(content: bytes) -> tuple[Any, dict[str, Any]]:
         found.model.dropout = None
     found.no_truncation()
     found.no_padding()
-    return found, json.loads(content)
+    settings = json.loads(content)
+    settings["model"].setdefault("type", type(found.model).__name__)  # old files leave it out
+    return found, settings
 
 
 def is_byte_level(settings: dict[str, Any]) -> bool:
@@ -380,7 +387,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     """Return the tokenizer saved in `folder`. Raises DataError: missing, altered or unknown."""
     path = Path(folder) / "tokenizer.json"
     try:
-        description = json.loads(path.read_text(encoding="utf-8"))
+        description = json.loads(read_regular(path))
         kind, content_hash = description["kind"], description["hash"]
         if kind == "bytes":
             tokenizer: Tokenizer = ByteTokenizer()
@@ -401,7 +408,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
             )
     except OSError as error:
         raise DataError(f"no tokenizer in {folder}: {error.strerror}: {error.filename}") from error
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise DataError(f"{path} is not a tokenizer's description: {error!r}") from error
     if tokenizer.content_hash() != content_hash:
         raise DataError(f"the tokenizer in {folder} is not the one that was saved there")
@@ -416,7 +423,7 @@ def code_points(text: str) -> np.ndarray:
 def read_model(path: Path) -> bytes:
     """Return the bytes of a tokenizer's file. Raises DataError where there is none."""
     try:
-        return path.read_bytes()
+        return read_regular(path)
     except OSError as error:
         raise DataError(f"no tokenizer file {path}: {error.strerror}") from error
 

@@ -112,7 +112,7 @@ def read_plan(folder: Path) -> Plan:
         named = [(entry["name"], make_trial(base, entry["point"])) for entry in written["trials"]]
         search = written["search"]
         tpe = Tpe(space=choice(SEED), **search) if search else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError(f"{path} can't be read: {error!r}; name --config") from error
     return Plan(base, [trial._replace(name=name) for name, trial in named], tpe)
 

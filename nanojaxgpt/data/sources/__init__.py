@@ -71,11 +71,12 @@ def drop_bad(
 
 def source_identity(source: str, data: DataConfig) -> dict[str, Any]:
     """Return what tells this content from any other, ready for JSON. Raises as `read_documents`."""
-    reader, location = find_source(source, data)
+    reader, location = find_source(source, data, verify=True)
     kind, _, named = source.partition(":")
     identity = {"kind": kind, **reader.identify(location, data)}
-    if kind in DOWNLOADED and is_url(named):  # which may have been altered since it came
-        check_digest(named, identity["files"][0]["sha256"], data.sha256)
+    if kind in DOWNLOADED and is_url(named):  # it may have come before data.sha256 was set
+        came = f"{location}, downloaded from {named},"
+        check_digest(came, identity["files"][0]["sha256"], data.sha256)
     return identity
 
 
@@ -94,16 +95,17 @@ def weighted_sources(data: DataConfig) -> list[tuple[Fraction, str]]:
     return weighted
 
 
-def find_source(source: str, data: DataConfig) -> tuple[Source, str]:
+def find_source(source: str, data: DataConfig, verify: bool = False) -> tuple[Source, str]:
     """Return the functions of "KIND:LOCATION" and the location, a URL's file by its path.
 
-    Raises ConfigError, and DataError for a URL that can't be downloaded.
+    With `verify`, a damaged download is replaced. Raises ConfigError, and DataError for a URL that
+    can't be downloaded.
     """
     kind, _, location = source.partition(":")
     reader, location = split_source(source)
     if kind in DOWNLOADED and is_url(location):
         url, hash_sign, field = location.partition("#")
-        location = f"{fetch(url, data)}{hash_sign}{field}"
+        location = f"{fetch(url, data, verify)}{hash_sign}{field}"
     return reader, location
 
 

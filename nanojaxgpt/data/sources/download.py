@@ -1,6 +1,7 @@
 """In: a URL. Out: its file below the cache, downloaded once and resumed after a break.
 
 CACHE/downloads/KEY/NAME           KEY is a hash of the URL, NAME the last part of its path
+CACHE/downloads/KEY/NAME.sha256    its hash as it came, by which damage is found
 CACHE/downloads/KEY/NAME.partial   what has come so far; NAME.validator names its version
 CACHE/downloads/KEY/NAME.refused   a download whose hash is not among those of data.sha256
 """
@@ -35,15 +36,17 @@ def is_url(location: str) -> bool:
     return bool(URL.match(location))
 
 
-def fetch(url: str, data: DataConfig) -> Path:
+def fetch(url: str, data: DataConfig, verify: bool = False) -> Path:
     """Return the file that `url` names, downloaded into the cache where it is not there yet.
 
-    Of several processes one downloads and the others wait. Raises ConfigError for a URL that can't
-    be used, DataError where the file can't be had or has another hash than data.sha256 says.
+    With `verify`, a file that is not as it came is downloaded again. Of several processes one
+    downloads and the others wait. Raises ConfigError for a URL that can't be used, DataError where
+    the file can't be had or has another hash than data.sha256 says.
     """
     folder, name = place_of(url, data)
     target = folder / name
-    if target.exists():
+    problem = damage(target, data.sha256) if verify else ""
+    if target.exists() and not problem:
         return target
     check_url(url, data.sha256)
     try:
@@ -51,6 +54,12 @@ def fetch(url: str, data: DataConfig) -> Path:
         with hold_lock(folder / f"{name}.lock", f"another process is downloading {url}", say):
             if not target.exists():
                 download(url, target, data.sha256)
+            elif problem := damage(target, data.sha256):  # unless another process has mended it
+                say(f"{target} {problem}: downloading {url} again")
+                try:
+                    download(url, target, data.sha256)
+                except DataError as error:
+                    raise DataError(f"{target} {problem}, and {error}") from error
     except OSError as error:
         raise DataError(f"can't write to {folder}: {error.strerror or error}") from error
     return target
@@ -67,6 +76,34 @@ def place_of(url: str, data: DataConfig) -> tuple[Path, str]:
         raise ConfigError(f"{url} is not a URL: it names no server")
     name = Path(urllib.parse.unquote(parts.path)).name
     return cache_path(data.cache_dir) / "downloads" / key, name or "download"
+
+
+def damage(target: Path, sha256: str) -> str:
+    """Return in words how a cached download differs from what came, or ""; "" if it is not there.
+
+    One that has no hash beside it, from an older version, is compared with data.sha256 alone.
+    """
+    note = note_path(target)
+    came = note.read_text().strip() if note.is_file() else ""
+    if not target.is_file() or not (came or sha256):
+        return ""
+    digest = hash_of(target)
+    if came and digest != came:
+        return f"was altered since it was downloaded (its SHA-256 is {digest}, it was {came})"
+    if not came and digest not in split_digests(sha256):
+        return f"has another content than data.sha256 says (its SHA-256 is {digest})"
+    return ""
+
+
+def note_path(target: Path) -> Path:
+    """Return the file that holds the hash of a download as it came."""
+    return target.with_name(target.name + ".sha256")
+
+
+def hash_of(path: Path) -> str:
+    """Return the SHA-256 of a file, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_url(url: str, sha256: str) -> None:
@@ -95,8 +132,7 @@ def download(url: str, target: Path, sha256: str) -> None:
             )
         furthest = size
         say(f"{url} broke off after {size:,} bytes ({problem}); resuming")
-    with open(partial, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = hash_of(partial)
     try:
         check_digest(url, digest, sha256)
     except DataError as error:
@@ -104,7 +140,9 @@ def download(url: str, target: Path, sha256: str) -> None:
         partial.replace(refused)
         raise DataError(f"{error}; the file was kept as {refused}") from None
     size = partial.stat().st_size
+    note_path(target).unlink(missing_ok=True)  # a kill here leaves no wrong one
     partial.replace(target)
+    note_path(target).write_text(f"{digest}\n")
     validator_path(partial).unlink(missing_ok=True)
     hint = "" if sha256 else f"; to check it from now on, set data.sha256={digest}"
     say(f"downloaded {url}: {size:,} bytes, {target}{hint}")
@@ -190,7 +228,10 @@ def open_url(request: urllib.request.Request) -> HTTPResponse:
     try:
         answer = answers.get(timeout=SECONDS)
     except queue.Empty:
-        raise TimeoutError(f"no answer within {SECONDS:.0f} s") from None
+        answer = TimeoutError()
+    # The connection's own timeout may come first.
+    if isinstance(getattr(answer, "reason", answer), TimeoutError):
+        raise TimeoutError(f"no answer within {SECONDS:.0f} s")
     if isinstance(answer, Exception):
         raise answer
     return answer

@@ -10,17 +10,16 @@ import hashlib
 import importlib
 import io
 import json
-import os
 import re
-import stat
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import takewhile
 from typing import IO, Any
 
 from etils import epath
 
+from nanojaxgpt import regular
 from nanojaxgpt.checks import show
 from nanojaxgpt.data.sources.documents import (
     DataConfig,
@@ -33,6 +32,7 @@ from nanojaxgpt.errors import ConfigError, DataError
 
 TEXT_ENDINGS = (".txt",)
 JSON_ENDINGS = (".jsonl", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst")
+BUCKETS = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs", "hf": "huggingface_hub"}  # {scheme: package}
 MISSING = object()
 WILDCARD = re.compile(r"[*?[]")
 JSON_KINDS = {list: "an array", str: "a string", int: "a number", float: "a number",
@@ -84,6 +84,7 @@ def read_jsonl(location: str, data: DataConfig, refuse: Refuse) -> Iterator[Docu
     `a.b` is the field b of the object a. Blank lines and empty texts are passed over.
     """
     location, field = split_field(location, "text")
+    advice = f'write one object per line, as in {{"{field}": "..."}}'
     for name, path in find_files("jsonl", location, JSON_ENDINGS):
         for number, line in read_lines(path, refuse):
             if not line.strip():
@@ -95,14 +96,15 @@ def read_jsonl(location: str, data: DataConfig, refuse: Refuse) -> Iterator[Docu
                 continue
             except (ValueError, RecursionError) as error:
                 reason = likely_format(line) or error
+                if line.lstrip().startswith(b"["):
+                    reason = f"it begins an array; {advice}"
+                elif line.strip() == b"{":
+                    reason = f"it begins an object of several lines; {advice}"
                 refuse(f"{path}:{number} is not JSON: {reason}")
                 continue
             if not isinstance(record, dict):
                 kind = JSON_KINDS[type(record)]
-                refuse(
-                    f"{path}:{number} holds {kind}, not an object; write one object per line, "
-                    f'as in {{"{field}": "..."}}'
-                )
+                refuse(f"{path}:{number} holds {kind}, not an object; {advice}")
                 continue
             value = find_field(record, field, MISSING)
             if value is MISSING:
@@ -147,25 +149,34 @@ def split_field(location: str, default: str) -> tuple[str, str]:
 
 
 def check_location(kind: str, location: str) -> None:
-    """Raise ConfigError or DataError where a local path is not there or is no file or folder."""
+    """Raise ConfigError for an unknown scheme, DataError where a local path can't be read."""
     path = split_field(location, "")[0] if kind in ("jsonl", "parquet") else location
     if not path:
         raise ConfigError(f"data.source={kind}: needs a path: {kind}:FILE, {kind}:FOLDER or a glob")
+    check_scheme(f"data.source={kind}:{path}", path, ("https", "http", *BUCKETS))
     if "://" in path or WILDCARD.search(path):
         return
-    check_regular(epath.Path(path).expanduser())
+    check_local(epath.Path(path).expanduser())
 
 
-def check_regular(path: epath.Path) -> None:
+def check_scheme(setting: str, path: str, known: Iterable[str] = BUCKETS) -> None:
+    """Raise ConfigError, naming the setting, where `path` has a scheme that can't be opened."""
+    scheme, separator, _ = path.partition("://")
+    if separator and scheme not in BUCKETS:
+        names = ", ".join(f"{name}://" for name in known)
+        raise ConfigError(
+            f"{setting}: no scheme {show(scheme)}; known: {names}; write a local path without one"
+        )
+
+
+def check_local(path: epath.Path) -> None:
     """Raise DataError where a local path is missing, or a device or a pipe, which may never end."""
     try:
-        mode = os.stat(path).st_mode
+        regular.check_regular(path)
     except FileNotFoundError:
         raise DataError(missing_files("text", path, TEXT_ENDINGS)) from None
     except OSError as error:
         raise DataError(f"{show(str(path))} can't be read: {error.strerror}") from error
-    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
-        raise DataError(f"{path} is a device, a pipe or a socket, not a file")
 
 
 def find_files(kind: str, location: str, endings: tuple[str, ...]) -> list[tuple[str, epath.Path]]:
@@ -183,7 +194,7 @@ def find_files(kind: str, location: str, endings: tuple[str, ...]) -> list[tuple
             paths = list(walk(epath.Path(*path.parts[:plain]), list(path.parts[plain:])))
     except ImportError as error:
         scheme = location.partition(":")[0]
-        package = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs"}.get(scheme, "fsspec")
+        package = BUCKETS.get(scheme, "fsspec")
         raise DataError(f"{location} needs the package {package}: pip install {package}") from error
     except Exception as error:  # each kind of bucket has its own errors for a missing right
         raise DataError(f"{location} can't be read: {type(error).__name__}: {error}") from error
@@ -191,7 +202,7 @@ def find_files(kind: str, location: str, endings: tuple[str, ...]) -> list[tuple
         raise DataError(missing_files(kind, path, endings))
     if "://" not in location:
         for found in paths:
-            check_regular(found)
+            check_local(found)
     levels = zip(*(p.parent.parts for p in paths), strict=False)
     shared = len([*takewhile(lambda names: len(set(names)) == 1, levels)])
     return sorted(("/".join(p.parts[shared:]), p) for p in paths)

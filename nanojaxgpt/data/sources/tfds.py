@@ -18,6 +18,7 @@ from nanojaxgpt.data.sources.documents import (
     check_text,
     choose_field,
 )
+from nanojaxgpt.data.sources.files import check_scheme
 from nanojaxgpt.errors import ConfigError, DataError
 
 NAME = re.compile(r"(\w+)(?:/([^:@#]+))?(?::([\d.]+))?(?:@([^#]+))?(?:#(\w+))?")
@@ -90,6 +91,7 @@ def open_dataset(location: str, data: DataConfig) -> Prepared:
             f"data.source=tfds:{location} is not tfds:NAME[/CONFIG][:VERSION][@SPLIT][#FIELD]"
         )
     name, config, version, split, field = (part or "" for part in parts.groups())
+    check_scheme(f"data.tfds_dir={data.tfds_dir}", data.tfds_dir)
     folder = epath.Path(data.tfds_dir or "~/tensorflow_datasets").expanduser()
     if name in OWN_BUILDERS and data.manual_dir:
         from nanojaxgpt.data.sources.builders import prepare_own
