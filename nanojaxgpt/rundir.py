@@ -127,10 +127,13 @@ def writing(run: Path, kind: type[UserError]) -> Iterator[None]:
         raise kind(f"can't write to the run directory {run}: {why(error, run)}") from error
 
 
-def identify(run: Path) -> tuple[int, int] | None:
-    """Return what tells this directory from another of the same name; None: there is none."""
+def identify(path: Path | int) -> tuple[int, int] | None:
+    """Return what tells a file or directory from another of its name; None: there is none.
+
+    `path` may be the descriptor of an open file.
+    """
     try:
-        found = os.stat(run)
+        found = os.stat(path)
     except FileNotFoundError:
         return None
     return found.st_dev, found.st_ino
