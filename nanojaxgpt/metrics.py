@@ -17,10 +17,14 @@ from nanojaxgpt.trackers import close_all, open_trackers
 def read_metrics(run: Path, report: Callable[[str], None] | None = None) -> list[dict[str, Any]]:
     """Return the records of a run's metrics.jsonl; lines that are none are left out.
 
-    `report` is told how many were damaged; a last line torn by a crash does not count.
+    `report` is told how many were damaged; a last line torn by a crash does not count. Raises
+    ConfigError where the file can't be read.
     """
     path, records, damaged = Path(run) / "metrics.jsonl", [], 0
-    content = path.read_bytes() if path.exists() else b""
+    try:
+        content = path.read_bytes() if path.exists() else b""
+    except OSError as error:
+        raise ConfigError(f"can't read {path}: {error.strerror}") from error
     *lines, last = content.split(b"\n")
     for line in lines:
         record = parse_record(line)

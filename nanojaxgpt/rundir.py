@@ -120,11 +120,13 @@ def own_run(run: Path) -> Iterator[None]:
 
 @contextmanager
 def writing(run: Path, kind: type[UserError]) -> Iterator[None]:
-    """Raise `kind` where the context can't write to the run directory."""
+    """Raise `kind`, naming the file, where the context can't write to the run directory."""
     try:
         yield
     except OSError as error:
-        raise kind(f"can't write to the run directory {run}: {why(error, run)}") from error
+        path = str(error.filename2 or error.filename or run)  # of a rename the target
+        name = "" if path == str(run) else f"{path.removeprefix(f'{run}/')}: "
+        raise kind(f"can't write to the run directory {run}: {name}{why(error, run)}") from error
 
 
 def identify(path: Path | int) -> tuple[int, int] | None:

@@ -167,8 +167,16 @@ def test_another_shape_or_dtype_is_refused(tmp_path):
 def test_none_is_none_and_a_missing_step_is_named(tmp_path):
     assert restore(tmp_path / "nothing", abstract()) is None
     save(tmp_path / "c", [1, 2])
-    with pytest.raises(CheckpointError, match=r"no checkpoint of step 5 in .* there are \[1, 2\]"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint of step 5 in .* available: \[1, 2\]"):
         restore(tmp_path / "c", abstract(), step=5)
+
+
+def test_a_file_in_the_place_of_what_is_set_aside_is_named(tmp_path):
+    (tmp_path / "c" / "2").mkdir(parents=True)
+    (tmp_path / "unusable").write_text("")
+    with pytest.raises(CheckpointError, match=f"{tmp_path}: unusable: File exists"):
+        set_aside(tmp_path / "c", 1)
+    assert saved_steps(tmp_path / "c") == [2]
 
 
 def test_what_is_set_aside_is_not_deleted(tmp_path):

@@ -13,6 +13,7 @@ from conftest import ROOT, write_tiny
 from nanojaxgpt import finish, rundir
 from nanojaxgpt import train as train_module
 from nanojaxgpt.__main__ import main
+from nanojaxgpt.errors import ConfigError, UserError
 from nanojaxgpt.hosts import process
 
 
@@ -96,6 +97,27 @@ def test_a_checkpoint_too_large_to_hash_is_read_instead(finished, tmp_path, monk
     finish.end_run(run, lambda line: None)
     assert not (run / "finished.json").exists()
     assert not finish.is_finished(rundir.load_run(run), run, print)
+
+
+@pytest.mark.parametrize("name", ["lock", "metrics.jsonl", "identity.json", "loss.png"])
+def test_a_file_that_is_a_folder_is_named(name, finished, tmp_path):
+    run = tmp_path / "run"
+    subprocess.run(["cp", "-a", finished[1], run], check=True)
+    (run / name).unlink()
+    (run / name).mkdir()
+    write = {
+        "lock": lambda: rundir.own_run(run).__enter__(),
+        "metrics.jsonl": lambda: finish.report_end(run, print),
+        "identity.json": lambda: write_text(run / name),
+        "loss.png": lambda: finish.end_run(run, print),
+    }
+    with pytest.raises(UserError, match=f"can't [a-z ]+ {run}(: |/){name}: Is a directory"):
+        write[name]()
+
+
+def write_text(path) -> None:
+    with rundir.writing(path.parent, ConfigError):
+        rundir.write_text(path, "")
 
 
 class Started(Exception):

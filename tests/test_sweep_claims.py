@@ -126,7 +126,8 @@ with Claims(Path("{tmp_path}")) as held:
 
 @pytest.mark.parametrize("content", [
     b"\xff", b"", b"{", b"[]", b"null", b"5", b"[" * 100_000, b'{"state": "finished"}', b"9" * 5000,
-    b'{"state": "done", "seconds": 1, "message": ""}', b'{"state": [], "seconds": 1, "message": ""}',
+    b'{"state": "done", "seconds": 1, "message": ""}',
+    b'{"state": [], "seconds": 1, "message": ""}',
     b'{"state": "pruned", "seconds": "1", "message": ""}',
     b'{"state": "pruned", "seconds": 1, "message": 2}',
 ])  # fmt: skip
