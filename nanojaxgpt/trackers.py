@@ -165,7 +165,7 @@ def tracking_id(run: Path) -> str:
         found = json.loads(path.read_bytes())["id"]
         if isinstance(found, str) and found.isalnum():
             return found
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         pass  # new, or damaged: then the trackers show another run
     new = secrets.token_hex(4)
     rundir.write_text(path, json.dumps({"id": new}) + "\n")

@@ -57,7 +57,10 @@ def test_swapped_shards_are_refused(limit, tmp_path, monkeypatch, small_shards):
         open_store(folder)
 
 
-@pytest.mark.parametrize("text", [None, "", "{", "[]", '{"format": 1}', '{"format": 0}'])
+DEEP = "[" * 100_000
+
+
+@pytest.mark.parametrize("text", [None, "", "{", DEEP, "[]", '{"format": 1}', '{"format": 0}'])
 def test_damaged_manifest_is_refused(text, ten_documents, tmp_path):
     path = prepare_quietly(ten_documents, tmp_path).folder / "manifest.json"
     path.unlink() if text is None else path.write_text(text)

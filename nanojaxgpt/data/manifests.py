@@ -87,7 +87,7 @@ def read_manifest(folder: Path) -> Manifest:
         check_files(folder, manifest)
     except OSError as error:
         raise refusal(folder, str(error.filename), f"can't be read ({error.strerror})") from error
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise refusal(folder, "manifest.json", f"is not a manifest ({error!r})") from error
     return manifest
 

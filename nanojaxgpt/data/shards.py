@@ -186,7 +186,7 @@ def is_finished(folder: Path, number: int) -> bool:
         shard, lengths = sealed["shard"], path.with_suffix(".lengths").read_bytes()
         same = sealed["hash"] == content_hash(shard, lengths)
         return same and path.with_suffix(".tokens").stat().st_size == shard["size"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
 
 

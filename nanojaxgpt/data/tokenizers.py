@@ -401,7 +401,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
             )
     except OSError as error:
         raise DataError(f"no tokenizer in {folder}: {error.strerror}: {error.filename}") from error
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise DataError(f"{path} is not a tokenizer's description: {error!r}") from error
     if tokenizer.content_hash() != content_hash:
         raise DataError(f"the tokenizer in {folder} is not the one that was saved there")
