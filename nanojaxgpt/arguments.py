@@ -167,7 +167,7 @@ def open_run(
 def chosen_step(run: Path, text: str) -> int:
     """Return the checkpoint's step that --step names; 0 for the newest."""
     if text != "best":
-        return int(text or 0)
+        return read_int(text) if text else 0
     from nanojaxgpt.checkpoint import saved_steps
     from nanojaxgpt.metrics import validation_losses
 

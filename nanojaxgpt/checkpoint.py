@@ -15,7 +15,7 @@ from nanojaxgpt.console import LIBRARY_ERRORS
 from nanojaxgpt.errors import CheckpointError, why
 from nanojaxgpt.hosts.team import ALONE, Team
 from nanojaxgpt.model import ModelConfig, init_params
-from nanojaxgpt.rundir import check_present, identify, saved_steps
+from nanojaxgpt.rundir import check_present, identify, saved_steps, writing
 
 
 def fingerprint(tree: Any) -> dict[str, jax.Array]:
@@ -247,10 +247,15 @@ def with_shardings(shapes: Any, shardings: Any) -> Any:
 
 
 def set_aside(folder: Path, step: int) -> None:
-    """Move checkpoints newer than `step` out of the way, to `unusable/`; nothing is deleted."""
+    """Move checkpoints newer than `step` out of the way, to `unusable/`; nothing is deleted.
+
+    Raises CheckpointError where they can't be moved.
+    """
+    run = Path(folder).parent
     for newer in [s for s in saved_steps(folder) if s > step]:
-        target = Path(folder).parent / "unusable" / str(newer)
-        target.parent.mkdir(exist_ok=True)
-        while target.exists():
-            target = target.with_name(target.name + "+")
-        (Path(folder) / str(newer)).rename(target)
+        target = run / "unusable" / str(newer)
+        with writing(run, CheckpointError):
+            target.parent.mkdir(exist_ok=True)
+            while target.exists():
+                target = target.with_name(target.name + "+")
+            (Path(folder) / str(newer)).rename(target)

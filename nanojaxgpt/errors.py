@@ -71,7 +71,7 @@ class MemoryExceeded(UserError):
 
 
 class Stopped(BaseException):
-    """A signal asked for the end: SIGTERM (exit 75, start me again) or Ctrl-C (exit 130).
+    """A signal asked for the end: SIGTERM or SIGHUP (exit 75, start me again), Ctrl-C (130).
 
     Like KeyboardInterrupt it is not an Exception: a signal handler raises it in the middle of
     anything, where code that catches errors (of an unreadable checkpoint, say) must not swallow it.

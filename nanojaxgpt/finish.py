@@ -1,5 +1,7 @@
 """The end of a run: its plot and summary, and how a finished run is recognised without jax."""
 
+import hashlib
+import json
 import math
 import shlex
 from collections.abc import Callable, Iterator
@@ -12,16 +14,20 @@ from nanojaxgpt import config, metrics, rundir
 from nanojaxgpt.data.loader import prepare_data, resolve
 from nanojaxgpt.errors import CheckpointError
 
-PLOT = "loss.png"
+PLOT, RECORD = "loss.png", "finished.json"
+HASHED_BYTES = 8 * 2**30  # some ten seconds; a larger checkpoint is read by the next `train`
 
 
 def end_run(run: Path, report: Callable[[str], None]) -> None:
-    """Plot the losses of a run that is at its last step, and report how it ended.
+    """Plot the losses of a run that is at its last step, record its checkpoint, report the end.
 
-    Raises CheckpointError where the plot can't be written.
+    Raises CheckpointError where the plot or the record can't be written.
     """
     with rundir.writing(run, CheckpointError):
         metrics.plot_losses(metrics.read_metrics(run), run / PLOT, run.name)
+        (run / RECORD).unlink(missing_ok=True)
+        if record := hash_checkpoint(run):
+            rundir.write_text(run / RECORD, json.dumps(record, indent=2) + "\n")
     report_end(run, report)
 
 
@@ -36,15 +42,14 @@ def report_end(run: Path, report: Callable[[str], None]) -> None:
 def is_finished(cfg: ConfigDict, run: Path, report: Callable[[str], None]) -> bool:
     """Return whether the run of this very config is at its last step, untouched since it ended.
 
-    The plot is written when all else is saved: a checkpoint that was changed later has to be
-    read. Raises as training would where another process trains in `run`, or the corpus changed.
+    Where anything is in doubt it is not: then its checkpoint is read and checked as on resuming.
+    Raises as training would where another process trains in `run`, or the corpus changed.
     """
     if not (run / "config.json").is_file() or not (run / PLOT).is_file():
         return False
     with rundir.own_run(run):
-        last = run / "checkpoints" / str(cfg.train.num_steps)
         saved = rundir.saved_steps(run / "checkpoints")
-        if not saved or saved[-1] != cfg.train.num_steps or is_newer(last, run / PLOT):
+        if not saved or saved[-1] != cfg.train.num_steps or not is_as_recorded(run):
             return False
         data = prepare_data(cfg, report, run)
         changes = config.differences(rundir.load_run(run), resolve(cfg, data))
@@ -54,10 +59,30 @@ def is_finished(cfg: ConfigDict, run: Path, report: Callable[[str], None]) -> bo
         return True
 
 
-def is_newer(folder: Path, file: Path) -> bool:
-    """Return whether anything in `folder` was changed, added or removed after `file`."""
-    written = file.stat().st_mtime_ns
-    return any(path.stat().st_mtime_ns > written for path in (folder, *folder.rglob("*")))
+def hash_checkpoint(run: Path) -> dict[str, Any]:
+    """Return the newest checkpoint's step and the hash of each of its files; {} if it is large.
+
+    Its `meta`, which holds the step that was saved, is among the files.
+    """
+    step = rundir.saved_steps(run / "checkpoints")[-1]
+    folder = run / "checkpoints" / str(step)
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    if sum(path.stat().st_size for path in paths) > HASHED_BYTES:
+        return {}
+    files = {}
+    for path in paths:
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256")
+        files[path.relative_to(folder).as_posix()] = digest.hexdigest()
+    return {"step": step, "files": files}
+
+
+def is_as_recorded(run: Path) -> bool:
+    """Return whether the newest checkpoint is, byte for byte, the one that ended the run."""
+    try:
+        return json.loads((run / RECORD).read_bytes()) == hash_checkpoint(run)
+    except (OSError, ValueError, RecursionError):  # missing, damaged, unreadable
+        return False
 
 
 def summary(run: Path, records: list[dict[str, Any]], saved: list[int]) -> Iterator[str]:
@@ -76,8 +101,8 @@ def summary(run: Path, records: list[dict[str, Any]], saved: list[int]) -> Itera
         yield "  best             {1:.4f} at step {0}{2}".format(*best, kept)
     if saved:
         yield f"  checkpoint       {run}/checkpoints/{saved[-1]}"
-    if (run / "loss.png").exists():
-        yield f"  plot             {run}/loss.png"
+    if (run / PLOT).exists():
+        yield f"  plot             {run}/{PLOT}"
     yield "next:"
     yield f"  nanojaxgpt eval {shlex.quote(str(run))}"
     yield f"  nanojaxgpt sample {shlex.quote(str(run))} --prompt=TEXT"

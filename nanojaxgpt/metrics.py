@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,18 @@ from nanojaxgpt.trackers import close_all, open_trackers
 def read_metrics(run: Path, report: Callable[[str], None] | None = None) -> list[dict[str, Any]]:
     """Return the records of a run's metrics.jsonl; lines that are none are left out.
 
-    `report` is told how many were damaged; a last line torn by a crash does not count.
+    `report` is told how many were damaged; a last line torn by a crash does not count. Raises
+    ConfigError where the file can't be read.
     """
     path, records, damaged = Path(run) / "metrics.jsonl", [], 0
-    if path.exists() and not path.is_file():
+    if path.exists() and not (path.is_file() or path.is_dir()):  # reading a pipe would wait
         if report:
             report(f"WARNING: {path} is damaged and was skipped: it is not a regular file")
         return []
-    content = path.read_bytes() if path.exists() else b""
+    try:
+        content = path.read_bytes() if path.exists() else b""
+    except OSError as error:
+        raise ConfigError(f"can't read {path}: {error.strerror}") from error
     *lines, last = content.split(b"\n")
     for line in lines:
         record = parse_record(line)
@@ -69,11 +73,11 @@ class MetricsWriter:
         report: Callable[[str], None] = print,
     ) -> None:
         self.run, self.identity = Path(run), rundir.identify(Path(run))
-        path = self.run / "metrics.jsonl"
+        self.path, self.report = self.run / "metrics.jsonl", report
         with rundir.writing(self.run, ConfigError):
             kept = [r for r in read_metrics(run, report) if r["step"] <= start_step]
-            rundir.write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
-            self.file = open(path, "ab", buffering=0)  # noqa: SIM115
+            rundir.write_text(self.path, "".join(json.dumps(record) + "\n" for record in kept))
+            self.file = open(self.path, "a+b", buffering=0)  # noqa: SIM115
             names = cfg.train.trackers
             self.trackers = open_trackers(names, self.run, cfg.to_dict(), start_step, report)
 
@@ -82,13 +86,29 @@ class MetricsWriter:
         rundir.check_present(self.run, self.identity)
         line = json.dumps({"step": step, **values}).encode() + b"\n"
         with rundir.writing(self.run, CheckpointError):
+            self._restore()
             while line:  # a nearly full disk takes a part
                 line = line[self.file.write(line) :]
         for tracker in self.trackers:
             tracker.log(step, values)
 
+    def _restore(self) -> None:
+        """Write the file again, from the handle, where it is no longer the one that is open."""
+        if rundir.identify(self.path) == rundir.identify(self.file.fileno()):
+            return
+        self.file.seek(0)  # what was deleted stays readable for as long as it is open
+        rundir.write_text(self.path, self.file.readall().decode(errors="replace"))
+        lost, self.file = self.file, open(self.path, "a+b", buffering=0)  # noqa: SIM115
+        lost.close()
+        self.report(
+            f"WARNING: {self.path} was deleted or replaced during training; it was written again"
+        )
+
     def close(self) -> None:
         """Close the file and the trackers; one that is slow is not waited for."""
+        with suppress(OSError):  # what is deleted or full was reported
+            if rundir.identify(self.run) == self.identity:
+                self._restore()
         self.file.close()
         close_all(self.trackers)
 

@@ -121,17 +121,22 @@ def own_run(run: Path) -> Iterator[None]:
 
 @contextmanager
 def writing(run: Path, kind: type[UserError]) -> Iterator[None]:
-    """Raise `kind` where the context can't write to the run directory."""
+    """Raise `kind`, naming the file, where the context can't write to the run directory."""
     try:
         yield
     except OSError as error:
-        raise kind(f"can't write to the run directory {run}: {why(error, run)}") from error
+        path = str(error.filename2 or error.filename or run)  # of a rename the target
+        name = "" if path == str(run) else f"{path.removeprefix(f'{run}/')}: "
+        raise kind(f"can't write to the run directory {run}: {name}{why(error, run)}") from error
 
 
-def identify(run: Path) -> tuple[int, int] | None:
-    """Return what tells this directory from another of the same name; None: there is none."""
+def identify(path: Path | int) -> tuple[int, int] | None:
+    """Return what tells a file or directory from another of its name; None: there is none.
+
+    `path` may be the descriptor of an open file.
+    """
     try:
-        found = os.stat(run)
+        found = os.stat(path)
     except FileNotFoundError:
         return None
     return found.st_dev, found.st_ino

@@ -171,6 +171,14 @@ def test_none_is_none_and_a_missing_step_is_named(tmp_path):
         restore(tmp_path / "c", abstract(), step=5)
 
 
+def test_a_file_in_the_place_of_what_is_set_aside_is_named(tmp_path):
+    (tmp_path / "c" / "2").mkdir(parents=True)
+    (tmp_path / "unusable").write_text("")
+    with pytest.raises(CheckpointError, match=f"{tmp_path}: unusable: File exists"):
+        set_aside(tmp_path / "c", 1)
+    assert saved_steps(tmp_path / "c") == [2]
+
+
 def test_what_is_set_aside_is_not_deleted(tmp_path):
     save(tmp_path / "c", [1, 2])
     set_aside(tmp_path / "c", 1)

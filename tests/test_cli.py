@@ -333,7 +333,7 @@ def test_eval_prints_json(run, capsys):
     wanted = [r for r in read_metrics(run) if "validation_loss" in r][-1]
     assert found["step"] == wanted["step"] == 4
     assert found["loss"] == pytest.approx(wanted["validation_loss"], rel=1e-5)
-    assert main(["eval", f"--run={run}", "--step=2"]) == 0
+    assert main(["eval", f"--run={run}", "--step=2.0"]) == 0
     assert json.loads(capsys.readouterr().out)["step"] == 2
 
 

@@ -6,13 +6,14 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 
 import pytest
 from conftest import ROOT, write_tiny
 
+from nanojaxgpt import finish, rundir
 from nanojaxgpt import train as train_module
 from nanojaxgpt.__main__ import main
+from nanojaxgpt.errors import ConfigError, UserError
 from nanojaxgpt.hosts import process
 
 
@@ -43,14 +44,36 @@ print("jax" in sys.modules)
     assert f"  nanojaxgpt eval {run}" in lines
 
 
-def touch_later(path) -> None:
-    later = time.time() + 10
-    os.utime(path, (later, later))
+def put_back(run) -> None:
+    """Give the checkpoint of step 3 the name of the last one; a rename keeps all times."""
+    shutil.rmtree(run / "checkpoints/6")
+    (run / "checkpoints/3").rename(run / "checkpoints/6")
+
+
+def flip_a_bit(run) -> None:
+    """Change the largest file of the last checkpoint, but neither its size nor its time."""
+    path = max(run.glob("checkpoints/6/params/**/*"), key=lambda path: path.stat().st_size)
+    before, data = path.stat(), bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def edit(run, old: bytes, new: bytes) -> None:
+    path = run / "finished.json"
+    text = path.read_bytes()
+    assert old in text
+    path.write_bytes(text.replace(old, new))
 
 
 CHANGES = {
     "its newest checkpoint is not the last step": lambda run: shutil.rmtree(run / "checkpoints/6"),
-    "a file of it changed": lambda run: touch_later(run / "checkpoints/6/meta/metadata"),
+    "another checkpoint has its name": put_back,
+    "a bit of it flipped": flip_a_bit,
+    "a file was added to it": lambda run: (run / "checkpoints/6/params/more").write_text(""),
+    "its record is of another step": lambda run: edit(run, b'"step": 6', b'"step": 5'),
+    "its record is damaged": lambda run: (run / "finished.json").write_text("[" * 100_000),
+    "its record is missing": lambda run: (run / "finished.json").unlink(),
     "a file of it is gone": lambda run: shutil.rmtree(run / "checkpoints/6/params/d"),
     "no plot": lambda run: (run / "loss.png").unlink(),
     "another config": lambda run: "--config.train.seed=1",
@@ -58,6 +81,43 @@ CHANGES = {
     "more steps": lambda run: "--config.train.num_steps=7",
     "several hosts": lambda run: "--multihost",
 }
+
+
+def test_a_copied_run_is_still_finished(finished, tmp_path):
+    """Copies and backups change times, not content."""
+    shutil.copytree(finished[1], tmp_path / "run", copy_function=shutil.copyfile)
+    cfg = rundir.load_run(tmp_path / "run")
+    assert finish.is_finished(cfg, tmp_path / "run", print)
+
+
+def test_a_checkpoint_too_large_to_hash_is_read_instead(finished, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    subprocess.run(["cp", "-a", finished[1], run], check=True)
+    monkeypatch.setattr(finish, "HASHED_BYTES", 100)
+    finish.end_run(run, lambda line: None)
+    assert not (run / "finished.json").exists()
+    assert not finish.is_finished(rundir.load_run(run), run, print)
+
+
+@pytest.mark.parametrize("name", ["lock", "metrics.jsonl", "identity.json", "loss.png"])
+def test_a_file_that_is_a_folder_is_named(name, finished, tmp_path):
+    run = tmp_path / "run"
+    subprocess.run(["cp", "-a", finished[1], run], check=True)
+    (run / name).unlink()
+    (run / name).mkdir()
+    write = {
+        "lock": lambda: rundir.own_run(run).__enter__(),
+        "metrics.jsonl": lambda: finish.report_end(run, print),
+        "identity.json": lambda: write_text(run / name),
+        "loss.png": lambda: finish.end_run(run, print),
+    }
+    with pytest.raises(UserError, match=f"can't [a-z ]+ {run}(: |/){name}: Is a directory"):
+        write[name]()
+
+
+def write_text(path) -> None:
+    with rundir.writing(path.parent, ConfigError):
+        rundir.write_text(path, "")
 
 
 class Started(Exception):

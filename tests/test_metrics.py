@@ -131,6 +131,25 @@ def test_a_run_directory_that_was_deleted_is_noticed_at_the_next_record(replaced
     assert [r["step"] for r in read_metrics(run)] == [1, 2]
 
 
+@pytest.mark.parametrize("harm", ["deleted", "replaced"])
+def test_records_that_are_deleted_during_training_are_written_again(harm, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
+    said: list[str] = []
+    writer = open_writer(tmp_path, 1, said.append)
+    writer.write(2, loss=2.0)
+    (tmp_path / "metrics.jsonl").unlink()
+    if harm == "replaced":
+        (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
+    for step in (3, 4):
+        writer.write(step, loss=1.0 * step)
+        assert [r["loss"] for r in read_metrics(tmp_path)] == [*range(1, step + 1)]
+    assert len(said) == 1
+    assert f"{tmp_path}/metrics.jsonl was deleted or replaced" in said[0]
+    (tmp_path / "metrics.jsonl").unlink()
+    writer.close()
+    assert [r["step"] for r in read_metrics(tmp_path)] == [1, 2, 3, 4]
+
+
 @pytest.mark.parametrize("records", [[], [{"step": 1, "loss": float("nan")}], [
     {"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.5}, {"step": 2, "validation_loss": 1.75},
 ]])  # fmt: skip

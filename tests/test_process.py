@@ -71,6 +71,34 @@ def test_where_nothing_looks_the_first_signal_raises(number, code):
     assert caught.value.exit_code == code
 
 
+def test_a_hangup_stops_like_sigterm_and_its_repetition_changes_nothing():
+    """When a session drops, both the shell and the kernel send it."""
+    with pytest.raises(Stopped) as caught, stop_signals():
+        os.kill(os.getpid(), signal.SIGHUP)
+    assert caught.value.exit_code == PREEMPTED
+    with stop_signals() as stop:
+        stop.deferred = True
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.signal == signal.SIGHUP
+        with pytest.raises(Stopped) as caught:
+            os.kill(os.getpid(), signal.SIGTERM)
+    assert caught.value.exit_code == PREEMPTED
+
+
+@pytest.mark.parametrize("context", [stop_signals, process.ending_at_signals])
+@pytest.mark.parametrize("before", [signal.SIG_IGN, signal.SIG_DFL])
+def test_a_hangup_that_is_ignored_stays_so(before, context):
+    """As under nohup."""
+    old = signal.signal(signal.SIGHUP, before)
+    try:
+        with context():
+            assert (signal.getsignal(signal.SIGHUP) == before) == (before == signal.SIG_IGN)
+        assert signal.getsignal(signal.SIGHUP) == before
+    finally:
+        signal.signal(signal.SIGHUP, old)
+
+
 def test_no_handler_of_errors_keeps_a_stop():
     def read_badly():
         with contextlib.suppress(Exception):

@@ -14,7 +14,7 @@ from conftest import ROOT, write_tiny
 from nanojaxgpt.metrics import read_metrics
 from nanojaxgpt.sweep import claims
 from nanojaxgpt.sweep import launch as launch_module
-from nanojaxgpt.sweep.claims import Claims, is_running, read_outcome, run_path
+from nanojaxgpt.sweep.claims import Claims, is_running, read_outcome, run_path, write_outcome
 from nanojaxgpt.sweep.launch import own_devices
 from nanojaxgpt.sweep.plan import load_trials
 
@@ -122,6 +122,26 @@ with Claims(Path("{tmp_path}")) as held:
         process.stdin.flush()
     assert [process.wait(timeout=60) for process in processes] == [0] * 4
     assert len(list((tmp_path / "claims").glob("trial0.*"))) > 4
+
+
+@pytest.mark.parametrize("content", [
+    b"\xff", b"", b"{", b"[]", b"null", b"5", b"[" * 100_000, b'{"state": "finished"}', b"9" * 5000,
+    b'{"state": "done", "seconds": 1, "message": ""}',
+    b'{"state": [], "seconds": 1, "message": ""}',
+    b'{"state": "pruned", "seconds": "1", "message": ""}',
+    b'{"state": "pruned", "seconds": 1, "message": 2}',
+])  # fmt: skip
+def test_a_damaged_outcome_counts_as_none_and_is_reported_once(content, tmp_path, capsys):
+    path = run_path(tmp_path, "a") / "trial.json"
+    assert read_outcome(tmp_path, "a") == {}
+    path.parent.mkdir(parents=True)
+    path.write_bytes(content)
+    assert [read_outcome(tmp_path, "a") for _ in range(3)] == [{}] * 3
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == f"WARNING: {path} is damaged, so the trial counts as not finished"
+    outcome = {"state": "pruned", "seconds": 1, "message": "step 2"}
+    write_outcome(tmp_path, "a", outcome)
+    assert read_outcome(tmp_path, "a") == outcome
 
 
 def test_workers_share_the_gpus(monkeypatch):

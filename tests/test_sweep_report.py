@@ -196,7 +196,8 @@ def test_status_and_report_need_the_folder_alone(write_experiment, tmp_path, cap
     ):
         assert main(["sweep", *arguments]) == 2
         assert words in capsys.readouterr().err
-    for text in ("[]", "{", '{"base": {"model": {"depth": 1}}}', '{"base": {}, "trials": [1]}'):
+    unknown, empty = '{"base": {"model": {"depth": 1}}}', '{"base": {}, "trials": [1]}'
+    for text in ("[" * 100_000, "[]", "{", unknown, empty):
         (folder / "sweep.json").write_text(text)
         assert main(["sweep", "report", f"--dir={folder}"]) == 2
         assert "sweep.json" in capsys.readouterr().err

@@ -211,6 +211,36 @@ def test_a_torn_line_is_cut_off(write_experiment, tmp_path, monkeypatch):
     assert_complete(path, tmp_path, ran)
 
 
+def test_trials_whose_outcome_is_damaged_run_again(write_experiment, tmp_path, monkeypatch):
+    ran = []
+    stand_in(monkeypatch, ran)
+    path = write_experiment(f"tpe({SPACE}, {NUM}, reduction=2)")
+    search_all(path, tmp_path)
+    first = list(ran)
+    assert "pruned" in {read_outcome(tmp_path, name)["state"] for name in first}
+    for name in first:
+        (run_path(tmp_path, name) / "trial.json").write_text("[]")
+    search_all(path, tmp_path)
+    assert sorted(ran) == sorted(first * 2)  # also those that Optuna has as pruned
+    assert {read_outcome(tmp_path, name)["state"] for name in first} == {"finished"}
+
+
+@pytest.mark.parametrize("line", [
+    b"\xff", b"{", b"[]", b"5", b"[" * 100_000, b'{"op_code": "x"}', b'{"op_code": 5}', b"9" * 5000,
+])  # fmt: skip
+def test_a_damaged_journal_is_named(line, write_experiment, tmp_path, capsys, monkeypatch):
+    stand_in(monkeypatch, [])
+    path = write_experiment(f"tpe({SPACE}, 2)")
+    search_all(path, tmp_path)
+    journal = tmp_path / "optuna.journal"
+    lines = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(b"".join([*lines[:3], line + b"\n", *lines[3:]]))
+    for action in ("status", "run"):
+        assert main(["sweep", action, f"--config={path}", f"--dir={tmp_path}"]) == 3
+        (said,) = capsys.readouterr().err.splitlines()
+        assert said.startswith(f"error: {journal}:4 is damaged")
+
+
 def test_points_that_come_twice_count_and_run_once(write_experiment, tmp_path, monkeypatch):
     ran = []
     stand_in(monkeypatch, ran)

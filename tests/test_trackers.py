@@ -228,7 +228,7 @@ def test_a_run_of_trackio_is_continued(tmp_path, monkeypatch):
 def test_the_name_at_the_trackers_is_kept(tmp_path):
     name = trackers.tracking_id(tmp_path)
     assert trackers.tracking_id(tmp_path) == name
-    for damaged in (b"\x80", b"[]", b"{}", b'{"id": "a/b"}', b'{"id": 3}'):
+    for damaged in (b"\x80", b"[" * 100_000, b"[]", b"{}", b'{"id": "a/b"}', b'{"id": 3}'):
         (tmp_path / "trackers.json").write_bytes(damaged)
         name = trackers.tracking_id(tmp_path)
         assert name.isalnum()

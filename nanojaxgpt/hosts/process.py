@@ -55,25 +55,42 @@ class StopRequest:
         self.deferred = False  # True: the work looks at `signal` itself, between its steps
 
     def handle(self, number: int, frame: FrameType | None) -> None:
-        """Note the signal; raise at once where nothing looks, or where it comes again."""
+        """Note the signal; raise at once where nothing looks, or where it comes again.
+
+        A repeated SIGHUP changes nothing: a lost session's shell and the kernel both send one.
+        """
+        if self.signal and number == signal.SIGHUP:
+            return
         again, self.signal = self.signal, number
         if again or not self.deferred:
             raise self.stopped("stopped before the step was saved" if again else "stopped")
 
     def stopped(self, message: str) -> Stopped:
         """Return the exception that ends the process with the signal's exit code."""
-        return Stopped(message, INTERRUPTED if self.signal == signal.SIGINT else PREEMPTED)
+        return Stopped(message, exit_code(self.signal))
+
+
+def end_signals() -> list[int]:
+    """Return the signals that ask for the end; SIGHUP not where it is ignored, as under nohup."""
+    ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return [signal.SIGTERM, signal.SIGINT] + ([] if ignored else [signal.SIGHUP])
+
+
+def exit_code(number: int) -> int:
+    """Return the exit code after a signal."""
+    return INTERRUPTED if number == signal.SIGINT else PREEMPTED
 
 
 def end_at_signals() -> dict[int, Any]:
-    """Have SIGTERM and Ctrl-C end the process with their exit codes; return the handlers before.
+    """Have the end signals end the process with their exit codes; return the handlers before.
 
     For as long as there is nothing to save. No exception is raised: while libraries are imported
     some swallow it or report another error, and in jaxlib it ends in a segmentation fault. Outside
     the main thread, where Python allows no handlers, nothing changes.
     """
     old = {}
-    for number, code in ((signal.SIGTERM, PREEMPTED), (signal.SIGINT, INTERRUPTED)):
+    for number in end_signals():
+        code = exit_code(number)
         with suppress(ValueError):
             old[number] = signal.signal(number, lambda *_, code=code: os._exit(code))
     return old
@@ -92,13 +109,13 @@ def ending_at_signals() -> Iterator[None]:
 
 @contextmanager
 def stop_signals() -> Iterator[StopRequest]:
-    """Turn SIGTERM and Ctrl-C into a StopRequest for as long as the context lasts.
+    """Turn SIGTERM, SIGHUP and Ctrl-C into a StopRequest for as long as the context lasts.
 
     Outside the main thread, where Python allows no handlers, the request just never comes.
     """
     request, old = StopRequest(), {}
     try:
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in end_signals():
             old[number] = signal.signal(number, request.handle)
     except ValueError:
         pass

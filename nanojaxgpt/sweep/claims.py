@@ -9,6 +9,7 @@ another machine when it has not been touched for STALE_SECONDS by the file syste
 """
 
 import fcntl
+import functools
 import json
 import os
 import platform
@@ -19,9 +20,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
+from nanojaxgpt import console
 from nanojaxgpt.errors import PREEMPTED, ConfigError
 from nanojaxgpt.rundir import write_text
 
+STATES = ("finished", "non-finite", "pruned")  # in which a trial ends
 BEAT_SECONDS, STALE_SECONDS = 10.0, 120.0
 
 
@@ -31,9 +34,37 @@ def run_path(folder: Path, name: str) -> Path:
 
 
 def read_outcome(folder: Path, name: str) -> dict[str, Any]:
-    """Return how a trial ended: state, seconds, message; nothing where it has not."""
+    """Return how a trial ended: state, seconds, message; nothing where it has not.
+
+    A damaged file counts as none, with a warning, so that the trial runs again.
+    """
     path = run_path(folder, name) / "trial.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    try:
+        outcome = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError):
+        outcome = None
+    if is_outcome(outcome):
+        return outcome
+    warn_damaged(path)
+    return {}
+
+
+def is_outcome(value: Any) -> bool:
+    """Return whether a value read from a trial.json is what `write_outcome` writes."""
+    return (
+        isinstance(value, dict)
+        and value.get("state") in STATES
+        and type(value.get("seconds")) in (int, float)
+        and isinstance(value.get("message"), str)
+    )
+
+
+@functools.cache  # a sweep reads its outcomes again and again
+def warn_damaged(path: Path) -> None:
+    """Warn of a trial.json that can't be read, once."""
+    console.warn(f"WARNING: {path} is damaged, so the trial counts as not finished")
 
 
 def write_outcome(folder: Path, name: str, outcome: dict[str, Any]) -> None:

@@ -94,6 +94,10 @@ def save_plan(folder: Path, plan: Plan, experiment: str, overrides: dict[str, st
         raise ConfigError(f"can't write to the sweep's folder {folder}: {error}") from error
 
 
+# What a damaged plan raises as it is read.
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
+
+
 def read_plan(folder: Path) -> Plan:
     """Return the plan that was last run in a sweep's folder. Raises ConfigError.
 
@@ -112,7 +116,7 @@ def read_plan(folder: Path) -> Plan:
         named = [(entry["name"], make_trial(base, entry["point"])) for entry in written["trials"]]
         search = written["search"]
         tpe = Tpe(space=choice(SEED), **search) if search else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except UNREADABLE as error:
         raise ConfigError(f"{path} can't be read: {error!r}; name --config") from error
     return Plan(base, [trial._replace(name=name) for name, trial in named], tpe)
 

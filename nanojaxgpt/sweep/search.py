@@ -8,7 +8,7 @@ follows them, so a worker may be killed at any moment.
 import functools
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from nanojaxgpt import config
-from nanojaxgpt.errors import ConfigError
+from nanojaxgpt.errors import ConfigError, DataError
 from nanojaxgpt.sweep.claims import Claims, read_outcome, run_path
 from nanojaxgpt.sweep.plan import Trial, make_trial
 from nanojaxgpt.sweep.results import read_curves
@@ -30,6 +30,8 @@ except ImportError:
     raise ConfigError("a tpe sweep needs Optuna: pip install 'nanojaxgpt[sweep]'") from None
 from optuna.trial import FrozenTrial, TrialState
 
+# What Optuna raises at a line that is no JSON, or no entry of a journal.
+DAMAGED = (ValueError, TypeError, KeyError, AttributeError, AssertionError, RecursionError)
 DRAWING = "drawing"  # the claim of who draws; trials are named by hashes
 
 
@@ -45,6 +47,19 @@ class Lock(JournalFileSymlinkLock):
             tail = file.read()
             file.truncate(size - len(tail) + tail.rfind(b"\n") + 1)
         return True
+
+
+class Journal(JournalFileBackend):
+    """Optuna's journal, which knows the number of the line that is being read."""
+
+    line = 0
+
+    def read_logs(self, log_number_from: int) -> Iterator[dict[str, Any]]:
+        """Yield the entries from this number on, counted from 0."""
+        self.line = log_number_from + 1
+        for entry in super().read_logs(log_number_from):
+            yield entry
+            self.line += 1
 
 
 class Suggestions:
@@ -91,18 +106,27 @@ class Search:
 
     @functools.cached_property
     def study(self) -> optuna.Study:
-        """Return Optuna's study of this base config; another one has another study."""
+        """Return Optuna's study of this base config; another one has another study.
+
+        Raises DataError where the journal is damaged.
+        """
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         direction = "maximize" if self.tpe.maximize else "minimize"
         pruner, first = optuna.pruners.NopPruner(), self.base.eval.every_steps
         if self.tpe.reduction and first:
             pruner = optuna.pruners.SuccessiveHalvingPruner(first, self.tpe.reduction)
-        backend = JournalFileBackend(str(self.journal), Lock(str(self.journal)))
-        return optuna.create_study(
-            study_name=f"{config.config_hash(self.base)} {direction} {self.tpe.metric}",
-            storage=optuna.storages.JournalStorage(backend),
-            pruner=pruner, direction=direction, load_if_exists=True,
-        )  # fmt: skip
+        journal = Journal(str(self.journal), Lock(str(self.journal)))
+        try:
+            return optuna.create_study(
+                study_name=f"{config.config_hash(self.base)} {direction} {self.tpe.metric}",
+                storage=optuna.storages.JournalStorage(journal),
+                pruner=pruner, direction=direction, load_if_exists=True,
+            )  # fmt: skip
+        except DAMAGED as error:
+            raise DataError(
+                f"{self.journal}:{journal.line} is damaged ({type(error).__name__}); restore the "
+                "file, or move it away: the search then starts again, from the same seed"
+            ) from error
 
     def drawn(self) -> list[tuple[FrozenTrial, Trial]]:
         """Return the points drawn so far, as Optuna's trial and as ours, which may come twice."""
@@ -174,8 +198,13 @@ class Search:
         return curve[-1][1]
 
     def watch(self, trial: Trial) -> Callable[[int], None]:
-        """Return what is to be called after each evaluation of a trial; it raises Pruned."""
+        """Return what is to be called after each evaluation of a trial; it raises Pruned.
+
+        A trial that ended before, and whose outcome was lost, runs to its end.
+        """
         asked = next(asked for asked, ours in self.drawn() if ours.name == trial.name)
+        if asked.state.is_finished():
+            return lambda step: None
         own, known = optuna.Trial(self.study, asked._trial_id), set(asked.intermediate_values)
 
         def look(step: int) -> None:
