@@ -226,11 +226,13 @@ class Block(Weights):
         if cfg.qk_norm:
             q_BTNH = self.normalize(q_BTNH, "q_norm", bias=False)
             k_BTKH = self.normalize(k_BTKH, "k_norm", bias=False)
-        if cfg.positions == "rotary":
+        # Parameters are counted, so that sizes that can't fit are refused, before tables are built.
+        positions = "none" if self.is_initializing() else cfg.positions
+        if positions == "rotary":
             q_BTNH = rotate(q_BTNH, context.positions_BT, cfg.rotary_base)
             k_BTKH = rotate(k_BTKH, context.positions_BT, cfg.rotary_base)
         q_BTNH = scaled(q_BTNH, context.score_multiplier)
-        scaling: dict[str, Any] = dict(scale=cfg.attention_scale, alibi=cfg.positions == "alibi")
+        scaling: dict[str, Any] = dict(scale=cfg.attention_scale, alibi=positions == "alibi")
         if cfg.smeared_keys:
             gate_K = self.weight("smear_K", nn.initializers.zeros, (cfg.num_kv_heads,), ("norm",))
         if cache is not None:
@@ -256,8 +258,7 @@ class Block(Weights):
         o_ID = self.kernel("o_NHD", kernel_init(cfg, fan_in, residual=True), shape, axes, fan_in)
         update_BTD = project(out_BTNH.reshape(*out_BTNH.shape[:2], fan_in), o_ID)
         if cfg.bias:
-            bias = bias_init(cfg, fan_in)
-            update_BTD += self.weight("o_bias", bias, (cfg.embed_dim,), ("norm",))
+            update_BTD += self.weight("o_bias", bias_init(cfg, fan_in), shape[2:], ("norm",))
         return update_BTD, cache
 
     def heads(self, x_BTD: jax.Array, name: str, heads: int, axis: str) -> jax.Array:
@@ -292,8 +293,7 @@ class Block(Weights):
         down_DF = self.kernel("down_DF", init, shape, ("embed", "mlp"))
         update_BTD = project(y_BTF, down_DF, "TF,DF->TD")
         if cfg.bias:
-            init = bias_init(cfg, cfg.mlp_dim)
-            update_BTD += self.weight("down_bias", init, (cfg.embed_dim,), ("norm",))
+            update_BTD += self.weight("down_bias", bias_init(cfg, cfg.mlp_dim), shape[:1], ("norm",))
         return update_BTD
 
 
@@ -370,7 +370,7 @@ class Transformer(Weights):
         if cfg.positions == "learned":
             shape, axes = (cfg.seq_len, cfg.embed_dim), ("positions", "embed")
             return self.weight("position_TD", embed_init(cfg), shape, axes)[positions_BT]
-        if cfg.positions == "sinusoidal":
+        if cfg.positions == "sinusoidal" and not self.is_initializing():
             return sinusoids(positions_BT, cfg.embed_dim).astype(cfg.compute_dtype)
         return jnp.zeros((), cfg.compute_dtype)
 
