@@ -258,7 +258,8 @@ class Block(Weights):
         o_ID = self.kernel("o_NHD", kernel_init(cfg, fan_in, residual=True), shape, axes, fan_in)
         update_BTD = project(out_BTNH.reshape(*out_BTNH.shape[:2], fan_in), o_ID)
         if cfg.bias:
-            update_BTD += self.weight("o_bias", bias_init(cfg, fan_in), shape[2:], ("norm",))
+            bias = bias_init(cfg, fan_in)
+            update_BTD += self.weight("o_bias", bias, (cfg.embed_dim,), ("norm",))
         return update_BTD, cache
 
     def heads(self, x_BTD: jax.Array, name: str, heads: int, axis: str) -> jax.Array:
@@ -293,7 +294,8 @@ class Block(Weights):
         down_DF = self.kernel("down_DF", init, shape, ("embed", "mlp"))
         update_BTD = project(y_BTF, down_DF, "TF,DF->TD")
         if cfg.bias:
-            update_BTD += self.weight("down_bias", bias_init(cfg, cfg.mlp_dim), shape[:1], ("norm",))
+            init = bias_init(cfg, cfg.mlp_dim)
+            update_BTD += self.weight("down_bias", init, (cfg.embed_dim,), ("norm",))
         return update_BTD
 
 
@@ -328,9 +330,8 @@ class Transformer(Weights):
             raise ValueError(f"{tokens_BT.shape[1]} tokens, but {cfg.seq_len} learned positions")
         if positions_BT is None:
             positions_BT = jnp.arange(tokens_BT.shape[1])[None]
-        embed_VD = self.weight(
-            "embed_VD", embed_init(cfg), (cfg.vocab_size, cfg.embed_dim), ("vocab", "embed")
-        )
+        shape, axes = (cfg.vocab_size, cfg.embed_dim), ("vocab", "embed")
+        embed_VD = self.weight("embed_VD", embed_init(cfg), shape, axes)
         x_BTD = embed_VD[tokens_BT] + self.position_embedding(positions_BT)
         x_BTD = scaled(x_BTD, factors.embed)
         x_BTD = nn.Dropout(cfg.dropout)(x_BTD, deterministic)
@@ -350,8 +351,7 @@ class Transformer(Weights):
 
         head_VD = embed_VD
         if not cfg.tied_head or self.has_variable("params", "head_VD"):  # see decoding_params
-            init, axes = kernel_init(cfg, cfg.embed_dim), ("vocab", "embed")
-            head_VD = self.kernel("head_VD", init, (cfg.vocab_size, cfg.embed_dim), axes)
+            head_VD = self.kernel("head_VD", kernel_init(cfg, cfg.embed_dim), shape, axes)
 
         def head(x_BTD: jax.Array) -> jax.Array:
             x_BTD = scaled(x_BTD, factors.logit)

@@ -62,7 +62,7 @@ def test_samples_that_cannot_fit_are_refused_before_any_is_begun(run_of, monkeyp
     run, begun = run_of(CharTokenizer("abcdefgh ")), []
     monkeypatch.setattr(text_stream, "TextStream", lambda *_: begun.append(1))
     monkeypatch.setattr(memory, "device_bytes", lambda mesh: 1e6)
-    with pytest.raises(MemoryExceeded, match="sampling needs at least.*lower sample.num_samples"):
+    with pytest.raises(MemoryExceeded, match=r"sampling needs at least.*lower sample\.num_samples"):
         sample([str(run), "--prompt=cab", "--num_samples=1000"])
     assert not begun
 
