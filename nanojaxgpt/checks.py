@@ -31,7 +31,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 
 _COUNT, _SIZE = (0, 2**31 - 1), (1, 2**31 - 1)  # off or a number; at least one
-_FRACTION, _BELOW_ONE, _ANY = (0.0, 1.0), (0.0, math.nextafter(1.0, 0.0)), (0.0, 1e30)
+_FRACTION, _ANY = (0.0, 1.0), (0.0, 1e30)
+_BELOW_ONE = (0.0, 1 - 2**-24)  # the largest float32 below 1: the step takes numbers as float32
 _ABOVE_ZERO, _AXIS, _ALL = (1e-30, 1e30), (-1, 2**31 - 1), (-math.inf, math.inf)
 
 RANGES: dict[str, tuple[float, float]] = {
@@ -163,7 +164,7 @@ def range_problem(number: float, low: float, high: float) -> str:
     """Return `must be ...` where a number is outside [low, high] or NaN, else ""."""
     if low <= number <= high:
         return ""
-    limit = f"below {math.ceil(high)}" if high == _BELOW_ONE[1] else f"at most {high:,.10g}"
+    limit = "below 1, as a float32 too" if high == _BELOW_ONE[1] else f"at most {high:,.10g}"
     if number > high:
         return f"must be {limit}"
     if number < low:

@@ -167,7 +167,7 @@ def test_another_shape_or_dtype_is_refused(tmp_path):
 def test_none_is_none_and_a_missing_step_is_named(tmp_path):
     assert restore(tmp_path / "nothing", abstract()) is None
     save(tmp_path / "c", [1, 2])
-    with pytest.raises(CheckpointError, match=r"no checkpoint of step 5 in .* there are \[1, 2\]"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint of step 5 in .* available: \[1, 2\]"):
         restore(tmp_path / "c", abstract(), step=5)
 
 

@@ -231,6 +231,7 @@ def test_fields_that_do_not_fit_together(changes, words):
         ("train.num_steps", "0", "train.num_steps=0 must be at least 1"),
         ("optim.learning_rate", "nan", "optim.learning_rate=nan must be at least 0 and at most"),
         ("model.dropout", "1", "model.dropout=1.0 must be below 1"),
+        ("optim.beta2", "0.99999999", "must be below 1, as a float32 too"),
         ("model.norm", "rmsnrm", "one of layernorm, rmsnorm; did you mean rmsnorm?"),
         ("model.tied_head", "yes", "model.tied_head='yes' is not true or false"),
         ("train.seed", "9" * 5000, "(5,002 characters)"),

@@ -181,7 +181,7 @@ def test_kernels_agree_with_the_formula(kernel):
 
 def test_a_kernel_asked_for_by_name_is_not_replaced_silently():
     cfg, params = build(attention="splash")
-    with pytest.raises(ValueError, match="divides by 128"):
+    with pytest.raises(ValueError, match="divisible by 128"):
         forward(cfg, params, random_tokens(1, 12))
 
 

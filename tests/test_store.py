@@ -306,7 +306,7 @@ def test_script_without_a_guard_is_told_so(ten_documents, tmp_path):
         env=os.environ | {"PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert found.returncode == 1
-    assert 'without `if __name__ == "__main__":`' in found.stderr.splitlines()[-1]
+    assert 'lacks `if __name__ == "__main__":`' in found.stderr.splitlines()[-1]
 
 
 def test_mixture_has_one_tokenizer_and_weights(ten_documents, tmp_path):
@@ -433,7 +433,7 @@ def test_prepare_prints_a_table_and_is_instant_the_second_time(ten_documents, tm
                            f"{store.num_tokens:,}", "0.99", "1", str(folder)]  # fmt: skip
     again = command(*arguments)
     assert again.stdout == first.stdout
-    assert "already there" in again.stderr
+    assert "prepared already" in again.stderr
     wrong = command(*arguments, "--config.data.source=text:/absent")
     assert wrong.returncode == 3
     assert "no file, folder or glob /absent" in wrong.stderr

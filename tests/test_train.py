@@ -377,7 +377,7 @@ def test_a_run_starts_from_another_runs_parameters(cfg, tmp_path):
     def quiet(config, run):
         return fit(config, tmp_path / run, report=lambda _: None)
 
-    cfg = override_config(cfg, {"mesh.data": "1", "train.num_steps": "2"})
+    cfg = override_config(cfg, {"train.num_steps": "2"})
     first = quiet(cfg, "first")
     other = cfg.copy_and_resolve_references().unlock()
     other.init.from_run = str(tmp_path / "first")
