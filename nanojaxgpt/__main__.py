@@ -214,7 +214,7 @@ def evaluate(arguments: list[str]) -> None:
     import jax
 
     from nanojaxgpt import memory, sharding
-    from nanojaxgpt.checkpoint import load_params
+    from nanojaxgpt.checkpoint import abstract_params, load_params
     from nanojaxgpt.model import ModelConfig, Transformer
     from nanojaxgpt.train import make_evaluation, prepare_data
 
@@ -228,14 +228,13 @@ def evaluate(arguments: list[str]) -> None:
     except ConfigError:  # the run's mesh does not fit this machine: one device does
         mesh = sharding.make_mesh({}, jax.devices()[:1])
     run, model_cfg = Path(parsed.run), ModelConfig(**cfg.model)
-    lower = (
-        "To use less memory, lower eval.batch_size, raise train.loss_chunks, or set "
-        "model.compute_dtype=bfloat16"
-    )
+    lower = memory.EVALUATION_ADVICE
     with memory.explained("the evaluation", mesh, lambda: lower), jax.set_mesh(mesh):
         memory.check_model("the evaluation", cfg, mesh, 0, lower)
+        held = {"parameters": abstract_params(model_cfg, mesh)}
+        run_evaluation = make_evaluation(cfg, data, mesh, Transformer(model_cfg), held)
         step, params = load_params(run, model_cfg, mesh, chosen_step(run, parsed.step), warn)
-        found = make_evaluation(cfg, data, mesh, Transformer(model_cfg))(params)
+        found = run_evaluation(params)
     if not found["tokens"] and parsed.data:
         raise DataError(f"{parsed.data} has nothing to score: it is shorter than two tokens")
     if not found["tokens"]:

@@ -3,8 +3,10 @@
 No jax here, and no defaults: config.py has the fields.
 """
 
+import functools
 import math
 import re
+import warnings
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -181,10 +183,18 @@ def text_problem(name: str, text: str) -> str:
     return ""
 
 
+@functools.cache
+def compile_pattern(pattern: str) -> re.Pattern[str]:
+    """Return the compiled pattern, without Python's warnings of what it may mean one day."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return re.compile(pattern)
+
+
 def pattern_problem(pattern: str) -> str:
     """Return what is wrong with a regular expression, or ""."""
     try:
-        re.compile(pattern)
+        compile_pattern(pattern)
     except (re.error, RecursionError, OverflowError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
         return f"{show(pattern)} is not a regular expression: {reason}"

@@ -31,6 +31,10 @@ EXHAUSTED = re.compile(r"RESOURCE_EXHAUSTED|out of memory|bad_alloc", re.I)
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB", "ZiB", "YiB")
 OWN_GROUPS = Path("/proc/self/cgroup")
 SUGGESTED = 3  # changes that an error names
+EVALUATION_ADVICE = (
+    "To use less memory, lower eval.batch_size (0: that of training), raise train.loss_chunks, or "
+    "set model.compute_dtype=bfloat16"
+)
 # They train the same: preferred to what saves up to twice as much.
 HARMLESS = ("mesh.", "train.accumulation_steps", "train.loss_chunks", "model.remat")
 
@@ -68,11 +72,14 @@ def shard_bytes(tree: Any) -> int:
     )
 
 
-def abstract_batch(cfg: ConfigDict, mesh: Mesh) -> Batch:
-    """Return the batch of a step without arrays, as the loader would lay it out."""
+def abstract_batch(cfg: ConfigDict, mesh: Mesh, batch_size: int = 0) -> Batch:
+    """Return the batch of a step without arrays, as the loader would lay it out.
+
+    `batch_size` 0 is that of training.
+    """
 
     def rows(dtype: Any) -> jax.ShapeDtypeStruct:
-        shape = cfg.train.batch_size, cfg.model.seq_len
+        shape = batch_size or cfg.train.batch_size, cfg.model.seq_len
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.batch_sharding(mesh))
 
     whole = Batch(rows(jnp.int32), rows(jnp.int32), rows(jnp.float32))
@@ -119,7 +126,9 @@ def kept_activations(cfg: ConfigDict, policy: str) -> float:
 
 
 def readable(count: float) -> str:
-    """Return bytes as people read them, `1.5 GiB`."""
+    """Return bytes as people read them, `1.5 GiB`; infinity is what no device tells."""
+    if count == math.inf:
+        return "an unknown amount"
     power = min(int(math.log2(max(count, 1)) // 10), len(UNITS) - 1)
     number = count / 1024**power
     return f"{number:.3g} {UNITS[power]}" if number < 1000 else f"{number:.0f} {UNITS[power]}"
@@ -225,15 +234,35 @@ def check_model(what: str, cfg: ConfigDict, mesh: Mesh, cache: int, lower: str) 
     check(what, {"parameters": params, "cache": cache}, mesh, lambda: lower)
 
 
+def check_evaluation(cfg: ConfigDict, mesh: Mesh, held: Mapping[str, Any]) -> None:
+    """Raise MemoryExceeded where a device or this host can't hold an evaluation's batch.
+
+    The device also holds the abstract trees `held`, which the message calls by their names.
+    """
+    batch = abstract_batch(cfg, mesh, cfg.eval.batch_size)
+    parts = {name: shard_bytes(tree) for name, tree in held.items()}
+    parts["evaluation batch"] = shard_bytes(batch)
+    check("the evaluation", parts, mesh, lambda: EVALUATION_ADVICE)
+    whole = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(batch))
+    # Every host reads the rows of its own devices; more where others have the same rows.
+    own = whole * len(mesh.local_devices) / mesh.size
+    if own > (available := host_bytes()):
+        raise MemoryExceeded(
+            f"the evaluation needs at least {readable(own)} for its batch before it is on the "
+            f"devices, but this machine has {readable(available)}. {EVALUATION_ADVICE}"
+        )
+
+
 def cache_bytes(cfg: ModelConfig, rows: int, length: int) -> int:
     """Return the bytes of the keys and values of `length` tokens in `rows` rows."""
     item = jnp.dtype(cfg.compute_dtype).itemsize
     return 2 * cfg.num_layers * rows * cfg.num_kv_heads * length * cfg.head_dim * item
 
 
-def checked(program: Callable, cfg: ConfigDict, mesh: Mesh, what: str) -> Callable:
+def checked(program: Callable, mesh: Mesh, what: str, lower: Callable[[], str]) -> Callable:
     """Return the jitted program(state, batch, ...), which on a CPU compares its memory first.
 
+    `lower` says what to change where it does not fit.
     Compiling ahead costs nothing: the call takes the same program.
     """
     seen: set[tuple] = set()
@@ -246,7 +275,7 @@ def checked(program: Callable, cfg: ConfigDict, mesh: Mesh, what: str) -> Callab
             kept = stats.output_size_in_bytes - stats.alias_size_in_bytes
             parts = {"arguments": stats.argument_size_in_bytes, "results": kept}
             parts["temporaries"] = stats.temp_size_in_bytes
-            check(what, parts, mesh, lambda: suggestions(cfg, mesh))
+            check(what, parts, mesh, lower)
         seen.add(key)
         return program(state, batch, *rest, **named)
 

@@ -226,11 +226,13 @@ class Block(Weights):
         if cfg.qk_norm:
             q_BTNH = self.normalize(q_BTNH, "q_norm", bias=False)
             k_BTKH = self.normalize(k_BTKH, "k_norm", bias=False)
-        if cfg.positions == "rotary":
+        # Parameters are counted, so that sizes that can't fit are refused, before tables are built.
+        positions = "none" if self.is_initializing() else cfg.positions
+        if positions == "rotary":
             q_BTNH = rotate(q_BTNH, context.positions_BT, cfg.rotary_base)
             k_BTKH = rotate(k_BTKH, context.positions_BT, cfg.rotary_base)
         q_BTNH = scaled(q_BTNH, context.score_multiplier)
-        scaling: dict[str, Any] = dict(scale=cfg.attention_scale, alibi=cfg.positions == "alibi")
+        scaling: dict[str, Any] = dict(scale=cfg.attention_scale, alibi=positions == "alibi")
         if cfg.smeared_keys:
             gate_K = self.weight("smear_K", nn.initializers.zeros, (cfg.num_kv_heads,), ("norm",))
         if cache is not None:
@@ -328,9 +330,8 @@ class Transformer(Weights):
             raise ValueError(f"{tokens_BT.shape[1]} tokens, but {cfg.seq_len} learned positions")
         if positions_BT is None:
             positions_BT = jnp.arange(tokens_BT.shape[1])[None]
-        embed_VD = self.weight(
-            "embed_VD", embed_init(cfg), (cfg.vocab_size, cfg.embed_dim), ("vocab", "embed")
-        )
+        shape, axes = (cfg.vocab_size, cfg.embed_dim), ("vocab", "embed")
+        embed_VD = self.weight("embed_VD", embed_init(cfg), shape, axes)
         x_BTD = embed_VD[tokens_BT] + self.position_embedding(positions_BT)
         x_BTD = scaled(x_BTD, factors.embed)
         x_BTD = nn.Dropout(cfg.dropout)(x_BTD, deterministic)
@@ -350,8 +351,7 @@ class Transformer(Weights):
 
         head_VD = embed_VD
         if not cfg.tied_head or self.has_variable("params", "head_VD"):  # see decoding_params
-            init, axes = kernel_init(cfg, cfg.embed_dim), ("vocab", "embed")
-            head_VD = self.kernel("head_VD", init, (cfg.vocab_size, cfg.embed_dim), axes)
+            head_VD = self.kernel("head_VD", kernel_init(cfg, cfg.embed_dim), shape, axes)
 
         def head(x_BTD: jax.Array) -> jax.Array:
             x_BTD = scaled(x_BTD, factors.logit)
@@ -370,7 +370,7 @@ class Transformer(Weights):
         if cfg.positions == "learned":
             shape, axes = (cfg.seq_len, cfg.embed_dim), ("positions", "embed")
             return self.weight("position_TD", embed_init(cfg), shape, axes)[positions_BT]
-        if cfg.positions == "sinusoidal":
+        if cfg.positions == "sinusoidal" and not self.is_initializing():
             return sinusoids(positions_BT, cfg.embed_dim).astype(cfg.compute_dtype)
         return jnp.zeros((), cfg.compute_dtype)
 

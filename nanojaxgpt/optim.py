@@ -1,6 +1,5 @@
 """The optimizer, its state, and path patterns; every number may be traced."""
 
-import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -8,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from nanojaxgpt.checks import parse_multiplier
+from nanojaxgpt.checks import compile_pattern, parse_multiplier
 from nanojaxgpt.errors import ConfigError
 from nanojaxgpt.matrices import muon, scale_by_adafactor
 from nanojaxgpt.schedules import Hyper
@@ -25,7 +24,7 @@ def path_mask(tree: Any, pattern: str, field: str) -> Any:
 
     def found(path: tuple, _: Any) -> bool:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        return bool(pattern and re.search(pattern, name))
+        return bool(pattern and compile_pattern(pattern).search(name))
 
     mask = jax.tree_util.tree_map_with_path(found, tree)
     if pattern and not any(jax.tree.leaves(mask)):

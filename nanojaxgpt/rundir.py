@@ -63,7 +63,14 @@ def check_file(name: str, path: Path) -> None:
 
 def check_start(cfg: ConfigDict, run: Path) -> None:
     """Raise ConfigError where init.from_run is not a run directory, unless `run` just resumes."""
-    if cfg.init.from_run and not any((Path(run) / "checkpoints").glob("[0-9]*")):
+    if any((Path(run) / "checkpoints").glob("[0-9]*")):
+        return
+    if cfg.init.step and not cfg.init.from_run:
+        raise ConfigError(
+            f"init.step={cfg.init.step} is a checkpoint of init.from_run, which is not set: "
+            "set init.from_run, or leave init.step at 0"
+        )
+    if cfg.init.from_run:
         try:
             load_run(Path(cfg.init.from_run))
         except ConfigError as error:

@@ -3,7 +3,7 @@
 import functools
 import math
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -70,8 +70,11 @@ def make_job(cfg: ConfigDict, data: Data, mesh: Mesh, loss_fn: LossFn | None = N
     """
     step, train_batch = make_step(cfg, mesh, loss_fn), make_train_batch(cfg, data, mesh)
     memory.check_state(cfg, mesh, step.abstract)
-    step = step._replace(train_step=memory.checked(step.train_step, cfg, mesh, "a training step"))
-    job_eval = make_evaluation(cfg, data, mesh, Transformer(ModelConfig(**cfg.model)))
+    lower = functools.partial(memory.suggestions, cfg, mesh)
+    train_step = memory.checked(step.train_step, mesh, "a training step", lower)
+    step = step._replace(train_step=train_step)
+    held = {"parameters": step.abstract.params, "optimizer state": step.abstract.opt_state}
+    job_eval = make_evaluation(cfg, data, mesh, Transformer(ModelConfig(**cfg.model)), held)
     return share_job(Job(cfg, mesh, data, *step, train_batch, job_eval), cfg)
 
 
@@ -103,21 +106,24 @@ def make_batches(rows: ReadRows, ramp: Ramp, seq_len: int, mesh: Mesh) -> Callab
 
 
 def make_evaluation(
-    cfg: ConfigDict, data: Data, mesh: Mesh, model: Transformer
+    cfg: ConfigDict, data: Data, mesh: Mesh, model: Transformer, held: Mapping[str, Any]
 ) -> Callable[..., dict[str, float]]:
     """Return evaluate(params) -> the numbers over the validation split, or its first batches.
 
     A second argument is a function through which the batches go, a watchdog's say; a third, the
-    multipliers of another config.
+    multipliers of another config. Raises MemoryExceeded where a batch does not fit beside the
+    abstract trees that a device holds: `held`, by name.
     """
     size, seq_len = cfg.eval.batch_size or cfg.train.batch_size, cfg.model.seq_len
     sharding.check_batch("eval.batch_size", size, 1, seq_len, mesh)
     count, rows = make_eval_batches(data.validation(seq_len), size)
     count = min(count, cfg.eval.num_batches or count)
+    if count:
+        memory.check_evaluation(cfg, mesh, held)
     fetch = make_batches(rows, make_ramp(size), seq_len, mesh)
-    ahead = cfg.data.prefetch_batches
+    ahead, lower = cfg.data.prefetch_batches, lambda: memory.EVALUATION_ADVICE
     eval_step = make_eval_step(model, data.tokenizer.token_bytes(), cfg.train.loss_chunks)
-    eval_step = memory.checked(eval_step, cfg, mesh, "an evaluation step")
+    eval_step = memory.checked(eval_step, mesh, "an evaluation step", lower)
 
     def run_evaluation(
         params: Any,
@@ -125,8 +131,9 @@ def make_evaluation(
         multipliers: Multipliers | None = None,
     ) -> dict[str, float]:
         numbers = dict(multipliers=multipliers or traced_multipliers(cfg))
-        batches = each(fetch_ahead(fetch, 0, count, ahead))
-        return evaluate(functools.partial(eval_step, **numbers), params, batches)
+        with memory.explained("the evaluation", mesh, lower):
+            batches = each(fetch_ahead(fetch, 0, count, ahead))
+            return evaluate(functools.partial(eval_step, **numbers), params, batches)
 
     return run_evaluation
 

@@ -6,6 +6,8 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+import tracemalloc
+from contextlib import contextmanager
 from pathlib import Path
 
 # Tests compile much and compute little: LLVM's optimizations would take over half of their time.
@@ -151,3 +153,15 @@ def command(
         cwd=cwd, capture_output=True, text=True, timeout=300,
         env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"} | environment,
     )  # fmt: skip
+
+
+@contextmanager
+def allocates_at_most(limit: int):
+    """Check that Python and NumPy never hold more than `limit` new bytes at once inside."""
+    tracemalloc.start()
+    try:
+        yield
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak <= limit

@@ -228,6 +228,7 @@ def test_config_is_refused(override, words, folder, tmp_path, refused):
         ("data.source=task:modular_addition,train_fraction=nan", USAGE, "is not a number"),
         ("data.source=task:modular_division,p=1000000000000000003", USAGE, "less than 1,048,576"),
         ("data.cache_dir=/dev/null/x", USAGE, "/dev/null is a file, not a folder"),
+        ("init.step=5", USAGE, "init.step=5 is a checkpoint of init.from_run, which is not set"),
         ("init.from_run=nowhere", USAGE, "init.from_run: nowhere is not a run directory"),
     ],
 )

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+import warnings
 
 import pytest
 from conftest import ROOT
@@ -250,6 +251,13 @@ def test_names_of_other_projects_lead_to_fields_of_this_one(name):
     assert {field for field in other.names if field[:2] != "--"} <= set(DEFAULTS)
     if set(other.names) & set(DEFAULTS):
         assert other.names[0] in unknown_name("config field", name, list(DEFAULTS))
+
+
+def test_patterns_that_python_warns_of_are_compiled_in_silence():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        patterns = {"optim.decay_pattern": "[[a]", "optim.rate_multipliers": "('[[b]=2',)"}
+        override_config(base_config(), patterns)
 
 
 def test_head_dim_frees_the_width_from_the_heads():

@@ -1,5 +1,6 @@
 """What can't fit is refused before it is allocated, with the fields that lower it."""
 
+import math
 import re
 import sys
 from subprocess import run
@@ -113,6 +114,37 @@ def test_the_compiled_step_is_compared_before_it_runs(experiment, limit, tmp_pat
     assert (tmp_path / "run" / "config.json").exists()
 
 
+@pytest.mark.parametrize("of_host", [False, True])
+def test_an_evaluation_that_cannot_fit_is_refused_before_training(
+    of_host, experiment, limit, tmp_path, monkeypatch, capsys
+):
+    limit(math.inf if of_host else 1e9)
+    monkeypatch.setattr(memory, "host_bytes", lambda: 1e9)
+    options = [f"--config={experiment}", f"--run={tmp_path}/run"]
+    assert main(["train", *options, "--config.eval.batch_size=2000000000"]) == TOO_LARGE
+    err = capsys.readouterr().err
+    assert "the evaluation needs at least" in err
+    assert "lower eval.batch_size" in err
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_the_advice_of_an_evaluation_is_its_own(experiment, limit, tmp_path, monkeypatch, capsys):
+    run = [f"{tmp_path}/run"]
+    limit(math.inf)
+    assert main(["train", f"--config={experiment}", f"--run={run[0]}"]) == 0
+    capsys.readouterr()
+    big = "--config.eval.batch_size=2000000000"
+    monkeypatch.setattr(memory, "host_bytes", lambda: 1e9)
+    assert main(["eval", *run, big]) == TOO_LARGE
+    assert "the evaluation needs at least" in capsys.readouterr().err
+    limit(1.6e4)  # holds the parameters and the batch, but not the activations
+    assert main(["eval", *run]) == TOO_LARGE
+    err = capsys.readouterr().err
+    assert "an evaluation step needs at least" in err
+    assert "temporaries" in err
+    assert "lower eval.batch_size" in err
+
+
 @pytest.mark.parametrize(
     ("error", "asked"),
     [
@@ -179,7 +211,7 @@ def test_control_groups_limit_the_host(tmp_path, monkeypatch):
 
 
 def test_readable_sizes():
-    assert [readable(n) for n in (0, 1, 1023, 1536, 2**30, 5 * 2**70)] == [
-        "0 B", "1 B", "1023 B", "1.5 KiB", "1 GiB", "5 ZiB"
+    assert [readable(n) for n in (0, 1, 1023, 1536, 2**30, 5 * 2**70, math.inf)] == [
+        "0 B", "1 B", "1023 B", "1.5 KiB", "1 GiB", "5 ZiB", "an unknown amount"
     ]  # fmt: skip
     assert np.isfinite(host_bytes())

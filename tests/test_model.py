@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import random_tokens, small_model
+from conftest import allocates_at_most, random_tokens, small_model
 
 from nanojaxgpt.attention import Mask, attend, init_cache
 from nanojaxgpt.model import (
@@ -37,6 +37,19 @@ VARIANTS = {
 def fresh(cfg: ModelConfig) -> dict:
     """Return the initial parameters."""
     return unbox(init_params(cfg, jax.random.key(0)))
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        dict(positions="rotary", head_dim=20_000_000),
+        dict(positions="sinusoidal", embed_dim=20_000_000),
+        dict(positions="alibi", num_heads=2**20, embed_dim=2**20),
+    ],
+)
+def test_counting_parameters_builds_no_tables(sizes):
+    with allocates_at_most(2**23):  # the rotary and sinusoidal tables have 38 MiB
+        assert count_params(small_model(**sizes)) > 2**25
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "deterministic"))

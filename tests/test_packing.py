@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import pytest
-from conftest import random_tokens, small_model
+from conftest import allocates_at_most, random_tokens, small_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -44,6 +44,12 @@ def read_all(rows):
     """Return every row of a table as one batch."""
     index_B = np.arange(rows.count, dtype=np.uint64)
     return rows.read(index_B, np.zeros_like(index_B))
+
+
+@pytest.mark.parametrize("make_rows", [wrap_rows, cover_rows, packed_rows])
+def test_a_table_is_as_small_as_its_data_for_any_seq_len(make_rows):
+    with allocates_at_most(2**20):  # an array of one float32 for each place has 38 MiB
+        assert make_rows(numbered(1000), (0, 1000), 10_000_000).count in (0, 1)
 
 
 def test_targets_follow_tokens_inside_the_span():

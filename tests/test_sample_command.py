@@ -6,11 +6,11 @@ import json
 import jax
 import pytest
 
-from nanojaxgpt import checkpoint
+from nanojaxgpt import checkpoint, memory, text_stream
 from nanojaxgpt.commands.sample import sample
 from nanojaxgpt.config import base_config, override_config, to_json
 from nanojaxgpt.data.tokenizers import ByteTokenizer, CharTokenizer, WordTokenizer
-from nanojaxgpt.errors import ConfigError
+from nanojaxgpt.errors import ConfigError, MemoryExceeded
 from nanojaxgpt.model import init_params
 from nanojaxgpt.sharding import unbox
 
@@ -56,6 +56,15 @@ def test_a_long_prompt_keeps_its_end(run_of, sampled):
     cut_out, err = some(f"--prompt={prompt[-16:]}")
     assert not err
     assert cut_out.replace(prompt[-16:], prompt) == out
+
+
+def test_samples_that_cannot_fit_are_refused_before_any_is_begun(run_of, monkeypatch):
+    run, begun = run_of(CharTokenizer("abcdefgh ")), []
+    monkeypatch.setattr(text_stream, "TextStream", lambda *_: begun.append(1))
+    monkeypatch.setattr(memory, "device_bytes", lambda mesh: 1e6)
+    with pytest.raises(MemoryExceeded, match=r"sampling needs at least.*lower sample\.num_samples"):
+        sample([str(run), "--prompt=cab", "--num_samples=1000"])
+    assert not begun
 
 
 def test_text_ends_at_stop_strings_and_end_ids(run_of, sampled):

@@ -17,7 +17,7 @@ from etils import epath
 from etils.epath import backend
 
 from nanojaxgpt.data import sources
-from nanojaxgpt.data.sources import Document, weighted_sources
+from nanojaxgpt.data.sources import Document, files, weighted_sources
 from nanojaxgpt.data.sources import stdlib as stdlib_source
 from nanojaxgpt.errors import ConfigError, DataError
 
@@ -98,6 +98,21 @@ def test_text_folder_is_recursive_and_sorted(tmp_path):
     assert list(read_documents(f"text:{tmp_path}")) == expected
     assert list(read_documents(f"text:{tmp_path}/*.md")) == [Document("ignored.md", "ignored.md")]
     assert list(read_documents(f"text:{tmp_path}/**/*.txt")) == expected
+
+
+def test_a_folder_is_walked_to_an_end(tmp_path, monkeypatch):
+    corpus, elsewhere = tmp_path / "corpus" / "a", tmp_path / "elsewhere"
+    for folder in (corpus, elsewhere):
+        folder.mkdir(parents=True)
+        (folder / "b.txt").write_text(folder.name)
+    (corpus / "loop").symlink_to(tmp_path / "corpus")
+    (corpus / "linked").symlink_to(elsewhere)
+    source = f"text:{tmp_path}/corpus"
+    expected = [Document("b.txt", "a"), Document("linked/b.txt", "elsewhere")]
+    assert list(read_documents(source)) == expected
+    monkeypatch.setattr(files, "MOST_FILES", 3)
+    with pytest.raises(DataError, match=r"more than 3 files, .*name a smaller folder"):
+        list(read_documents(source))
 
 
 def test_text_identity_is_names_sizes_hashes_wherever_the_folder_lies(tmp_path):

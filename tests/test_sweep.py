@@ -105,6 +105,10 @@ def test_the_algebra_lists_points_in_order():
         (lambda: log_uniform("a.b", 0.0, 1.0), "must be above 0"),
         (lambda: draws(choice("a.b"), 3), "empty space"),
         (lambda: draws(choice("a.b", 1), 0), "draws of 0 points"),
+        (lambda: product(*[choice("a", *range(1000))] * 3).points(), "1,000,000,000 points"),
+        (lambda: chain(*[choice("a", *range(10**5))] * 2).points(), "random search, draws"),
+        (lambda: uniform("a", 0.0, 1.0, 10**9).points(), "more than 100,000"),
+        (lambda: draws(choice("a", 1), 10**9), "more than 100,000"),
     ],
 )  # fmt: skip
 def test_spaces_that_are_none(space, words):

@@ -64,9 +64,9 @@ def sample(arguments: list[str]) -> None:
     cache = memory.cache_bytes(model_cfg, how.num_samples, length)
     lower = "To use less memory, lower sample.num_samples or sample.max_tokens"
     shown = tokenizer.decode(prompt)
-    streams = [TextStream(tokenizer, prompt, how.stop, end_ids) for _ in range(how.num_samples)]
     with memory.explained("sampling", mesh, lambda: lower):
         memory.check_model("sampling", cfg, mesh, cache, lower)
+        streams = [TextStream(tokenizer, prompt, how.stop, end_ids) for _ in range(how.num_samples)]
         _, params = load_params(run, model_cfg, mesh, chosen_step(run, parsed.step), warn)
         chunks = stream(
             model_cfg, params, [prompt] * how.num_samples,

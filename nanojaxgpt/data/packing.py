@@ -19,13 +19,12 @@ def wrap_rows(store: Store, span: Span, seq_len: int) -> Rows:
     """Return the span cut into windows of `seq_len`, at another offset in each epoch."""
     start, stop = span
     count = max((stop - start - seq_len) // seq_len, 0)  # one less than would fit: for the offsets
-    weights_T = np.ones(seq_len, np.float32)
 
     def read(index_B: np.ndarray, key_B: np.ndarray) -> Batch:
         offset_B = hash_words(key_B, 0) % np.uint64(seq_len)
         start_B = (index_B * np.uint64(seq_len) + offset_B).astype(np.int64) + start
         rows_BT = store.read(start_B, seq_len + 1).astype(np.int32)
-        weights_BT = np.broadcast_to(weights_T, (len(rows_BT), seq_len))
+        weights_BT = np.broadcast_to(np.float32(1), (len(rows_BT), seq_len))
         return Batch(rows_BT[:, :-1], rows_BT[:, 1:], weights_BT)
 
     return Rows(count, read)
@@ -64,7 +63,8 @@ def packed_rows(store: Store, span: Span, seq_len: int) -> Rows:
 
     Every target inside a document is scored exactly once, and none crosses a border.
     """
-    plan, count_T = plan_rows(store.document_starts, span, seq_len), np.arange(seq_len)
+    plan = plan_rows(store.document_starts, span, seq_len)
+    count_T = np.arange(plan.places_P.max(initial=0))
 
     def read(index_B: np.ndarray, key_B: np.ndarray) -> Batch:
         first_B, last_B = plan.borders[index_B], plan.borders[index_B + np.uint64(1)]

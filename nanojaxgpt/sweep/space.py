@@ -19,6 +19,7 @@ from nanojaxgpt.errors import ConfigError
 
 Point = dict[str, Any]
 EMPTY = "the sweep draws from an empty space"
+MOST_POINTS = 100_000
 
 
 class Range(NamedTuple):
@@ -137,9 +138,10 @@ def product(*spaces: Space) -> Space:
 
     def points() -> list[Point]:
         found: list[Point] = [{}]
-        for space in spaces:
-            listed = space.points()
-            found = [_merge([first, second]) for first in found for second in listed]
+        columns = [space.points() for space in spaces]
+        _check_count(math.prod(map(len, columns)))
+        for column in columns:
+            found = [_merge([first, second]) for first in found for second in column]
         return found if spaces else []
 
     return Space(points, lambda chance: _merge([space.draw(chance) for space in spaces]))
@@ -164,7 +166,11 @@ def chain(*spaces: Space) -> Space:
     """Return the points of one space after those of another; a draw takes any space alike."""
 
     def points() -> list[Point]:
-        return [point for space in spaces for point in space.points()]
+        found: list[Point] = []
+        for space in spaces:
+            found += space.points()
+            _check_count(len(found))
+        return found
 
     def draw(chance: Chance) -> Point:
         if not spaces:
@@ -179,6 +185,7 @@ def draws(space: Space, num: int, seed: int = 0) -> Space:
     """Return `num` random points of a space, the same for the same seed (random search)."""
     if num < 1:
         raise ConfigError(f"draws of {num} points")
+    _check_count(num)
     dice = Dice(seed)
     return _listed([space.draw(dice) for _ in range(num)])
 
@@ -202,6 +209,15 @@ def tpe(
     return Tpe(space, num, metric, maximize, reduction, seed)
 
 
+def _check_count(count: int) -> None:
+    """Raise ConfigError for more points than can be listed; they are not built yet."""
+    if count > MOST_POINTS:
+        raise ConfigError(
+            f"the sweep has {count:,} points, more than {MOST_POINTS:,}: list fewer values, or use "
+            "random search, draws(space, num), or tpe(space, num)"
+        )
+
+
 def _listed(found: list[Point]) -> Space:
     return Space(lambda: list(found), lambda chance: _pick(chance, found))
 
@@ -219,6 +235,7 @@ def _range(field: str, numbers: Range, num: int) -> Space:
             raise ConfigError(
                 f"{field} is a continuous range: give it num=, or take draws(space, num)"
             )
+        _check_count(num)
         return [{field: numbers.value(i / (num - 1) if num > 1 else 0.5)} for i in range(num)]
 
     return Space(points, lambda chance: {field: chance.number(field, numbers)})

@@ -14,7 +14,7 @@ import re
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from itertools import takewhile
+from itertools import count, takewhile
 from typing import IO, Any
 
 from etils import epath
@@ -34,6 +34,7 @@ TEXT_ENDINGS = (".txt",)
 JSON_ENDINGS = (".jsonl", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst")
 BUCKETS = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs", "hf": "huggingface_hub"}  # {scheme: package}
 MISSING = object()
+MOST_FILES = 1_000_000  # names that a folder or a glob may look at: / and /proc never end
 WILDCARD = re.compile(r"[*?[]")
 JSON_KINDS = {list: "an array", str: "a string", int: "a number", float: "a number",
               bool: "true or false", type(None): "null"}  # fmt: skip
@@ -183,15 +184,19 @@ def find_files(kind: str, location: str, endings: tuple[str, ...]) -> list[tuple
     """Return (name, path) of the files, sorted; a name is the path below what all files share."""
     check_location(kind, location)
     path = epath.Path(location).expanduser()
+    start = count(), frozenset[str]()
     try:
         if path.is_file():
             return [(path.name, path)]
         if path.is_dir():
-            paths = [p for p in walk(path, ["**", "*"]) if p.name.endswith(endings)]
+            paths = [p for p in walk(path, ["**", "*"], *start) if p.name.endswith(endings)]
         else:
             wild = [bool(WILDCARD.search(part)) for part in path.parts]
             plain = wild.index(True) if True in wild else len(wild) - 1
-            paths = list(walk(epath.Path(*path.parts[:plain]), list(path.parts[plain:])))
+            folder, pattern = epath.Path(*path.parts[:plain]), list(path.parts[plain:])
+            paths = list(walk(folder, pattern, *start))
+    except DataError:
+        raise
     except ImportError as error:
         scheme = location.partition(":")[0]
         package = BUCKETS.get(scheme, "fsspec")
@@ -208,27 +213,38 @@ def find_files(kind: str, location: str, endings: tuple[str, ...]) -> list[tuple
     return sorted(("/".join(p.parts[shared:]), p) for p in paths)
 
 
-def walk(folder: epath.Path, pattern: list[str]) -> Iterator[epath.Path]:
+def walk(
+    folder: epath.Path, pattern: list[str], number: Iterator[int], above: frozenset[str]
+) -> Iterator[epath.Path]:
     """Yield the files below `folder` that match a glob's parts; ** stands for any folders.
 
-    As in `glob`, no wildcard takes a name that begins with a dot. `epath` has no ** of its own.
+    As in `glob`, no wildcard takes a name that begins with a dot. `epath` has no ** of its own; it
+    does not follow a link back to a folder that the link is in: `above` are their real paths.
+    `number` counts the names that are looked at. Raises DataError for more than MOST_FILES.
     """
     if not folder.is_dir():
         return
     first, *rest = pattern
     if first == "**":
         if rest:
-            yield from walk(folder, rest)
+            yield from walk(folder, rest, number, above)
+        above |= {os.path.realpath(folder)}
         for path in folder.iterdir():
-            if path.is_dir() and not path.name.startswith("."):
-                yield from walk(path, pattern)
+            inside = path.is_dir() and not path.name.startswith(".")
+            if inside and os.path.realpath(path) not in above:
+                yield from walk(path, pattern, number, above)
         return
     for path in folder.iterdir():
+        if next(number) >= MOST_FILES:
+            raise DataError(
+                f"more than {MOST_FILES:,} files, as of {folder}, are too many to look through; "
+                "name a smaller folder or a narrower glob, or put many texts into one jsonl: file"
+            )
         hidden = path.name.startswith(".") and not first.startswith(".")
         if hidden or not fnmatch.fnmatchcase(path.name, first):
             continue
         if rest:
-            yield from walk(path, rest)
+            yield from walk(path, rest, number, above)
         elif not path.is_dir():
             yield path
 
