@@ -106,7 +106,11 @@ def make_batches(rows: ReadRows, ramp: Ramp, seq_len: int, mesh: Mesh) -> Callab
 
 
 def make_evaluation(
-    cfg: ConfigDict, data: Data, mesh: Mesh, model: Transformer, held: Mapping[str, Any]
+    cfg: ConfigDict,
+    data: Data,
+    mesh: Mesh,
+    model: Transformer,
+    held: Mapping[str, Any] | None = None,
 ) -> Callable[..., dict[str, float]]:
     """Return evaluate(params) -> the numbers over the validation split, or its first batches.
 
@@ -119,7 +123,7 @@ def make_evaluation(
     count, rows = make_eval_batches(data.validation(seq_len), size)
     count = min(count, cfg.eval.num_batches or count)
     if count:
-        memory.check_evaluation(cfg, mesh, held)
+        memory.check_evaluation(cfg, mesh, held or {})
     fetch = make_batches(rows, make_ramp(size), seq_len, mesh)
     ahead, lower = cfg.data.prefetch_batches, lambda: memory.EVALUATION_ADVICE
     eval_step = make_eval_step(model, data.tokenizer.token_bytes(), cfg.train.loss_chunks)

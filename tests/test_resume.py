@@ -256,7 +256,7 @@ def test_a_warm_up_longer_than_the_run_is_said_once(warmup, warned, job, tmp_pat
 def test_no_validation_split_gives_no_validation_loss(job, tmp_path, monkeypatch):
     cfg = override_config(job.cfg, {"data.validation_fraction": "0"})
     model = Transformer(ModelConfig(**cfg.model))
-    evaluate = make_evaluation(cfg, prepare_data(cfg, print), job.mesh, model, {})
+    evaluate = make_evaluation(cfg, prepare_data(cfg, print), job.mesh, model)
     share(job._replace(evaluate=evaluate), monkeypatch)
     fit(job.cfg, tmp_path / "run", report=lambda text: None)
     assert len(losses(tmp_path / "run")) == NUM_STEPS
