@@ -70,7 +70,7 @@ class StopRequest:
         return Stopped(message, exit_code(self.signal))
 
 
-def end_signals() -> list[int]:
+def end_signals() -> list[signal.Signals]:
     """Return the signals that ask for the end; SIGHUP not where it is ignored, as under nohup."""
     ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     return [signal.SIGTERM, signal.SIGINT] + ([] if ignored else [signal.SIGHUP])

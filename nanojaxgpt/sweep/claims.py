@@ -40,7 +40,7 @@ def read_outcome(folder: Path, name: str) -> dict[str, Any]:
     """
     path = run_path(folder, name) / "trial.json"
     try:
-        outcome = json.loads(path.read_bytes())
+        outcome: Any = json.loads(path.read_bytes())
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, RecursionError):

@@ -10,6 +10,7 @@ import hashlib
 import importlib
 import io
 import json
+import os
 import re
 import zlib
 from collections.abc import Iterable, Iterator
