@@ -103,6 +103,7 @@ def tiny(tmp_path_factory):
     return write_tiny(tmp_path_factory.mktemp("console"), own)
 
 
+@pytest.mark.slow
 def test_training_outlives_its_reader_without_docstrings(tiny):
     """As in `train ... | head -1`, under python -OO."""
     run = tiny.parent / "run"

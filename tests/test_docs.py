@@ -40,6 +40,7 @@ from nanojaxgpt.data import sources
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 LANGUAGES = {"python", "bash", "text", "yaml"}
 README_LINES = 120
+SLOW_PAGES = ("extend", "troubleshooting")
 
 # Appended to every command that trains an experiment: the smallest model, and as few steps.
 SMALL = {
@@ -323,7 +324,11 @@ def check_output(block: Block, output: str, place: str) -> None:
         left = left[found[0] + 1 :]
 
 
-@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=[pytest.mark.slow] * (path.stem in SLOW_PAGES)) for path in PAGES],
+    ids=lambda path: path.stem,
+)
 def test_code_blocks_run(path: Path, desk: Path):
     names: dict[str, Any] = {"__name__": "page"}
     output = ""

@@ -117,7 +117,7 @@ def plain_steps():
 @pytest.mark.parametrize(
     ("sizes", "options"),
     [
-        pytest.param(sizes, OPTIONS[i % len(OPTIONS)], marks=[pytest.mark.slow] * (i > 2))
+        pytest.param(sizes, OPTIONS[i % len(OPTIONS)], marks=[pytest.mark.slow] * (i != 4))
         for i, sizes in enumerate(SIZES)
     ]
     + [
@@ -158,7 +158,12 @@ def on_mesh(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "meshes", [("one", "2x2x2"), pytest.param(tuple(MESHES), marks=pytest.mark.slow)], ids=len
+    "meshes",
+    [
+        pytest.param(("one", "2x2x2"), marks=pytest.mark.slow),
+        pytest.param(tuple(MESHES), marks=pytest.mark.exhaustive),
+    ],
+    ids=len,
 )
 def test_a_run_on_any_mesh_has_the_losses_of_one_device(meshes, cfg, on_mesh, tmp_path):
     losses = {}

@@ -142,6 +142,7 @@ def test_cached_decoding_is_the_full_forward(variant):
     np.testing.assert_allclose(np.concatenate(parts, 1), full_BTV, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_scan_unroll_and_remat_are_one_function():
     tokens_BT = random_tokens(2, 16)
 

@@ -140,6 +140,7 @@ def one(start, tmp_path_factory):
     return run
 
 
+@pytest.mark.slow
 def test_two_processes_stopped_by_one_go_on_as_one_process(start, one, tmp_path):
     run = tmp_path / "run"
     processes = start_team(start, run)

@@ -193,6 +193,7 @@ def test_arms_share_programs_and_one_that_diverges_is_kept(tiny, tmp_path, monke
     assert [run.cfg.optim.learning_rate for run in seen[0][1][0]] == [1e-3, 1e30]
 
 
+@pytest.mark.slow
 def test_the_wsd_papers_cooldowns_branch_from_its_constant_runs(tiny, tmp_path, monkeypatch):
     """The paper's file with a small model and twenty steps, one seed, without the cosine."""
     wsd = load_module(str(ROOT / "experiments" / "papers" / "wsd.py"))

@@ -170,6 +170,7 @@ def assert_complete(path, folder, ran) -> None:
     assert all(t.state.is_finished() for t in search.study.get_trials())
 
 
+@pytest.mark.slow
 def test_stopped_at_each_write_and_resumed(write_experiment, tmp_path, monkeypatch):
     ran, left = [], [0]
     stand_in(monkeypatch, ran)

@@ -275,7 +275,7 @@ CASES = {name: {"optim.optimizer": name} for name in OPTIMIZERS}
 CASES["sgd"] |= {"optim.learning_rate": "0.1"}
 CASES["schedule_free"] |= {"optim.schedule": "constant"}
 CASES["adamw, averaged"] = {"optim.ema_decay": "0.8"}
-QUICK = ("adamw", "muon")
+QUICK = ("muon",)
 
 
 @pytest.mark.parametrize(
