@@ -82,7 +82,7 @@ class Wandb:
     """A run of Weights & Biases, which a later start of the same run directory continues."""
 
     def __init__(self, start: Start) -> None:
-        import wandb
+        import wandb  # pyright: ignore[reportMissingImports]
 
         if wandb.setup().settings.mode == "online" and not wandb.login(prompt=False):
             raise RuntimeError("not logged in: run wandb login, or set WANDB_MODE=offline")
@@ -110,7 +110,7 @@ class Trackio:
     """A run of trackio, which a later start of the same run directory continues."""
 
     def __init__(self, start: Start) -> None:
-        import trackio
+        import trackio  # pyright: ignore[reportMissingImports]
 
         self.tracked = trackio.init(
             project=os.environ.get("TRACKIO_PROJECT", PROJECT),
