@@ -40,7 +40,7 @@ from nanojaxgpt.data import sources
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 LANGUAGES = {"python", "bash", "text", "yaml"}
 README_LINES = 120
-SLOW_PAGES = ("extend", "troubleshooting")
+SLOW_PAGES = ("data", "extend", "sweeps", "troubleshooting")
 
 # Appended to every command that trains an experiment: the smallest model, and as few steps.
 SMALL = {

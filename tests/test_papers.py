@@ -164,6 +164,7 @@ def test_muon_that_is_adam_fails():
     assert judged(adamw, [1.979, 1.9, 1.87, 1.86]) == "PPF"
 
 
+@pytest.mark.slow
 def test_mup_at_its_base_is_the_standard_model_until_a_multiplier_is_ignored(
     small_config, tmp_path, monkeypatch
 ):

@@ -210,6 +210,7 @@ def interrupt_at(job, step, monkeypatch, asked) -> None:
     share(job._replace(train_step=train_step), monkeypatch)
 
 
+@pytest.mark.slow
 def test_stopped_after_every_step(job, tmp_path, monkeypatch):
     plain, run, asked = tmp_path / "plain", tmp_path / "run", []
     fit(job.cfg, plain, report=lambda text: None)

@@ -160,7 +160,8 @@ def share_programs(cfg, monkeypatch, devices=1, sizes=None, loss_fn=None):
     return job
 
 
-@pytest.mark.parametrize("factor", [np.nan, pytest.param(1e3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("factor", [np.nan, 1e3])
 def test_a_run_goes_on_over_as_many_bad_updates_as_it_may(
     factor, small_config, tmp_path, monkeypatch
 ):
