@@ -350,7 +350,8 @@ def test_what_all_raise_each_says_by_itself(start_three):
     assert ends(start_three("user")) == [(3, "error: no corpus")] * 3
 
 
-@pytest.mark.parametrize("number", [pytest.param(number, marks=pytest.mark.slow) for number in (2, 0)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [2, 0])
 def test_a_silent_process_is_named(number, start_three):
     processes = start_three("none")
     stopped = processes.pop(number)
