@@ -203,9 +203,9 @@ def test_mixtures_and_validation_sources_may_be_urls(server, tmp_path):
 
 def test_one_process_downloads_and_the_others_wait(server, read, monkeypatch, capsys):
     waits = threading.Event()
-    say = download.say
+    say = download.warn
     monkeypatch.setattr(
-        download, "say", lambda text: (say(text), waits.set() if "waiting" in text else None)
+        download, "warn", lambda text: (say(text), waits.set() if "waiting" in text else None)
     )
     server.before = waits.wait
     found = []

@@ -144,6 +144,13 @@ def test_a_damaged_outcome_counts_as_none_and_is_reported_once(content, tmp_path
     assert read_outcome(tmp_path, "a") == outcome
 
 
+def test_a_pipe_in_place_of_an_outcome_is_not_read(tmp_path):
+    path = run_path(tmp_path, "a") / "trial.json"
+    path.parent.mkdir(parents=True)
+    os.mkfifo(path)
+    assert read_outcome(tmp_path, "a") == {}
+
+
 def test_workers_share_the_gpus(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
     shares = [own_devices(index, 2)["CUDA_VISIBLE_DEVICES"] for index in range(2)]

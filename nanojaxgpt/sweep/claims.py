@@ -22,6 +22,7 @@ from typing import Any, TextIO
 
 from nanojaxgpt import console
 from nanojaxgpt.errors import PREEMPTED, ConfigError
+from nanojaxgpt.regular import read_regular
 from nanojaxgpt.rundir import write_text
 
 STATES = ("finished", "non-finite", "pruned")  # in which a trial ends
@@ -40,7 +41,7 @@ def read_outcome(folder: Path, name: str) -> dict[str, Any]:
     """
     path = run_path(folder, name) / "trial.json"
     try:
-        outcome: Any = json.loads(path.read_bytes())
+        outcome: Any = json.loads(read_regular(path))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, RecursionError):

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from nanojaxgpt.config import cache_path
+from nanojaxgpt.console import warn
 from nanojaxgpt.data.sources.documents import DataConfig
 from nanojaxgpt.errors import ConfigError, DataError
 
@@ -51,11 +52,11 @@ def fetch(url: str, data: DataConfig, verify: bool = False) -> Path:
     check_url(url, data.sha256)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with hold_lock(folder / f"{name}.lock", f"another process is downloading {url}", say):
+        with hold_lock(folder / f"{name}.lock", f"another process is downloading {url}", warn):
             if not target.exists():
                 download(url, target, data.sha256)
             elif problem := damage(target, data.sha256):  # unless another process has mended it
-                say(f"{target} {problem}: downloading {url} again")
+                warn(f"{target} {problem}: downloading {url} again")
                 try:
                     download(url, target, data.sha256)
                 except DataError as error:
@@ -131,7 +132,7 @@ def download(url: str, target: Path, sha256: str) -> None:
                 f"{url} broke off after {size:,} bytes ({problem}); rerun the command to resume"
             )
         furthest = size
-        say(f"{url} broke off after {size:,} bytes ({problem}); resuming")
+        warn(f"{url} broke off after {size:,} bytes ({problem}); resuming")
     digest = hash_of(partial)
     try:
         check_digest(url, digest, sha256)
@@ -145,7 +146,7 @@ def download(url: str, target: Path, sha256: str) -> None:
     note_path(target).write_text(f"{digest}\n")
     validator_path(partial).unlink(missing_ok=True)
     hint = "" if sha256 else f"; to check it from now on, set data.sha256={digest}"
-    say(f"downloaded {url}: {size:,} bytes, {target}{hint}")
+    warn(f"downloaded {url}: {size:,} bytes, {target}{hint}")
 
 
 def check_digest(url: str, digest: str, sha256: str) -> None:
@@ -271,7 +272,7 @@ def progress(url: str, begin: int, total: int) -> Iterator[Callable[[int], objec
     """Give a function of how many bytes came: a bar on a terminal, elsewhere one line ahead."""
     if not sys.stderr.isatty():
         size = f" of {total:,}" if total else ""
-        say(f"downloading {url}: from byte {begin:,}{size}" if begin else f"downloading {url}")
+        warn(f"downloading {url}: from byte {begin:,}{size}" if begin else f"downloading {url}")
         yield lambda _: None
         return
     from tqdm import tqdm
@@ -306,8 +307,3 @@ def reason_of(error: Exception) -> str:
         return str(cause) if "answer" in str(cause) else f"no data came for {SECONDS:.0f} s"
     text = cause.strerror if isinstance(cause, OSError) else str(cause)
     return text or type(cause).__name__
-
-
-def say(text: str) -> None:
-    """Print to the error stream."""
-    print(text, file=sys.stderr, flush=True)
