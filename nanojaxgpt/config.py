@@ -50,23 +50,31 @@ def base_config() -> ConfigDict:
             vocab_size=0,  # 0: the tokenizer's size; a larger number pads the embedding table
             positions="learned",  # learned, sinusoidal, rotary, alibi, none
             rotary_base=10000.0,
+            rotary=("",),  # per layer, repeated: none, or as "base=1e6 fraction=0.25"
             norm="layernorm",  # layernorm, rmsnorm
-            norm_placement="pre",  # pre, post
+            norm_placement="pre",  # pre, post, sandwich (pre and output), output (before adding)
             norm_bias=True,  # layernorm only
             norm_eps=1e-5,
+            norm_scale=True,  # norms multiply by a learned scale
             final_norm=True,
             parallel_block=False,  # attention and MLP read the same input
-            bias=True,  # in all projections
-            qk_norm=False,  # normalize queries and keys per head; one scale for all heads, no bias
+            parallel_norms=False,  # in a parallel block the MLP's input has a norm of its own
+            bias=True,  # in the projections of bias_in
+            bias_in="all",  # all, qkv, attention (qkv and its output)
+            head_bias=False,
+            qk_norm=False,  # normalize queries and keys, without a bias
+            qk_norm_over="head",  # head (one scale for all heads), width (all heads together)
             windows=(0,),  # attention window per layer in tokens, cycled over the layers; 0: none
             smeared_keys=False,  # mix k_t with k_(t-1) by a learned gate per head
             attention_scale=0.0,  # 0: 1 / sqrt(head_dim)
+            attention_softcap=0.0,  # c: scores become c * tanh(scores / c)
             logit_softcap=0.0,  # c: logits become c * tanh(logits / c)
             tied_head=True,
             dropout=0.0,
             mup_base_dim=0,  # embed_dim at which muP equals the standard parametrization; 0: no muP
             embed_multiplier=1.0,  # scales the input of the first layer
             attention_multiplier=1.0,  # scales the attention logits, on top of attention_scale
+            residual_multiplier=1.0,  # scales what each sublayer adds to the residual stream
             logit_multiplier=1.0,  # scales the output logits
             init="gpt2",  # gpt2, fan_in (truncated normal), torch (PyTorch's layer defaults)
             attention="auto",  # auto (by backend), xla, cudnn, splash
@@ -110,6 +118,7 @@ def base_config() -> ConfigDict:
             weight_decay=0.1,
             independent_decay=False,  # scale the decay by the schedule alone, not by learning_rate
             decay_pattern=r"_[A-Z]{2,}$",  # paths that decay; default: all matrices and tables
+            trainable=(),  # paths that train, first match wins: ("!embed", "."); (): all
             rate_multipliers=(),  # learning rate factors by path: ("embed_VD=0.1",); 0 freezes
             clip_norm=1.0,  # maximum global norm of the gradient; 0: off
             ema_decay=0.0,  # evaluate and save an exponential average of the parameters; 0: off

@@ -39,23 +39,31 @@ class ModelConfig:
     vocab_size: int
     positions: str
     rotary_base: float
+    rotary: tuple[str, ...]
     norm: str
     norm_placement: str
     norm_bias: bool
     norm_eps: float
+    norm_scale: bool
     final_norm: bool
     parallel_block: bool
+    parallel_norms: bool
     bias: bool
+    bias_in: str
+    head_bias: bool
     qk_norm: bool
+    qk_norm_over: str
     windows: tuple[int, ...]
     smeared_keys: bool
     attention_scale: float
+    attention_softcap: float
     logit_softcap: float
     tied_head: bool
     dropout: float
     mup_base_dim: int
     embed_multiplier: float
     attention_multiplier: float
+    residual_multiplier: float
     logit_multiplier: float
     init: str
     attention: str
