@@ -10,9 +10,10 @@ PACKAGE = "nanojaxgpt"
 # A module imports only modules of its own layer and of lower ones.
 LAYERS = {
     0: {"", "errors", "names", "checks", "model", "attention", "loss", "optim", "sharding",
-        "data.tokenizers", "data.subwords", "projection", "probe", "regular", "scaling",
+        "data.tokenizers", "data.subwords", "projection", "papers.probe", "papers.scaling",
+        "regular",
         "data.rows", "data.tasks", "sweep",
-        "sweep.space", "rehearse.chips", "rehearse.collectives", "schedules",
+        "sweep.space", "chips", "rehearse.collectives", "schedules",
         "matrices", "commands", "flops", "console"},
     1: {"config", "rundir", "arguments", "hosts", "hosts.process", "hosts.lifeline", "hosts.team",
         "hosts.joining", "hosts.watchdog", "checkpoint", "metrics", "trackers", "finish", "sample",
@@ -23,18 +24,21 @@ LAYERS = {
         "data.shards", "data.manifests", "data.exactness", "data.store",
         "data.packing", "data.loader", "data.show", "horizon",
         "text_stream"},
-    2: {"train", "coordcheck", "sweep.plan", "sweep.claims", "sweep.launch", "sweep.together",
+    2: {"train", "papers", "papers.coordcheck",
+        "sweep.plan", "sweep.claims", "sweep.launch", "sweep.together",
         "sweep.run", "sweep.report", "sweep.results", "sweep.plots", "sweep.search",
-        "sweep.slurm", "sweep.verb",
+        "sweep.slurm",
         "rehearse", "rehearse.flops", "rehearse.targets", "rehearse.estimate", "rehearse.step",
-        "rehearse.search", "rehearse.report", "step", "loop", "memory", "paper", "reproduce",
-        "branch", "commands.sample"},
-    3: {"__main__", "start"},
+        "rehearse.search", "rehearse.report", "step", "loop", "memory", "papers.paper",
+        "papers.reproduce", "branch"},
+    3: {"commands.train", "commands.eval", "commands.sample", "commands.data", "commands.rehearse",
+        "commands.papers", "commands.sweep"},
+    4: {"__main__", "start"},
 }  # fmt: skip
 LAYER = {name: layer for layer, names in LAYERS.items() for name in names}
 # A mistake in a config is reported before jax is imported, so these import it only in functions.
-EARLY = {"", "__main__", "arguments", "checks", "config", "errors", "horizon", "names", "paper"}
-EARLY |= {"rundir", "start", "console", "metrics", "trackers", "finish"}
+EARLY = {"", "__main__", "arguments", "checks", "config", "errors", "horizon", "names"}
+EARLY |= {"rundir", "start", "papers.paper", "console", "metrics", "trackers", "finish"}
 EARLY |= {f"sweep.{name}" for name in ("space", "plan", "claims", "launch")}
 NO_JAX = ("jax", "jaxlib", "flax", "optax", "orbax")
 TFDS = {"data.sources.tfds", "data.sources.builders"}
@@ -115,6 +119,10 @@ def test_no_module_imports_from_a_higher_layer():
     assert not offenders(lambda name, _: {u for u in USES[name] if LAYER[u] > LAYER[name]})
 
 
+def test_nothing_imports_a_command():
+    assert not offenders(lambda name, _: {u for u in USES[name] if u.startswith("commands.")})
+
+
 def test_there_are_no_import_cycles():
     assert cycle({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}, "e": set()}) == list("abcd")
     assert USES["train"] >= {"model", "checkpoint", "data.loader", "loop", "step"}
@@ -123,7 +131,7 @@ def test_there_are_no_import_cycles():
 
 def test_config_errors_come_before_jax_is_imported():
     def jax_on_import(name: str, _: ast.Module) -> list[str]:
-        if name not in EARLY and not name.startswith(("data", "hosts")):
+        if name not in EARLY and not name.startswith(("commands", "data", "hosts")):
             return []
         seen, waiting = set(), [name]
         while waiting:
@@ -137,7 +145,7 @@ def test_config_errors_come_before_jax_is_imported():
 
 def test_experiments_do_not_import_jax():
     begins = {f"{PACKAGE}.{n}" for n in ("config.base_config", "config.load_experiment")}
-    begins.add(f"{PACKAGE}.paper.Paper")
+    begins.add(f"{PACKAGE}.papers.paper.Paper")
     for path in sorted((ROOT / "experiments").rglob("*.py")):
         # A paper's measures may import it when they run.
         names = imported(top_level(ast.parse(path.read_text())))

@@ -11,7 +11,7 @@ from conftest import random_tokens, small_model
 from nanojaxgpt import sharding
 from nanojaxgpt.data.rows import Batch
 from nanojaxgpt.model import Transformer, init_params
-from nanojaxgpt.probe import attention_logits, attention_weights, largest_logits
+from nanojaxgpt.papers.probe import attention_logits, attention_weights, largest_logits
 
 KINDS = {
     "plain": {},

@@ -11,6 +11,7 @@ from conftest import ROOT
 
 from nanojaxgpt import attention, sharding
 from nanojaxgpt.__main__ import main
+from nanojaxgpt.chips import CHIPS, GIB, parse_topology
 from nanojaxgpt.config import base_config, load_config, override_config
 from nanojaxgpt.errors import ConfigError
 from nanojaxgpt.flops import forward_flops
@@ -18,7 +19,6 @@ from nanojaxgpt.hosts import process
 from nanojaxgpt.memory import Memory, device_tokens
 from nanojaxgpt.model import ModelConfig
 from nanojaxgpt.rehearse import estimate, report, search, step, targets
-from nanojaxgpt.rehearse.chips import CHIPS, GIB, parse_topology
 from nanojaxgpt.rehearse.collectives import (
     array_bytes,
     chains,

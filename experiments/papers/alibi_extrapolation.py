@@ -21,7 +21,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from nanojaxgpt.config import base_config, load_module
-from nanojaxgpt.paper import Arm, Claim, Paper, Plot, Run
+from nanojaxgpt.papers.paper import Arm, Claim, Paper, Plot, Run
 
 SHAKESPEARE = load_module(str(Path(__file__).parents[1] / "shakespeare_char.py"))
 SOURCE = "Press et al. 2022, figure 1 and its WikiText-103 tables"
@@ -49,7 +49,7 @@ def loss_at(run: Run, length: int) -> float:
     import jax
 
     from nanojaxgpt.model import ModelConfig, Transformer
-    from nanojaxgpt.reproduce import open_run
+    from nanojaxgpt.papers.reproduce import open_run
     from nanojaxgpt.train import make_evaluation
 
     job, params = open_run(run)

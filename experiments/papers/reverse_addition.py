@@ -22,7 +22,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from nanojaxgpt.config import base_config
-from nanojaxgpt.paper import Arm, Claim, Paper, Run
+from nanojaxgpt.papers.paper import Arm, Claim, Paper, Run
 
 SOURCE = "Lee et al. 2023, sample efficiency: 5,000 examples, 10.6 M parameters, no padding"
 ARMS = {"plain": 0, "reversed": 1}
@@ -47,7 +47,7 @@ def accuracy(run: Run, unseen: bool = True) -> float:
     """Return the percentage of unseen pairs, or of those trained on, whose sum is right."""
     from nanojaxgpt.evaluate import exact_match
     from nanojaxgpt.model import ModelConfig, Transformer
-    from nanojaxgpt.reproduce import first_rows, open_run
+    from nanojaxgpt.papers.reproduce import first_rows, open_run
 
     job, params = open_run(run)
     length = run.cfg.model.seq_len
@@ -62,7 +62,7 @@ def decoded_accuracy(run: Run) -> float:
     import jax.numpy as jnp
 
     from nanojaxgpt.model import ModelConfig, Transformer
-    from nanojaxgpt.reproduce import first_rows, open_run
+    from nanojaxgpt.papers.reproduce import first_rows, open_run
     from nanojaxgpt.sample import Sampling, generate
 
     job, params = open_run(run)

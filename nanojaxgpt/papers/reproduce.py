@@ -17,7 +17,7 @@ from nanojaxgpt import checkpoint, metrics, rundir, sharding
 from nanojaxgpt.data.rows import Batch, Rows
 from nanojaxgpt.errors import DataError, NonFiniteError
 from nanojaxgpt.model import ModelConfig
-from nanojaxgpt.paper import FAIL, NOT_RUN, PASS, Arm, Claim, Paper, Plot, Run, Runs, verdict
+from nanojaxgpt.papers.paper import FAIL, NOT_RUN, PASS, Arm, Claim, Paper, Plot, Run, Runs, verdict
 from nanojaxgpt.sweep.claims import read_outcome, run_path
 from nanojaxgpt.sweep.plan import Trial, set_point, show_point
 from nanojaxgpt.sweep.plots import draw_band, fit_axis, make_band
