@@ -215,7 +215,8 @@ def evaluate(arguments: list[str]) -> None:
 
     from nanojaxgpt import memory, sharding
     from nanojaxgpt.checkpoint import abstract_params, load_params
-    from nanojaxgpt.model import ModelConfig, Transformer
+    from nanojaxgpt.model.config import ModelConfig
+    from nanojaxgpt.model.transformer import Transformer
     from nanojaxgpt.train import make_evaluation, prepare_data
 
     if parsed.data:

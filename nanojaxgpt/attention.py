@@ -68,6 +68,7 @@ def attend(
     mask: Mask,
     *,
     scale: float,
+    softcap: float = 0.0,
     alibi: bool = False,
     kernel: str = "auto",
     dropout: float = 0.0,
@@ -247,7 +248,13 @@ def plain_attention(
 
 
 def attend_cache(
-    q_BTNH: jax.Array, cache: Cache, mask: Mask, *, scale: float, alibi: bool = False
+    q_BTNH: jax.Array,
+    cache: Cache,
+    mask: Mask,
+    *,
+    scale: float,
+    softcap: float = 0.0,
+    alibi: bool = False,
 ) -> jax.Array:
     """Return attention's output [B, T, N, H] over the slots of a cache."""
     bias = alibi_bias(mask, q_BTNH.shape[2]) if alibi else None

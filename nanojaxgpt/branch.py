@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from nanojaxgpt import checkpoint, config, rundir, sharding
+from nanojaxgpt import checkpoint, config, rundir
 from nanojaxgpt.errors import CheckpointError, ConfigError
 from nanojaxgpt.hosts.team import ALONE, Team
 from nanojaxgpt.loop import Job
@@ -65,7 +65,7 @@ def check_branch(job: Job, other: Path) -> bool:
         )
 
     def first_state(key: jax.Array) -> dict[str, Any]:
-        return sharding.unbox(make_init(there)(key)).items()
+        return make_init(there)(key).items()
 
     old = checkpoint.leaf_kinds(jax.eval_shape(first_state, jax.random.key(0)))
     new = checkpoint.leaf_kinds(job.abstract.items())

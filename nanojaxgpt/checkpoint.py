@@ -14,7 +14,9 @@ from nanojaxgpt import sharding
 from nanojaxgpt.console import LIBRARY_ERRORS
 from nanojaxgpt.errors import CheckpointError, why
 from nanojaxgpt.hosts.team import ALONE, Team
-from nanojaxgpt.model import ModelConfig, init_params
+from nanojaxgpt.model.config import ModelConfig
+from nanojaxgpt.model.parameters import parameters
+from nanojaxgpt.model.transformer import init_params
 from nanojaxgpt.rundir import check_present, identify, saved_steps, writing
 
 
@@ -235,8 +237,8 @@ def load_params(
 
 def abstract_params(cfg: ModelConfig, mesh: Mesh) -> Any:
     """Return the parameters of a model without arrays, with their shardings."""
-    boxed = jax.eval_shape(lambda: init_params(cfg, jax.random.key(0)))
-    return with_shardings(sharding.unbox(boxed), sharding.tree_shardings(boxed, mesh))
+    shapes = jax.eval_shape(lambda: init_params(cfg, jax.random.key(0)))
+    return with_shardings(shapes, sharding.tree_shardings(shapes, parameters(cfg), mesh))
 
 
 def with_shardings(shapes: Any, shardings: Any) -> Any:

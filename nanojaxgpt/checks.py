@@ -44,6 +44,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "model.num_kv_heads": _COUNT,
     "model.head_dim": _COUNT,
     "model.mlp_dim": _COUNT,
+    "model.mlp_dims": _COUNT,
     "model.seq_len": _SIZE,
     "model.vocab_size": _COUNT,
     "model.rotary_base": _ABOVE_ZERO,
@@ -116,6 +117,7 @@ TRACKERS = ("jsonl", "tensorboard", "wandb", "trackio")
 TUPLES: dict[str, type] = {
     "model.windows": int,
     "model.rotary": str,
+    "model.mlp_dims": int,
     "data.mixture": str,
     "train.trackers": str,
     "optim.trainable": str,

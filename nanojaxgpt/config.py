@@ -46,6 +46,7 @@ def base_config() -> ConfigDict:
             head_dim=0,  # 0: embed_dim / num_heads
             mlp="gelu_tanh",  # gelu_tanh, gelu, relu, relu2, swiglu, geglu, none (attention only)
             mlp_dim=0,  # 0: 4 x embed_dim
+            mlp_dims=(0,),  # of each layer, repeated over the layers; 0: mlp_dim
             seq_len=256,  # context length in tokens
             vocab_size=0,  # 0: the tokenizer's size; a larger number pads the embedding table
             positions="learned",  # learned, sinusoidal, rotary, alibi, none

@@ -18,7 +18,8 @@ from nanojaxgpt import memory, sharding
 from nanojaxgpt.config import check_config
 from nanojaxgpt.data.rows import Batch
 from nanojaxgpt.errors import ConfigError
-from nanojaxgpt.model import ModelConfig, Transformer
+from nanojaxgpt.model.config import ModelConfig
+from nanojaxgpt.model.transformer import Transformer
 from nanojaxgpt.train import make_hyper, make_job, prepare_data, resolve
 
 PARAMETRIZATIONS = ("mup", "standard")

@@ -17,7 +17,7 @@ from nanojaxgpt.errors import CheckpointError, NonFiniteError
 from nanojaxgpt.hosts.process import StopRequest
 from nanojaxgpt.hosts.team import ALONE, Team
 from nanojaxgpt.hosts.watchdog import Watchdog
-from nanojaxgpt.model import ModelConfig
+from nanojaxgpt.model.config import ModelConfig
 from nanojaxgpt.optim import is_average
 from nanojaxgpt.step import TrainState, make_hyper
 

@@ -24,7 +24,7 @@ from nanojaxgpt import checkpoint, sharding
 from nanojaxgpt.config import check_config
 from nanojaxgpt.data.rows import Batch
 from nanojaxgpt.errors import ConfigError, MemoryExceeded
-from nanojaxgpt.model import ModelConfig
+from nanojaxgpt.model.config import ModelConfig
 from nanojaxgpt.step import make_step
 
 EXHAUSTED = re.compile(r"RESOURCE_EXHAUSTED|out of memory|bad_alloc", re.I)

@@ -16,7 +16,7 @@ import numpy as np
 from nanojaxgpt import checkpoint, metrics, rundir, sharding
 from nanojaxgpt.data.rows import Batch, Rows
 from nanojaxgpt.errors import DataError, NonFiniteError
-from nanojaxgpt.model import ModelConfig
+from nanojaxgpt.model.config import ModelConfig
 from nanojaxgpt.paper import FAIL, NOT_RUN, PASS, Arm, Claim, Paper, Plot, Run, Runs, verdict
 from nanojaxgpt.sweep.claims import read_outcome, run_path
 from nanojaxgpt.sweep.plan import Trial, set_point, show_point

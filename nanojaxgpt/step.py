@@ -11,14 +11,16 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from nanojaxgpt import checkpoint, optim, sharding
+from nanojaxgpt.checks import parse_multiplier
 from nanojaxgpt.data.rows import Batch
 from nanojaxgpt.horizon import decay_begin
 from nanojaxgpt.loss import loss_sum
-from nanojaxgpt.model import ModelConfig, Multipliers, Transformer, init_params
+from nanojaxgpt.model.config import MULTIPLIERS, ModelConfig, Multipliers
+from nanojaxgpt.model.parameters import Table, parameters
+from nanojaxgpt.model.transformer import Transformer, init_params
 from nanojaxgpt.schedules import Hyper, learning_rate
 
-# In the order of model.Multipliers.
-MULTIPLIERS = ("embed_multiplier", "attention_multiplier", "logit_multiplier")
+NO_TABLE: Table = {}
 
 LossFn = Callable[[Any, Batch, Hyper, jax.Array], jax.Array]
 
@@ -67,7 +69,7 @@ def make_hyper(cfg: ConfigDict) -> dict[str, Any]:
     numbers["decay_begin"] = decay_begin(cfg)
     numbers |= {name: cfg.model[name] for name in MULTIPLIERS}
     hyper: dict[str, Any] = {name: np.float32(value) for name, value in numbers.items()}
-    entries = optim.rate_multipliers(cfg.optim.rate_multipliers, cfg.optim.optimizer, 1)
+    entries = optim.rate_multipliers(cfg.optim.rate_multipliers, cfg.optim.optimizer, 1, {})
     hyper["rate_multipliers"] = tuple(np.float32(factor) for _, factor in entries)
     return hyper | {"seed": np.uint32(cfg.train.seed)}
 
@@ -78,29 +80,35 @@ def traced_multipliers(cfg: ConfigDict) -> Multipliers:
 
 
 def make_init(cfg: ConfigDict) -> Callable[..., TrainState]:
-    """Return init(rng, scale) -> the state at step 0, its leaves boxed with their logical axes.
+    """Return init(rng, scale) -> the state at step 0.
 
     `scale` (default: init.scale), which may be traced, multiplies the matrices.
     """
     model_cfg = ModelConfig(**cfg.model)
+    matrices = frozenset(path for path, row in parameters(model_cfg).items() if row.is_matrix)
 
     def init(rng: jax.Array, scale: jax.Array | float = cfg.init.scale) -> TrainState:
-        params = optim.scale_paths(init_params(model_cfg, rng), [(optim.MATRICES, scale)])
+        params = optim.scale_paths(init_params(model_cfg, rng), [(matrices, scale)])
         return first_state(cfg, params)
 
     return init
 
 
 def first_state(cfg: ConfigDict, params: Any) -> TrainState:
-    """Return the state at step 0 of these parameters, boxed like them or plain like them."""
+    """Return the state at step 0 of these parameters."""
     name, ema = cfg.optim.optimizer, cfg.optim.ema_decay > 0
-    optimizer = optim.make_optimizer(name, make_hyper(cfg), 0.0, "", ema=ema)
+    table = parameters(ModelConfig(**cfg.model))
+    optimizer = optim.make_optimizer(name, table, make_hyper(cfg), 0.0, "", ema=ema)
     opt_state = optim.init_state(optimizer, params)
     return TrainState(jnp.int32(0), params, opt_state, optim.init_recent())
 
 
 def make_train_step(
-    loss_fn: LossFn, optim_cfg: ConfigDict, accumulation_steps: int = 1, width: float = 1.0
+    loss_fn: LossFn,
+    optim_cfg: ConfigDict,
+    accumulation_steps: int = 1,
+    width: float = 1.0,
+    table: Table = NO_TABLE,
 ) -> Callable[[TrainState, Batch, Hyper], tuple[TrainState, dict[str, jax.Array]]]:
     """Return the pure train_step(state, batch, hyper) -> (state, metrics).
 
@@ -111,7 +119,7 @@ def make_train_step(
     """
     name, schedule, ema = optim_cfg.optimizer, optim_cfg.schedule, optim_cfg.ema_decay > 0
     decay_pattern = optim_cfg.decay_pattern
-    entries = optim.rate_multipliers(optim_cfg.rate_multipliers, name, width)
+    entries = optim.rate_multipliers(optim_cfg.rate_multipliers, name, width, table)
 
     def train_step(
         state: TrainState, batch: Batch, hyper: Hyper
@@ -128,7 +136,7 @@ def make_train_step(
         scale = optim.clip_factor(norm, hyper["clip_norm"]) / weight
         grads = jax.tree.map(lambda grad: grad * scale, grads)
         rate = learning_rate(schedule, state.step, hyper)
-        optimizer = optim.make_optimizer(name, hyper, rate, decay_pattern, multipliers, ema)
+        optimizer = optim.make_optimizer(name, table, hyper, rate, decay_pattern, multipliers, ema)
         weights, inner = optim.split_master(state.params, state.opt_state)
         updates, new_inner = optimizer.update(grads, inner, weights)
         new_weights = optax.apply_updates(weights, updates)
@@ -195,19 +203,18 @@ def make_step(cfg: ConfigDict, mesh: Mesh, loss_fn: LossFn | None = None) -> Ste
         first = shape.ramp_batch_size, shape.accumulation_steps
         sharding.check_batch("train.ramp_batch_size", *first, cfg.model.seq_len, mesh)
     model = Transformer(ModelConfig(**cfg.model))
+    table = parameters(model.cfg)
     # The key is made in the trace, too: an absent device can make none.
-    boxed = jax.eval_shape(lambda: make_init(cfg)(jax.random.key(0)))
-    shardings, plain = sharding.tree_shardings(boxed, mesh), sharding.unbox(boxed)
-    optim.path_mask(plain.params, cfg.optim.decay_pattern, "optim.decay_pattern")
-    for pattern, _ in optim.rate_multipliers(cfg.optim.rate_multipliers, cfg.optim.optimizer, 1):
-        optim.path_mask(plain.params, pattern, "optim.rate_multipliers")
-    abstract = checkpoint.with_shardings(plain, shardings)
+    shapes = jax.eval_shape(lambda: make_init(cfg)(jax.random.key(0)))
+    shardings = sharding.tree_shardings(shapes, table, mesh)
+    optim.check_pattern("optim.decay_pattern", cfg.optim.decay_pattern, table)
+    for pattern, _ in map(parse_multiplier, cfg.optim.rate_multipliers):
+        optim.check_pattern("optim.rate_multipliers", pattern, table)
+    abstract = checkpoint.with_shardings(shapes, shardings)
     loss_fn = loss_fn or make_loss(model, shape.loss_chunks)
-    init = jax.jit(
-        lambda rng, scale: sharding.unbox(make_init(cfg)(rng, scale)), out_shardings=shardings
-    )
+    init = jax.jit(make_init(cfg), out_shardings=shardings)
     train_step = jax.jit(
-        make_train_step(loss_fn, cfg.optim, shape.accumulation_steps, model.cfg.width),
+        make_train_step(loss_fn, cfg.optim, shape.accumulation_steps, model.cfg.width, table),
         donate_argnums=0,
         out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),
     )

@@ -32,7 +32,8 @@ from nanojaxgpt.hosts.joining import preflight
 from nanojaxgpt.hosts.process import StopRequest, stop_signals
 from nanojaxgpt.hosts.team import ALONE, Team
 from nanojaxgpt.loop import Job, Loop, due, train_ramp  # noqa: F401
-from nanojaxgpt.model import ModelConfig, Multipliers, Transformer
+from nanojaxgpt.model.config import ModelConfig, Multipliers
+from nanojaxgpt.model.transformer import Transformer
 from nanojaxgpt.rundir import enter_run, own_run, write_identity
 from nanojaxgpt.step import (  # noqa: F401 - what a job is made of is found here
     LossFn,

@@ -30,7 +30,7 @@ import pytest
 from nanojaxgpt.config import base_config, override_config
 from nanojaxgpt.data import shards
 from nanojaxgpt.data.sources import DataConfig
-from nanojaxgpt.model import ModelConfig
+from nanojaxgpt.model.config import ModelConfig
 from nanojaxgpt.sweep.claims import run_path
 from nanojaxgpt.sweep.plan import Trial
 

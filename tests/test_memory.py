@@ -17,7 +17,8 @@ from nanojaxgpt.config import base_config, override_config
 from nanojaxgpt.errors import MemoryExceeded
 from nanojaxgpt.hosts import process
 from nanojaxgpt.memory import cache_bytes, explained, group_bytes, host_bytes, readable
-from nanojaxgpt.model import ModelConfig, count_params
+from nanojaxgpt.model.config import ModelConfig
+from nanojaxgpt.model.parameters import count_params
 from nanojaxgpt.step import make_step
 
 TOO_LARGE = 6

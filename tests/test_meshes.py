@@ -12,7 +12,8 @@ from nanojaxgpt import checkpoint, metrics, sharding
 from nanojaxgpt.attention import Mask, attend
 from nanojaxgpt.data.rows import Batch
 from nanojaxgpt.errors import ConfigError
-from nanojaxgpt.model import ModelConfig, Transformer
+from nanojaxgpt.model.config import ModelConfig
+from nanojaxgpt.model.transformer import Transformer
 from nanojaxgpt.train import (
     accumulate,
     fit,
@@ -94,7 +95,7 @@ def one_step(build, sizes: dict, options: tuple) -> tuple[dict, set]:
         batch = sharding.global_batch(
             lambda first, last: jax.tree.map(lambda x: x[first:last], rows), *shape, mesh
         )
-        init = jax.jit(lambda rng: sharding.unbox(make_init(cfg)(rng)), out_shardings=job.shardings)
+        init = jax.jit(lambda rng: make_init(cfg)(rng), out_shardings=job.shardings)
         state = init(jax.random.key(0))
         held = {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(state.params)}
         loss, grads = jax.jit(gradients)(state.params, batch)

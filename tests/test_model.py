@@ -10,15 +10,10 @@ import pytest
 from conftest import allocates_at_most, random_tokens, small_model
 
 from nanojaxgpt.attention import Mask, attend, init_cache
-from nanojaxgpt.model import (
-    ModelConfig,
-    Multipliers,
-    Transformer,
-    count_params,
-    init_params,
-    sinusoids,
-)
-from nanojaxgpt.sharding import unbox
+from nanojaxgpt.model.config import ModelConfig, Multipliers
+from nanojaxgpt.model.parameters import count_params
+from nanojaxgpt.model.rotary import sinusoids
+from nanojaxgpt.model.transformer import Transformer, init_params
 
 VARIANTS = {
     "gpt2": {},
@@ -36,7 +31,7 @@ VARIANTS = {
 @functools.partial(jax.jit, static_argnums=0)
 def fresh(cfg: ModelConfig) -> dict:
     """Return the initial parameters."""
-    return unbox(init_params(cfg, jax.random.key(0)))
+    return init_params(cfg, jax.random.key(0))
 
 
 @pytest.mark.parametrize(

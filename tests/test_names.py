@@ -7,10 +7,9 @@ import jax
 import pytest
 from conftest import ROOT, small_model
 
-from nanojaxgpt import sharding
 from nanojaxgpt.checkpoint import path_name
 from nanojaxgpt.config import base_config
-from nanojaxgpt.model import init_params
+from nanojaxgpt.model.transformer import init_params
 from nanojaxgpt.optim import path_mask
 
 SOURCES = sorted((ROOT / "nanojaxgpt").rglob("*.py"))
@@ -115,7 +114,7 @@ def test_suffixes_are_the_terms():
 def parameters(**changes) -> dict[str, jax.ShapeDtypeStruct]:
     """Return path -> shape of a model's parameters; nothing is allocated."""
     cfg = small_model(**(SHAPE | changes))
-    shapes = jax.eval_shape(lambda: sharding.unbox(init_params(cfg, jax.random.key(0))))
+    shapes = jax.eval_shape(lambda: init_params(cfg, jax.random.key(0)))
     return {path_name(p): leaf for p, leaf in jax.tree_util.tree_leaves_with_path(shapes)}
 
 

@@ -16,7 +16,7 @@ from nanojaxgpt.errors import ConfigError
 from nanojaxgpt.flops import forward_flops
 from nanojaxgpt.hosts import process
 from nanojaxgpt.memory import Memory, device_tokens
-from nanojaxgpt.model import ModelConfig
+from nanojaxgpt.model.config import ModelConfig
 from nanojaxgpt.rehearse import estimate, report, search, step, targets
 from nanojaxgpt.rehearse.chips import CHIPS, GIB, parse_topology
 from nanojaxgpt.rehearse.collectives import (

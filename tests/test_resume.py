@@ -18,7 +18,8 @@ from nanojaxgpt import train as train_module
 from nanojaxgpt.config import override_config
 from nanojaxgpt.errors import INTERRUPTED, PREEMPTED, Stopped
 from nanojaxgpt.metrics import read_metrics
-from nanojaxgpt.model import ModelConfig, Transformer
+from nanojaxgpt.model.config import ModelConfig
+from nanojaxgpt.model.transformer import Transformer
 from nanojaxgpt.train import fit, make_evaluation, make_job, prepare_data
 
 NUM_STEPS = 20

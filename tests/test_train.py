@@ -17,10 +17,10 @@ from nanojaxgpt.config import override_config
 from nanojaxgpt.data.rows import Batch
 from nanojaxgpt.errors import CheckpointError, ConfigError, NonFiniteError
 from nanojaxgpt.metrics import read_metrics
-from nanojaxgpt.model import ModelConfig, Transformer
+from nanojaxgpt.model.config import ModelConfig
+from nanojaxgpt.model.transformer import Transformer
 from nanojaxgpt.optim import OPTIMIZERS
 from nanojaxgpt.rundir import check_data, saved_steps
-from nanojaxgpt.sharding import unbox
 from nanojaxgpt.train import (
     fit,
     make_hyper,
@@ -50,7 +50,7 @@ def batch(seed: int = 0, weights=None) -> Batch:
 
 def step_of(cfg, accumulation_steps=1, chunks=1):
     """Return (state, jitted train_step)."""
-    state = jax.jit(lambda rng: unbox(make_init(cfg)(rng)))(jax.random.key(0))
+    state = jax.jit(lambda rng: make_init(cfg)(rng))(jax.random.key(0))
     loss = make_loss(Transformer(ModelConfig(**cfg.model)), chunks)
     return state, jax.jit(make_train_step(loss, cfg.optim, accumulation_steps))
 

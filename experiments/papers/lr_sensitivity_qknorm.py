@@ -93,7 +93,7 @@ def largest_logit(run: Run) -> float:
     Of a run that diverged that of its last checkpoint, NaN where there is none.
     """
     from nanojaxgpt.errors import CheckpointError
-    from nanojaxgpt.model import ModelConfig
+    from nanojaxgpt.model.config import ModelConfig
     from nanojaxgpt.probe import largest_logits
     from nanojaxgpt.reproduce import first_rows, open_run
 

@@ -16,6 +16,8 @@ from nanojaxgpt.memory import (
     readable,
     state_memory,
 )
+from nanojaxgpt.model.config import ModelConfig
+from nanojaxgpt.model.parameters import parameters
 from nanojaxgpt.rehearse.chips import Chip
 from nanojaxgpt.rehearse.report import mesh_name
 from nanojaxgpt.rehearse.step import (
@@ -80,8 +82,8 @@ def expected_seconds(cfg: ConfigDict, chip: Chip) -> float:
     and over tensor four sums of the activations a layer.
     """
     mesh, model, train = cfg.mesh, cfg.model, cfg.train
-    layer = 4 * model.embed_dim**2 + 3 * model.embed_dim * (model.mlp_dim or 4 * model.embed_dim)
-    weights = 2 * model.num_layers * layer / mesh.tensor
+    rows = parameters(ModelConfig(**model)).values()
+    weights = 2 * sum(row.size for row in rows if row.kind == "kernel") / mesh.tensor
     tokens = device_tokens(cfg) * train.accumulation_steps
     sent = 3 * train.accumulation_steps * weights * (1 - 1 / mesh.fsdp)
     sent += 4 * weights / mesh.fsdp * (1 - 1 / mesh.data)

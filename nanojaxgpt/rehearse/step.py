@@ -11,7 +11,8 @@ from ml_collections import ConfigDict
 from nanojaxgpt import sharding
 from nanojaxgpt.flops import attention_flops, train_flops
 from nanojaxgpt.memory import Memory, abstract_batch, state_memory
-from nanojaxgpt.model import ModelConfig, count_params
+from nanojaxgpt.model.config import ModelConfig
+from nanojaxgpt.model.parameters import count_params
 from nanojaxgpt.rehearse import estimate
 from nanojaxgpt.rehearse.collectives import Program, read_collectives
 from nanojaxgpt.rehearse.estimate import Roofline, Traffic

@@ -26,7 +26,9 @@ from nanojaxgpt.data.loader import fetch_ahead
 from nanojaxgpt.errors import ConfigError
 from nanojaxgpt.hosts.process import StopRequest
 from nanojaxgpt.loop import Job, due, train_ramp, why_left_out
-from nanojaxgpt.model import ModelConfig, Transformer
+from nanojaxgpt.model.config import ModelConfig
+from nanojaxgpt.model.parameters import parameters
+from nanojaxgpt.model.transformer import Transformer
 from nanojaxgpt.rundir import own_run
 from nanojaxgpt.step import TrainState, make_hyper, make_loss, make_train_step
 from nanojaxgpt.train import begin_run, make_job, prepare_data, resolve, start_state
@@ -102,7 +104,10 @@ class Stack:
         shape = self.job.cfg.train
         model = Transformer(ModelConfig(**self.job.cfg.model))
         loss = make_loss(model, shape.loss_chunks)
-        alone = make_train_step(loss, self.job.cfg.optim, shape.accumulation_steps, model.cfg.width)
+        alone = make_train_step(
+            loss, self.job.cfg.optim, shape.accumulation_steps, model.cfg.width,
+            parameters(model.cfg),
+        )  # fmt: skip
 
         def step(states: TrainState, batches: Any, hypers: Any, going: jax.Array) -> tuple:
             after, numbers = jax.vmap(alone, spmd_axis_name="trial")(states, batches, hypers)
