@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from nanojaxgpt import attention
-from nanojaxgpt.attention import Cache, Mask
+from nanojaxgpt.attention.cache import Cache, attend_cache, update_cache
+from nanojaxgpt.attention.request import Mask
 from nanojaxgpt.projection import Blocks, decoding_params, project
 from nanojaxgpt.sharding import constrain, platform
 
@@ -244,12 +245,12 @@ class Block(Weights):
         if cfg.smeared_keys:
             gate_K = self.weight("smear_K", nn.initializers.zeros, (cfg.num_kv_heads,), ("norm",))
         if cache is not None:
-            cache = seen = attention.update_cache(cache, k_BTKH, v_BTKH, context.positions_BT)
+            cache = seen = update_cache(cache, k_BTKH, v_BTKH, context.positions_BT)
             if cfg.smeared_keys:
                 k_BSKH = smear(jnp.swapaxes(cache.k_BKSH, 1, 2), gate_K, None)
                 seen = cache._replace(k_BKSH=jnp.swapaxes(k_BSKH, 1, 2))
             mask = context.mask._replace(window=cfg.windows[layer % len(cfg.windows)])
-            out_BTNH = attention.attend_cache(q_BTNH, seen, mask, **scaling)
+            out_BTNH = attend_cache(q_BTNH, seen, mask, **scaling)
         else:
             if cfg.smeared_keys:
                 k_BTKH = smear(k_BTKH, gate_K, context.mask.key_segments_BS)

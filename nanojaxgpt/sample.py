@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nanojaxgpt.attention import Cache, init_cache
+from nanojaxgpt.attention.cache import Cache, init_cache
 from nanojaxgpt.model import ModelConfig, Transformer
 from nanojaxgpt.projection import decoding_params
 
