@@ -21,7 +21,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "model.bias_in": ("all", "qkv", "attention"),
     "model.qk_norm_over": ("head", "width"),
     "model.init": ("gpt2", "fan_in", "torch"),
-    "model.attention": ("auto", "xla", "cudnn", "splash"),
+    "model.attention": ("auto", "plain", "xla", "cudnn", "splash"),
     "model.remat": ("none", "full", "dots", "dots_no_batch"),
     "model.param_dtype": ("float32", "bfloat16"),
     "model.compute_dtype": ("float32", "bfloat16"),

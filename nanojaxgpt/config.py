@@ -78,7 +78,7 @@ def base_config() -> ConfigDict:
             residual_multiplier=1.0,  # scales what each sublayer adds to the residual stream
             logit_multiplier=1.0,  # scales the output logits
             init="gpt2",  # gpt2, fan_in (truncated normal), torch (PyTorch's layer defaults)
-            attention="auto",  # auto (by backend), xla, cudnn, splash
+            attention="auto",  # auto (by backend), plain, xla, cudnn, splash: the kernel
             unroll=0,  # layers per scan iteration; 0: all on CPU, one elsewhere
             remat="none",  # none, full, dots, dots_no_batch: what the backward pass recomputes
             param_dtype="float32",  # float32, bfloat16

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from nanojaxgpt.attention import Mask, alibi_bias, dense_mask
+from nanojaxgpt.attention.request import Mask, alibi_bias, dense_mask, soft_cap
 from nanojaxgpt.data.rows import Batch
 from nanojaxgpt.model.config import ModelConfig
 from nanojaxgpt.model.transformer import Transformer
@@ -26,6 +26,7 @@ def attention_logits(cfg: ModelConfig, params: dict, batch: Batch) -> jax.Array:
     logits_LBNTS = cfg.attention_scale * jnp.einsum(
         "LBTNH,LBSNH->LBNTS", q_LBTNH, k_LBSNH, preferred_element_type=jnp.float32
     )
+    logits_LBNTS = soft_cap(logits_LBNTS, cfg.attention_softcap)
     order_1T = jnp.arange(batch.tokens_BT.shape[1])[None]
     mask = Mask(order_1T, order_1T, batch.segments_BT, batch.segments_BT)
     if cfg.positions == "alibi":

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nanojaxgpt.attention import Cache, init_cache
+from nanojaxgpt.attention.cache import Cache, init_cache
 from nanojaxgpt.model.config import ModelConfig
 from nanojaxgpt.model.projection import decoding_params
 from nanojaxgpt.model.transformer import Transformer

@@ -9,7 +9,9 @@ from conftest import ROOT
 PACKAGE = "nanojaxgpt"
 # A module imports only modules of its own layer and of lower ones.
 LAYERS = {
-    0: {"", "errors", "names", "checks", "model", "attention", "loss", "optim", "sharding",
+    0: {"", "errors", "names", "checks", "model", "loss", "optim", "sharding",
+        "attention", "attention.request", "attention.cache", "attention.plain",
+        "attention.blocked", "attention.library", "attention.cudnn", "attention.splash",
         "data.tokenizers", "data.subwords", "projection", "probe", "regular", "scaling",
         "data.rows", "data.tasks", "sweep",
         "sweep.space", "rehearse.chips", "rehearse.collectives", "schedules",

@@ -12,7 +12,7 @@ from conftest import ROOT, write_tiny
 
 from nanojaxgpt import memory, sharding
 from nanojaxgpt.__main__ import main
-from nanojaxgpt.attention import init_cache
+from nanojaxgpt.attention.cache import init_cache
 from nanojaxgpt.config import base_config, override_config
 from nanojaxgpt.errors import MemoryExceeded
 from nanojaxgpt.hosts import process

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from nanojaxgpt import checkpoint, metrics, sharding
-from nanojaxgpt.attention import Mask, attend
+from nanojaxgpt.attention import attend
+from nanojaxgpt.attention.request import Mask
 from nanojaxgpt.data.rows import Batch
 from nanojaxgpt.errors import ConfigError
 from nanojaxgpt.model.config import ModelConfig

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import random_tokens, small_model
 
-from nanojaxgpt.attention import init_cache
+from nanojaxgpt.attention.cache import init_cache
 from nanojaxgpt.model.projection import decoding_params
 from nanojaxgpt.model.transformer import Transformer, init_params
 from nanojaxgpt.sample import (

@@ -8,8 +8,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from nanojaxgpt import attention
-from nanojaxgpt.attention import Cache, Mask
+from nanojaxgpt.attention import attend
+from nanojaxgpt.attention.cache import Cache, attend_cache, update_cache
+from nanojaxgpt.attention.request import Mask
 from nanojaxgpt.model.config import GATED, LayerConfig, ModelConfig
 from nanojaxgpt.model.parameters import Parameter, layer_rows
 from nanojaxgpt.model.projection import Blocks, project
@@ -164,13 +165,13 @@ class Block(Weights):
             alibi=cfg.positions == "alibi" and not starting,
         )  # fmt: skip
         if cache is not None:
-            cache = attention.update_cache(cache, k_BTKH, v_BTKH, context.positions_BT)
+            cache = update_cache(cache, k_BTKH, v_BTKH, context.positions_BT)
         if cache is not None and not context.prefill:
             seen = cache
             if gate_K is not None:
                 k_BSKH = smear(jnp.swapaxes(cache.k_BKSH, 1, 2), gate_K, None)
                 seen = cache._replace(k_BKSH=jnp.swapaxes(k_BSKH, 1, 2))
-            out_BTNH = attention.attend_cache(q_BTNH, seen, mask, **scores)
+            out_BTNH = attend_cache(q_BTNH, seen, mask, **scores)
         else:
             if gate_K is not None:
                 k_BTKH = smear(k_BTKH, gate_K, mask.key_segments_BS)
@@ -179,7 +180,7 @@ class Block(Weights):
             self.sow("intermediates", "heads", heads, reduce_fn=lambda _, new: new)
             dropping = cfg.dropout and not context.deterministic
             rngs = [self.make_rng("dropout") for _ in range(KEYS)] if dropping else [None]
-            out_BTNH = attention.attend(
+            out_BTNH = attend(
                 q_BTNH, k_BTKH, v_BTKH, mask, **scores, kernel=cfg.attention, dropout=cfg.dropout,
                 rng=rngs[-1],
             )  # fmt: skip

@@ -13,7 +13,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from nanojaxgpt.attention import Cache, Mask
+from nanojaxgpt.attention.cache import Cache
+from nanojaxgpt.attention.request import Mask
 from nanojaxgpt.model.block import Block, Context, Weights, scaled
 from nanojaxgpt.model.config import LayerConfig, ModelConfig, Multipliers
 from nanojaxgpt.model.parameters import Parameter, model_rows
