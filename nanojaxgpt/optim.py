@@ -234,10 +234,11 @@ def rate_multipliers(
 ) -> list[tuple[Chosen, float]]:
     """Return (chosen, factor) of "PATTERN=FACTOR" entries and of muP.
 
-    `width` is the model's over that at which muP is the standard parametrization (1: off). Updates
-    of the kernels, whose input and output both grow with it, shrink as 1 / width where each number's size is normalized (Adam, Lion:
-    Yang 2022, table 8), and as its root for Muon, whose spectral norm of 0.2 sqrt(width) should not
-    grow. Raises ConfigError for an entry that can't be read.
+    `width` is the model's over that at which muP is the standard parametrization (1: off). The
+    input and the output of the kernels both grow with it: their updates shrink as 1 / width where
+    each number's size is normalized (Adam, Lion: Yang 2022, table 8), and as its root for Muon,
+    whose spectral norm of 0.2 sqrt(width) should not grow. Raises ConfigError for an entry that
+    can't be read.
     """
     try:
         found: list[tuple[Chosen, float]] = [parse_multiplier(entry) for entry in entries]

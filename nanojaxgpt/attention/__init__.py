@@ -1,10 +1,8 @@
 """Causal attention with windows and packed documents: kernels by name, and the choice of one."""
 
-import functools
-from typing import Any, Protocol
+from typing import Protocol
 
 import jax
-import jax.numpy as jnp
 
 from nanojaxgpt.attention import blocked, cudnn, library, plain, splash
 from nanojaxgpt.attention.request import Mask, Request

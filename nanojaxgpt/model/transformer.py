@@ -158,31 +158,33 @@ class Transformer(Weights):
                 run_layer, policy=REMAT[cfg.remat], prevent_cse=unroll > 1, static_argnums=0
             )
 
+        first, rest = range(period), range(whole * period, cfg.num_layers)
         stacks = {stack: self.variables["params"][stack] for stack in cfg.stacks}
-        keys = self.layer_keys(context)
-        if period == 1:  # the plain scan over layers, whose program and bits stay as they are
-
-            def run_one(x_BTD: jax.Array, part: tuple) -> tuple[jax.Array, None]:
-                return run_layer(0, *part, x_BTD), None
-
-            return jax.lax.scan(run_one, x_BTD, (stacks, keys), length=whole, unroll=unroll)[0]
+        keys, in_period = self.layer_keys(context), [cfg.places[i][0] for i in first]
 
         def run(x_BTD: jax.Array, part: tuple, indices: range) -> tuple[jax.Array, None]:
             params, keys = part
             for number, index in enumerate(indices):
                 stack, row = cfg.places[index]
-                one = {stack: jax.tree.map(lambda w, row=row: w[row], params[stack])}
-                x_BTD = run_layer(index, one, None if keys is None else keys[number], x_BTD)
+                one = {stack: take(params[stack], row)}
+                x_BTD = run_layer(index, one, None if keys is None else take(keys, number), x_BTD)
             return x_BTD, None
 
-        def periods(w: jax.Array, each: int) -> jax.Array:
-            return w[: whole * each].reshape(whole, each, *w.shape[1:])
+        def take(tree: Any, row: int) -> Any:
+            return jax.tree.map(lambda w: w[row], tree)
 
-        first, rest = range(period), range(whole * period, cfg.num_layers)
-        parts = {}
-        for stack, params in stacks.items():
-            each = [cfg.places[index][0] for index in first].count(stack)
-            parts[stack] = jax.tree.map(functools.partial(periods, each=each), params)
+        def periods(tree: Any, each: int) -> Any:
+            return jax.tree.map(
+                lambda w: w[: whole * each].reshape(whole, each, *w.shape[1:]), tree
+            )
+
+        if period == 1:  # without the axis of periods: another program would have other bits
+
+            def run_one(x_BTD: jax.Array, part: tuple) -> tuple[jax.Array, None]:
+                return run_layer(0, *part, x_BTD), None
+
+            return jax.lax.scan(run_one, x_BTD, (stacks, keys), length=whole, unroll=unroll)[0]
+        parts = {s: periods(params, in_period.count(s)) for s, params in stacks.items()}
         parts = parts, None if keys is None else periods(keys, period)
         body = functools.partial(run, indices=first)
         x_BTD = jax.lax.scan(body, x_BTD, parts, length=whole, unroll=unroll)[0]
