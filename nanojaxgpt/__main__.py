@@ -183,8 +183,8 @@ def rehearse(arguments: list[str]) -> None:
     from nanojaxgpt.rehearse.chips import parse_topology
 
     topology = parse_topology(parsed.topology, parsed.slices)
+    from nanojaxgpt.data.loader import prepare_data, resolve
     from nanojaxgpt.rehearse import report, search, step, targets
-    from nanojaxgpt.train import prepare_data, resolve
 
     target = targets.open_target(topology)
     if not cfg.model.vocab_size:
@@ -215,9 +215,10 @@ def evaluate(arguments: list[str]) -> None:
 
     from nanojaxgpt import memory, sharding
     from nanojaxgpt.checkpoint import abstract_params, load_params
+    from nanojaxgpt.data.loader import prepare_data
     from nanojaxgpt.model.config import ModelConfig
     from nanojaxgpt.model.transformer import Transformer
-    from nanojaxgpt.train import make_evaluation, prepare_data
+    from nanojaxgpt.train import make_evaluation
 
     if parsed.data:
         cfg, data = open_other_data(cfg, parsed)

@@ -16,11 +16,14 @@ from ml_collections import ConfigDict
 
 from nanojaxgpt import memory, sharding
 from nanojaxgpt.config import check_config
+from nanojaxgpt.data.loader import prepare_data, resolve
 from nanojaxgpt.data.rows import Batch
 from nanojaxgpt.errors import ConfigError
 from nanojaxgpt.model.config import ModelConfig
 from nanojaxgpt.model.transformer import Transformer
-from nanojaxgpt.train import make_hyper, make_job, prepare_data, resolve
+from nanojaxgpt.step import make_hyper
+from nanojaxgpt.train import make_job
+from nanojaxgpt.trainable import merge_params
 
 PARAMETRIZATIONS = ("mup", "standard")
 
@@ -77,11 +80,13 @@ def measure(
     sizes = make_sizes(ModelConfig(**cfg.model))
     hyper = make_hyper(cfg)
     with memory.training_explained(cfg, mesh), jax.set_mesh(mesh):
-        first, state = job.train_batch(0), job.init(jax.random.key(cfg.train.seed))
+        first = job.train_batch(0)
+        state, frozen = job.init(jax.random.key(cfg.train.seed))
         for step in range(num_steps + 1):
-            found.append({k: float(v) for k, v in sizes(state.params, first).items()})
+            params = merge_params(state.params, frozen)
+            found.append({k: float(v) for k, v in sizes(params, first).items()})
             if step < num_steps:
-                state, _ = job.train_step(state, job.train_batch(step), hyper)
+                state, _ = job.train_step(state, job.train_batch(step), hyper, frozen)
     return found
 
 

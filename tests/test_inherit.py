@@ -9,12 +9,11 @@ import pytest
 from nanojaxgpt import finish, train
 from nanojaxgpt.__main__ import main
 from nanojaxgpt.config import override_config
-from nanojaxgpt.data.loader import prepare_data
+from nanojaxgpt.data.loader import prepare_data, resolve
 from nanojaxgpt.data.tokenizers import load_tokenizer, train_tokenizer
 from nanojaxgpt.errors import ConfigError, DataError
 from nanojaxgpt.rundir import load_run
 from nanojaxgpt.sweep.plan import program_key
-from nanojaxgpt.train import resolve
 
 
 @pytest.fixture

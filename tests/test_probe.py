@@ -71,5 +71,5 @@ def test_nothing_is_kept_where_nobody_asks():
     )
     assert list(kept) == ["intermediates"]
     alone_BTV, _ = Transformer(cfg).apply({"params": params}, batch.tokens_BT)
-    np.testing.assert_array_equal(logits_BTV, alone_BTV)
+    np.testing.assert_allclose(logits_BTV, alone_BTV, atol=1e-5)  # one is a loop, one a scan
     assert cache is None

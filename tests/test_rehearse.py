@@ -35,7 +35,7 @@ from nanojaxgpt.rehearse.step import (
     temporaries_wanted,
     trace,
 )
-from nanojaxgpt.train import make_step
+from nanojaxgpt.step import make_step
 
 
 def config(**changes):

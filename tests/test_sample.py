@@ -74,7 +74,7 @@ def test_parameters_laid_out_for_decoding_sample_the_same():
         generate, Transformer(CFG), prompts_BT=prompts_BT, lengths_B=lengths_B,
         rng=jax.random.key(0), max_tokens=8, how=Sampling(temperature=0.0),
     )  # fmt: skip
-    np.testing.assert_array_equal(run(params()), run(decoding_params(params(), 1)))
+    np.testing.assert_array_equal(run(params()), run(decoding_params(CFG, params(), 1)))
 
 
 @pytest.mark.parametrize("how", [Sampling(), Sampling(temperature=0.7, top_k=5, top_p=0.9)])
@@ -100,7 +100,7 @@ def test_decoding_in_blocks_is_the_full_forward():
     ids_BT = random_tokens(8, 6)
     full_BTV = jax.jit(Transformer(cfg).apply)({"params": weights}, ids_BT)[0]
     cache = init_cache(1, 8, 8, 2, 128, "float32")
-    laid_out = decoding_params(weights, 8)
+    laid_out = decoding_params(cfg, weights, 8)
     assert laid_out["layers"][0]["down_DF"].blocks_GIO.shape == (1, 512, 256)
     step = jax.jit(Transformer(cfg).apply)
     for at in range(6):

@@ -27,7 +27,7 @@ from nanojaxgpt.rehearse.step import (
     rehearse_step,
 )
 from nanojaxgpt.rehearse.targets import Target
-from nanojaxgpt.train import make_step
+from nanojaxgpt.step import make_step
 
 MAX_COMPILES = 8  # at one to three minutes each
 SEARCHED = ("data", "fsdp", "tensor")  # other axes stay as the config has them
@@ -67,12 +67,9 @@ def exact_memory(cfg: ConfigDict, target: Target) -> Memory:
     """Return what a device holds without temporaries. Raises ConfigError."""
     cfg, mesh = make_mesh(cfg, target)
     with jax.set_mesh(mesh):
-        return state_memory(
-            cfg,
-            make_step(cfg, mesh).abstract,
-            abstract_batch(cfg, mesh),
-            target.topology.chip.memory,
-        )
+        step, available = make_step(cfg, mesh), target.topology.chip.memory
+        batch = abstract_batch(cfg, mesh)
+        return state_memory(cfg, step.abstract, step.frozen, batch, available)
 
 
 def expected_seconds(cfg: ConfigDict, chip: Chip) -> float:

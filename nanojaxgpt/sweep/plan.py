@@ -219,10 +219,11 @@ def describe(trials: list[Trial], report: Callable[[str], None]) -> list[str]:
 
     The data is opened for its vocabulary, and made where it is not there yet.
     """
+    from nanojaxgpt.data.loader import prepare_data, resolve
     from nanojaxgpt.flops import train_flops
     from nanojaxgpt.model.config import ModelConfig
     from nanojaxgpt.model.parameters import count_params
-    from nanojaxgpt.train import prepare_data, resolve, train_ramp
+    from nanojaxgpt.recorder import train_ramp
 
     groups, lines, total, data = group_trials(trials), [], 0, {}
     for number, group in enumerate(groups, 1):
