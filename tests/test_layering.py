@@ -16,7 +16,7 @@ LAYERS = {
         "matrices", "commands", "flops", "console"},
     1: {"config", "rundir", "arguments", "hosts", "hosts.process", "hosts.lifeline", "hosts.team",
         "hosts.joining", "hosts.watchdog", "checkpoint", "metrics", "trackers", "finish", "sample",
-        "evaluate", "data",
+        "rundiff", "evaluate", "data",
         "data.sources", "data.sources.documents", "data.sources.files", "data.sources.stdlib",
         "data.sources.download", "data.sources.parquet", "data.sources.tfds",
         "data.sources.builders", "data.sources.hub",
@@ -28,13 +28,13 @@ LAYERS = {
         "sweep.slurm", "sweep.verb",
         "rehearse", "rehearse.flops", "rehearse.targets", "rehearse.estimate", "rehearse.step",
         "rehearse.search", "rehearse.report", "step", "loop", "memory", "paper", "reproduce",
-        "branch", "commands.sample"},
+        "branch", "commands.sample", "commands.diff"},
     3: {"__main__", "start"},
 }  # fmt: skip
 LAYER = {name: layer for layer, names in LAYERS.items() for name in names}
 # A mistake in a config is reported before jax is imported, so these import it only in functions.
 EARLY = {"", "__main__", "arguments", "checks", "config", "errors", "horizon", "names", "paper"}
-EARLY |= {"rundir", "start", "console", "metrics", "trackers", "finish"}
+EARLY |= {"rundir", "start", "console", "metrics", "trackers", "finish", "rundiff", "commands.diff"}
 EARLY |= {f"sweep.{name}" for name in ("space", "plan", "claims", "launch")}
 NO_JAX = ("jax", "jaxlib", "flax", "optax", "orbax")
 TFDS = {"data.sources.tfds", "data.sources.builders"}
