@@ -9,8 +9,8 @@ from conftest import ROOT
 PACKAGE = "nanojaxgpt"
 # A module imports only modules of its own layer and of lower ones.
 LAYERS = {
-    0: {"", "errors", "names", "checks", "model", "attention", "loss", "optim", "sharding",
-        "data.tokenizers", "data.subwords", "projection", "probe", "regular", "scaling",
+    0: {"", "errors", "extras", "names", "checks", "model", "attention", "loss", "optim",
+        "sharding", "data.tokenizers", "data.subwords", "projection", "probe", "regular", "scaling",
         "data.rows", "data.tasks", "sweep",
         "sweep.space", "rehearse.chips", "rehearse.collectives", "schedules",
         "matrices", "commands", "flops", "console"},
@@ -33,7 +33,18 @@ LAYERS = {
 }  # fmt: skip
 LAYER = {name: layer for layer, names in LAYERS.items() for name in names}
 # A mistake in a config is reported before jax is imported, so these import it only in functions.
-EARLY = {"", "__main__", "arguments", "checks", "config", "errors", "horizon", "names", "paper"}
+EARLY = {
+    "",
+    "__main__",
+    "arguments",
+    "checks",
+    "config",
+    "errors",
+    "extras",
+    "horizon",
+    "names",
+    "paper",
+}
 EARLY |= {"rundir", "start", "console", "metrics", "trackers", "finish", "rundiff", "commands.diff"}
 EARLY |= {f"sweep.{name}" for name in ("space", "plan", "claims", "launch")}
 NO_JAX = ("jax", "jaxlib", "flax", "optax", "orbax")
