@@ -76,7 +76,7 @@ def test_a_resumed_run_is_the_same_and_no_array_is_read(compare, monkeypatch):
     assert (code, err) == (0, "")
     same = [line for line in out.splitlines() if ": the same" in line]
     assert len(same) == len(SECTIONS) + 1
-    assert "loss: the same at all 4 common steps" in same
+    assert "loss: the same, 4 of 4 common steps" in same
     assert same[-1].startswith("checkpoint of step 4: the same in all")
 
 

@@ -84,7 +84,7 @@ def loss_lines(section: Section) -> list[str]:
     if not common:
         return ["none logged"]
     if not section["differing"]:
-        return [f"the same at all {common} common steps{logged}"]
+        return [f"the same, {common} of {common} common steps{logged}"]
     first = section["first"]
     values = [f"{value:.9g}" for value in first["values"]]
     row = (str(first["step"]), *values, f"{first['difference']:.3g}")
