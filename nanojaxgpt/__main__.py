@@ -25,6 +25,7 @@ from nanojaxgpt.arguments import (
     open_run,
     parse,
 )
+from nanojaxgpt.commands.diff import diff
 from nanojaxgpt.commands.sample import sample
 from nanojaxgpt.console import explain, warn
 from nanojaxgpt.data.loader import check_data
@@ -39,6 +40,7 @@ nanojaxgpt COMMAND ...
   train  --config=EXPERIMENT.py[:VARIANT] [--run=RUN]   train, or resume RUN
   eval   RUN [--data=SOURCE]                            validation loss, bits per byte
   sample RUN --prompt=TEXT                              generate text from a prompt
+  diff   RUN RUN [--step=N] [--check] [--json]          what differs between two runs
   prepare --config=EXPERIMENT.py[:VARIANT]              tokenize the corpus ahead of training
   inspect --config=EXPERIMENT.py [--step=N] [--rows=4]  print the batch of a step
   coordcheck --config=EXPERIMENT.py                     activations over widths, to check muP
@@ -322,6 +324,7 @@ VERBS: dict[str, Callable[[list[str]], None]] = {
     "train": train,
     "eval": evaluate,
     "sample": sample,
+    "diff": diff,
     "prepare": prepare,
     "inspect": inspect,
     "coordcheck": coordcheck,

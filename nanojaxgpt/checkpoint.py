@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 from orbax.checkpoint import checkpoint_managers
@@ -213,6 +214,28 @@ def read_items(path: Path, abstract: dict[str, Any]) -> dict[str, Any]:
         for name, tree in abstract.items():
             items[name] = reader.restore(path / name, args=ocp.args.StandardRestore(tree))
     return items
+
+
+class LeafReader:
+    """Reads the arrays of one checkpoint one at a time, whatever config it was saved under."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.trees = Path(path).absolute(), {}
+
+    def read(self, name: str) -> np.ndarray:
+        """Return the array of a name that `read_leaves` gives. Raises what Orbax raises."""
+        item, _, leaf = name.partition("/")
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+            if item not in self.trees:
+                self.trees[item] = reader.metadata(self.path / item).item_metadata.tree
+            wanted = jax.tree_util.tree_map_with_path(
+                lambda path, _: 0 if path_name(path) == leaf else ocp.PLACEHOLDER, self.trees[item]
+            )
+            as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
+            how = ocp.args.PyTreeRestore(item=wanted, restore_args=as_numpy)
+            found = jax.tree.leaves(reader.restore(self.path / item, args=how))
+        (array,) = [one for one in found if one is not ocp.PLACEHOLDER]
+        return array
 
 
 def load_params(

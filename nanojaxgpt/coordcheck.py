@@ -16,9 +16,11 @@ from ml_collections import ConfigDict
 
 from nanojaxgpt import memory, sharding
 from nanojaxgpt.config import check_config
+from nanojaxgpt.console import warn
 from nanojaxgpt.data.loader import prepare_data, resolve
 from nanojaxgpt.data.rows import Batch
 from nanojaxgpt.errors import ConfigError
+from nanojaxgpt.extras import plots_advice
 from nanojaxgpt.model.config import ModelConfig
 from nanojaxgpt.model.transformer import Transformer
 from nanojaxgpt.step import make_hyper
@@ -135,14 +137,20 @@ def table(result: dict[str, Any]) -> Iterator[str]:
 
 
 def save(result: dict[str, Any], folder: Path) -> Path:
-    """Write coordcheck.json and coordcheck.png (a line for each step) into `folder`."""
+    """Write coordcheck.json and coordcheck.png (a line for each step); return the last written.
+
+    Without matplotlib there is no plot, and a warning says so.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "coordcheck.json").write_text(json.dumps(result, indent=2) + "\n")
+    if missing := plots_advice():
+        warn(f"no coordcheck.png: {missing}")
+        return folder / "coordcheck.json"
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "coordcheck.json").write_text(json.dumps(result, indent=2) + "\n")
     layers = list(result["sizes"]["mup"])
     figure, axes = plt.subplots(
         len(PARAMETRIZATIONS), len(layers), figsize=(3 * len(layers), 5),

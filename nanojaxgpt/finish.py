@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from nanojaxgpt import config, metrics, rundir
 from nanojaxgpt.data.loader import prepare_data, resolve
 from nanojaxgpt.errors import CheckpointError
+from nanojaxgpt.extras import plots_advice
 
 PLOT, RECORD = "loss.png", "finished.json"
 HASHED_BYTES = 8 * 2**30  # some ten seconds; a larger checkpoint is read by the next `train`
@@ -21,10 +22,14 @@ HASHED_BYTES = 8 * 2**30  # some ten seconds; a larger checkpoint is read by the
 def end_run(run: Path, report: Callable[[str], None]) -> None:
     """Plot the losses of a run that is at its last step, record its checkpoint, report the end.
 
-    Raises CheckpointError where the plot or the record can't be written.
+    Without matplotlib there is no plot, and `report` says so. Raises CheckpointError where the plot
+    or the record can't be written.
     """
     with rundir.writing(run, CheckpointError):
-        metrics.plot_losses(metrics.read_metrics(run), run / PLOT, run.name)
+        if missing := plots_advice():
+            report(f"no {PLOT}: {missing}")
+        else:
+            metrics.plot_losses(metrics.read_metrics(run), run / PLOT, run.name)
         (run / RECORD).unlink(missing_ok=True)
         if record := hash_checkpoint(run):
             rundir.write_text(run / RECORD, json.dumps(record, indent=2) + "\n")
@@ -45,7 +50,8 @@ def is_finished(cfg: ConfigDict, run: Path, report: Callable[[str], None]) -> bo
     Where anything is in doubt it is not: then its checkpoint is read and checked as on resuming.
     Raises as training would where another process trains in `run`, or the corpus changed.
     """
-    if not (run / "config.json").is_file() or not (run / PLOT).is_file():
+    plotted = (run / PLOT).is_file() or plots_advice()
+    if not (run / "config.json").is_file() or not plotted:
         return False
     with rundir.own_run(run):
         saved = rundir.saved_steps(run / "checkpoints")

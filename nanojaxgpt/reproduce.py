@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from nanojaxgpt import checkpoint, metrics, rundir, sharding
+from nanojaxgpt import checkpoint, extras, metrics, rundir, sharding
 from nanojaxgpt.data.loader import prepare_data, resolve
 from nanojaxgpt.data.rows import Batch, Rows
 from nanojaxgpt.errors import DataError, NonFiniteError
@@ -64,6 +64,7 @@ def reproduce(paper: Paper, folder: Path, report: Report = print) -> Reproductio
     What needs data or hardware that is not there is NOT-RUN. Raises a UserError for anything else
     that the user can mend, Stopped after a signal; the same call then resumes.
     """
+    extras.require("matplotlib", "plots", "a report has figures")
     began, missing = time.monotonic(), {}
     for arm in paper.arms:
         try:

@@ -5,9 +5,12 @@ Text and generated tasks stand behind the same few functions.
 
 import inspect
 import math
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from fractions import Fraction
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, NamedTuple, TypeVar
 
 from ml_collections import ConfigDict
@@ -259,10 +262,31 @@ def fetch_ahead(
 ) -> Iterator[Fetched]:
     """Yield fetch(step) for the steps [first, stop), made by a thread `ahead` of their use.
 
-    An exception of `fetch` is raised where its result would have come. Imports jax.
+    An exception of `fetch` is raised where its result would have come, and is the end. The thread
+    ends with the iterator, as soon as the fetch in progress returns.
     """
-    import grain
+    fetched: SimpleQueue[Future[Fetched]] = SimpleQueue()
+    room, closed = threading.Semaphore(ahead), threading.Event()
 
-    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=ahead)
-    steps = grain.MapDataset.range(first, stop).map(fetch)
-    return iter(steps.to_iter_dataset(options))
+    def work() -> None:
+        for step in range(first, stop):
+            room.acquire()
+            if closed.is_set():
+                return
+            future: Future[Fetched] = Future()
+            try:
+                future.set_result(fetch(step))
+            except BaseException as error:
+                future.set_exception(error)
+            fetched.put(future)
+
+    # A daemon, so that a fetch that hangs does not keep a process that wants to end.
+    threading.Thread(target=work, name="fetch ahead", daemon=True).start()
+    try:
+        for _ in range(first, stop):
+            batch = fetched.get().result()
+            room.release()
+            yield batch
+    finally:
+        closed.set()
+        room.release()

@@ -21,7 +21,7 @@ from nanojaxgpt.data.sources.files import (
 from nanojaxgpt.data.sources.hub import identify_hub, read_hub
 from nanojaxgpt.data.sources.parquet import identify_parquet, read_parquet
 from nanojaxgpt.data.sources.stdlib import identify_stdlib, read_stdlib
-from nanojaxgpt.data.sources.tfds import identify_tfds, read_tfds
+from nanojaxgpt.data.sources.tfds import check_tfds, identify_tfds, read_tfds
 from nanojaxgpt.errors import ConfigError, DataError
 from nanojaxgpt.names import nearest
 
@@ -132,7 +132,10 @@ def names_a_path(source: str) -> bool:
 
 
 def check_sources(data: DataConfig) -> None:
-    """Raise ConfigError or DataError where a source has no kind or no file; nothing is read."""
+    """Raise ConfigError or DataError where a source has no kind, no file or no package to read it.
+
+    Nothing is read.
+    """
     sources = [source for _, source in weighted_sources(data)]
     for source in [*sources, data.validation_source]:
         if source:
@@ -140,3 +143,5 @@ def check_sources(data: DataConfig) -> None:
             kind = source.partition(":")[0]
             if kind in DOWNLOADED and not is_url(location):
                 check_location(kind, location)
+            elif kind == "tfds":
+                check_tfds(location)

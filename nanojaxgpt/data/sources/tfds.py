@@ -20,6 +20,7 @@ from nanojaxgpt.data.sources.documents import (
 )
 from nanojaxgpt.data.sources.files import check_scheme
 from nanojaxgpt.errors import ConfigError, DataError
+from nanojaxgpt.extras import require
 
 NAME = re.compile(r"(\w+)(?:/([^:@#]+))?(?::([\d.]+))?(?:@([^#]+))?(?:#(\w+))?")
 OWN_BUILDERS = ("tiny_shakespeare", "local_text")
@@ -32,6 +33,11 @@ class Prepared(NamedTuple):
     builder: Any
     split: str
     field: str
+
+
+def check_tfds(location: str) -> None:
+    """Raise ConfigError where TensorFlow Datasets is not installed; nothing is imported."""
+    require("tensorflow_datasets", "tfds", f"tfds:{location}")
 
 
 def read_tfds(location: str, data: DataConfig, refuse: Refuse) -> Iterator[Document]:
@@ -90,6 +96,7 @@ def open_dataset(location: str, data: DataConfig) -> Prepared:
         raise ConfigError(
             f"data.source=tfds:{location} is not tfds:NAME[/CONFIG][:VERSION][@SPLIT][#FIELD]"
         )
+    check_tfds(location)
     name, config, version, split, field = (part or "" for part in parts.groups())
     check_scheme(f"data.tfds_dir={data.tfds_dir}", data.tfds_dir)
     folder = epath.Path(data.tfds_dir or "~/tensorflow_datasets").expanduser()
