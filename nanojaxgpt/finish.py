@@ -53,7 +53,7 @@ def is_finished(cfg: ConfigDict, run: Path, report: Callable[[str], None]) -> bo
             return False
         data = prepare_data(cfg, report, run)
         changes = config.differences(rundir.load_run(run), resolve(cfg, data))
-        if not all(config.FREE_ON_RESUME.fullmatch(name) for name, _, _ in changes):
+        if not all(config.free_on_resume(name) for name, _, _ in changes):
             return False
         rundir.check_data(run, data.identity, report)
         return True

@@ -89,15 +89,15 @@ def saved_steps(folder: Path) -> list[int]:
 def enter_run(run: Path, cfg: ConfigDict, step: int | None = None) -> list[tuple[str, Any, Any]]:
     """Write `cfg` as the run's config, or check that it matches the run that is there.
 
-    Returns the differences that are allowed: config.FREE_ON_RESUME and, for a run whose newest
-    checkpoint is that of `step` (0: none), its length where the schedule allows it. Raises
-    ConfigError with the differences that are not.
+    Returns the differences that are allowed: fields that are `config.free_on_resume` and, for a
+    run whose newest checkpoint is that of `step` (0: none), its length where the schedule allows
+    it. Raises ConfigError with the differences that are not.
     """
     changes = []
     if (Path(run) / "config.json").exists():
         old = load_run(run)
         changes = config.differences(old, cfg)
-        held = {name for name, *_ in changes if not config.FREE_ON_RESUME.fullmatch(name)}
+        held = {name for name, *_ in changes if not config.free_on_resume(name)}
         problem = "its length can't change here"
         if step is not None:
             problem = horizon.length_problem(old, cfg, held, step)

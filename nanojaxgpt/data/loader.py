@@ -13,10 +13,10 @@ from typing import Any, NamedTuple, TypeVar
 from ml_collections import ConfigDict
 
 from nanojaxgpt.checks import kind_of, read_float, read_int, show
-from nanojaxgpt.config import cache_dir, unknown_name
+from nanojaxgpt.config import cache_dir, sections
 from nanojaxgpt.data.packing import cover_rows, packed_rows, wrap_rows
 from nanojaxgpt.data.rows import Rows, Source, chain
-from nanojaxgpt.data.sources import DataConfig, check_sources, source_identity
+from nanojaxgpt.data.sources import check_sources, source_identity
 from nanojaxgpt.data.store import (
     Corpus,
     Part,
@@ -29,6 +29,7 @@ from nanojaxgpt.data.store import (
 from nanojaxgpt.data.tasks import TASKS, Task, task_rows
 from nanojaxgpt.data.tokenizers import Tokenizer, WordTokenizer, load_tokenizer
 from nanojaxgpt.errors import ConfigError, DataError
+from nanojaxgpt.names import unknown_name
 from nanojaxgpt.rundir import load_run, read_identity
 
 Fetched = TypeVar("Fetched")
@@ -52,7 +53,7 @@ def prepare_data(cfg: ConfigDict, report: Callable[[str], object], run: Path | N
     `inherited_tokenizer` do.
     """
     inherited = inherited_tokenizer(cfg, report, run)
-    return open_data(DataConfig(**cfg.data), cache_dir(cfg), report, inherited)
+    return open_data(sections.Data(**cfg.data), cache_dir(cfg), report, inherited)
 
 
 def inherited_tokenizer(
@@ -96,7 +97,7 @@ def load_run_tokenizer(run: Path, report: Callable[[str], object]) -> Tokenizer:
 
 
 def open_data(
-    data: DataConfig,
+    data: sections.Data,
     folder: Path,
     report: Callable[[str], object] = print,
     inherited: Tokenizer | None = None,
@@ -116,12 +117,12 @@ def open_data(
     return text_data(prepare(data, folder, report, inherited), data)
 
 
-def is_task(data: DataConfig) -> bool:
+def is_task(data: sections.Data) -> bool:
     """Return whether the data are generated, not read."""
     return not data.mixture and data.source.startswith("task:")
 
 
-def check_data(data: DataConfig) -> None:
+def check_data(data: sections.Data) -> None:
     """Raise ConfigError or DataError where a source can't be used; nothing is read.
 
     Cheap, so that a typo fails before jax is imported.
@@ -151,7 +152,7 @@ def resolve(cfg: ConfigDict, data: Data) -> ConfigDict:
 
 
 def open_source(
-    source: str, tokenizer: Tokenizer, data: DataConfig, folder: Path, report: Report = print
+    source: str, tokenizer: Tokenizer, data: sections.Data, folder: Path, report: Report = print
 ) -> Data:
     """Return the data of one source by a tokenizer that is there: all of it is for validation.
 
@@ -171,7 +172,7 @@ def open_source(
     return text_data(Corpus((Part(source, Fraction(1), store),), store), data)
 
 
-def text_data(corpus: Corpus, data: DataConfig) -> Data:
+def text_data(corpus: Corpus, data: sections.Data) -> Data:
     """Return the data of a corpus: each part's own split, unless validation is a source."""
     if corpus.validation is None:
         spans = [
