@@ -79,7 +79,8 @@ def build(values: Mapping[str, Any]) -> Config:
         number = float(value) if rules[name].item is float else value  # an integer is one too
         parts.setdefault(section, {})[field] = number
     kinds = sections.kinds()
-    cfg = sections.Config(**{name: kinds[name](**part) for name, part in parts.items()})
+    built: dict[str, Any] = {name: kinds[name](**part) for name, part in parts.items()}
+    cfg = sections.Config(**built)
     if problems := partner_problems(cfg):
         raise ConfigError("\n".join(problems))
     return cfg
