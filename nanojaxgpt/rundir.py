@@ -61,7 +61,7 @@ def check_file(name: str, path: Path) -> None:
         raise ConfigError(f"{name}={show(str(path))}: {error.strerror}") from error
 
 
-def check_start(cfg: ConfigDict, run: Path) -> None:
+def check_start(cfg: config.AnyConfig, run: Path) -> None:
     """Raise ConfigError where init.from_run is not a run directory, unless `run` just resumes."""
     if any((Path(run) / "checkpoints").glob("[0-9]*")):
         return
@@ -86,7 +86,9 @@ def saved_steps(folder: Path) -> list[int]:
     return sorted(int(p.name) for p in paths if STEP.fullmatch(p.name) and p.is_dir())
 
 
-def enter_run(run: Path, cfg: ConfigDict, step: int | None = None) -> list[tuple[str, Any, Any]]:
+def enter_run(
+    run: Path, cfg: config.AnyConfig, step: int | None = None
+) -> list[tuple[str, Any, Any]]:
     """Write `cfg` as the run's config, or check that it matches the run that is there.
 
     Returns the differences that are allowed: fields that are `config.free_on_resume` and, for a
@@ -175,7 +177,7 @@ def code_hash() -> str:
 
 
 def write_identity(
-    run: Path, cfg: ConfigDict, data: dict, devices: list[str], report: Callable[[str], None]
+    run: Path, cfg: config.AnyConfig, data: dict, devices: list[str], report: Callable[[str], None]
 ) -> None:
     """Write `identity.json` (hashes, versions, devices); report what changed since the last time.
 

@@ -152,11 +152,13 @@ def test_typed_takes_an_integer_for_a_number_and_no_other_type():
         typed(cfg)
 
 
-def test_with_fields_changes_a_copy():
-    cfg = Config()
+@pytest.mark.parametrize("make", [Config, base_config])
+def test_with_fields_changes_a_copy(make):
+    cfg = make()
     found = with_fields(cfg, {"model.remat": "full", "optim.learning_rate": 1})
     assert (found.model.remat, found.optim.learning_rate) == ("full", 1.0)
-    assert cfg == Config()
+    assert type(found) is type(cfg)
+    assert cfg == make()
     assert with_fields(found, {"model.remat": "none", "optim.learning_rate": 1e-3}) == cfg
     for changes, words in (
         ({"model.n_layer": 2}, "did you mean model.num_layers"),

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 from ml_collections import ConfigDict
 
@@ -36,27 +36,34 @@ from nanojaxgpt.config.sections import Config
 from nanojaxgpt.errors import ConfigError, Stopped, UserError
 from nanojaxgpt.names import unknown_name
 
+AnyConfig = ConfigDict | Config  # what reads a config's fields takes either
+Either = TypeVar("Either", ConfigDict, Config)
+
 
 def base_config() -> ConfigDict:
     """Return every field with its default, locked: what an experiment starts from."""
     return ConfigDict(asdict(sections.Config())).lock()
 
 
-def fields(cfg: ConfigDict | Config) -> Iterator[tuple[str, Any]]:
+def fields(cfg: AnyConfig) -> Iterator[tuple[str, Any]]:
     """Yield every dotted field name with its value, in alphabetical order."""
-    given = asdict(cfg) if isinstance(cfg, Config) else cfg
-    for section, values in sorted(given.items()):
+    for section, values in sorted(to_dict(cfg).items()):
         for name, value in sorted(values.items()):
             yield f"{section}.{name}", value
 
 
-def typed(cfg: ConfigDict) -> Config:
+def to_dict(cfg: AnyConfig) -> dict[str, dict[str, Any]]:
+    """Return {section: {field: value}}."""
+    return asdict(cfg) if isinstance(cfg, Config) else cfg.to_dict()
+
+
+def typed(cfg: AnyConfig) -> Config:
     """Return the config as frozen dataclasses, which are hashable. Raises as `check_config`."""
-    return build(dict(fields(cfg)))
+    return cfg if isinstance(cfg, Config) else build(dict(fields(cfg)))
 
 
-def with_fields(cfg: Config, changes: Mapping[str, Any]) -> Config:
-    """Return a config with dotted fields replaced, as in {"model.remat": "full"}, and checked.
+def with_fields(cfg: Either, changes: Mapping[str, Any]) -> Either:
+    """Return a checked copy with dotted fields replaced, as in {"model.remat": "full"}.
 
     Raises ConfigError for a field that does not exist, and as `check_config`.
     """
@@ -64,7 +71,13 @@ def with_fields(cfg: Config, changes: Mapping[str, Any]) -> Config:
     for name in changes:
         if name not in values:
             raise ConfigError(unknown_name("config field", name, list(values)))
-    return build({**values, **changes})
+    if isinstance(cfg, Config):
+        return build({**values, **changes})
+    cfg = cfg.copy_and_resolve_references()
+    for name, value in changes.items():
+        set_field(cfg, name, value)
+    check_config(cfg)
+    return cfg.lock()
 
 
 def build(values: Mapping[str, Any]) -> Config:
@@ -248,10 +261,9 @@ def free_on_resume(name: str) -> bool:
     return sections.rules()[name].resume
 
 
-def to_json(cfg: ConfigDict | Config) -> str:
+def to_json(cfg: AnyConfig) -> str:
     """Return the config as JSON text that `from_json` reads back."""
-    values = asdict(cfg) if isinstance(cfg, Config) else cfg.to_dict()
-    return json.dumps(values, indent=2, sort_keys=True) + "\n"
+    return json.dumps(to_dict(cfg), indent=2, sort_keys=True) + "\n"
 
 
 def from_json(text: str, origin: str = "config.json") -> ConfigDict:
@@ -274,7 +286,7 @@ def from_json(text: str, origin: str = "config.json") -> ConfigDict:
     return cfg.lock()
 
 
-def config_hash(cfg: ConfigDict | Config) -> str:
+def config_hash(cfg: AnyConfig) -> str:
     """Return 16 hex digits that name what a resolved config changes of the defaults.
 
     So a sweep's trials keep their names when a later version has more fields.
@@ -284,19 +296,19 @@ def config_hash(cfg: ConfigDict | Config) -> str:
 
 def hash_fields(values: Mapping[str, Any]) -> str:
     """Return the `config_hash` of {"section.field": value}, where fields may be missing."""
-    defaults = dict(fields(base_config()))
+    defaults = dict(fields(sections.Config()))
     changed = {name: value for name, value in values.items() if value != defaults[name]}
     text = json.dumps(changed, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def differences(old: ConfigDict | Config, new: ConfigDict | Config) -> list[tuple[str, Any, Any]]:
+def differences(old: AnyConfig, new: AnyConfig) -> list[tuple[str, Any, Any]]:
     """Return (field, old value, new value) wherever two configs differ."""
     after = dict(fields(new))
     return [(name, value, after[name]) for name, value in fields(old) if value != after[name]]
 
 
-def cache_dir(cfg: ConfigDict | Config) -> Path:
+def cache_dir(cfg: AnyConfig) -> Path:
     """Return the folder that holds token stores and downloads."""
     return cache_path(cfg.data.cache_dir)
 

@@ -10,10 +10,8 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from ml_collections import ConfigDict
-
 from nanojaxgpt.checks import kind_of, read_float, read_int, show
-from nanojaxgpt.config import cache_dir, sections
+from nanojaxgpt.config import AnyConfig, Either, cache_dir, sections, typed, with_fields
 from nanojaxgpt.data.packing import cover_rows, packed_rows, wrap_rows
 from nanojaxgpt.data.rows import Rows, Source, chain
 from nanojaxgpt.data.sources import check_sources, source_identity
@@ -46,18 +44,18 @@ class Data(NamedTuple):
     validation: Callable[[int], Rows]  # of no row where nothing is held out
 
 
-def prepare_data(cfg: ConfigDict, report: Callable[[str], object], run: Path | None = None) -> Data:
+def prepare_data(cfg: AnyConfig, report: Callable[[str], object], run: Path | None = None) -> Data:
     """Return the data of a config, tokenized now where it is not there yet.
 
     `run` is the run directory that it is for, where there is one. Raises as `open_data` and
     `inherited_tokenizer` do.
     """
     inherited = inherited_tokenizer(cfg, report, run)
-    return open_data(sections.Data(**cfg.data), cache_dir(cfg), report, inherited)
+    return open_data(typed(cfg).data, cache_dir(cfg), report, inherited)
 
 
 def inherited_tokenizer(
-    cfg: ConfigDict, report: Callable[[str], object], run: Path | None = None
+    cfg: AnyConfig, report: Callable[[str], object], run: Path | None = None
 ) -> Tokenizer | None:
     """Return the tokenizer of the parameters that a config starts from; None from scratch.
 
@@ -137,18 +135,18 @@ def check_data(data: sections.Data) -> None:
     check_sources(data)
 
 
-def resolve(cfg: ConfigDict, data: Data) -> ConfigDict:
+def resolve(cfg: Either, data: Data) -> Either:
     """Return the config with the tokenizer and its vocabulary. Raises ConfigError.
 
     data.tokenizer stays "" where the tokenizer of init.from_run is inherited, unless that is bytes.
     """
-    cfg, size = cfg.copy_and_resolve_references(), data.tokenizer.vocab_size
+    tokenizer, size = cfg.data.tokenizer, data.tokenizer.vocab_size
     if not cfg.init.from_run or data.tokenizer.kind in ("bytes", "words"):
-        cfg.data.tokenizer = cfg.data.tokenizer or "bytes"
+        tokenizer = tokenizer or "bytes"
     if 0 < cfg.model.vocab_size < size:
         raise ConfigError(f"model.vocab_size={cfg.model.vocab_size}, but the tokenizer has {size}")
-    cfg.model.vocab_size = cfg.model.vocab_size or size
-    return cfg.lock()
+    vocab_size = cfg.model.vocab_size or size
+    return with_fields(cfg, {"data.tokenizer": tokenizer, "model.vocab_size": vocab_size})
 
 
 def open_source(

@@ -14,7 +14,6 @@ from ml_collections import ConfigDict
 from nanojaxgpt import config
 from nanojaxgpt.config import sections
 from nanojaxgpt.errors import ConfigError
-from nanojaxgpt.names import unknown_name
 from nanojaxgpt.rundir import write_text
 from nanojaxgpt.sweep.space import Point, Space, Tpe, choice, draws
 
@@ -143,14 +142,9 @@ def make_trial(base: ConfigDict, point: Point) -> Trial:
 
 def set_point(base: ConfigDict, point: Point) -> ConfigDict:
     """Return a copy of `base` with the values of a point, checked. Raises ConfigError."""
-    cfg = base.copy_and_resolve_references()
-    known = dict(config.fields(cfg))
-    for name, value in point.items():
-        if name not in known:
-            raise ConfigError(unknown_name("config field", name, list(known)))
-        config.set_field(cfg, name, plain_value(value, known[name]))
-    config.check_config(cfg)
-    return cfg.lock()
+    known = dict(config.fields(base))
+    plain = {name: plain_value(value, known.get(name)) for name, value in point.items()}
+    return config.with_fields(base, plain)
 
 
 def plain_value(value: Any, default: Any) -> Any:
