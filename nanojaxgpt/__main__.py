@@ -27,9 +27,9 @@ from nanojaxgpt.arguments import (
 )
 from nanojaxgpt.commands.diff import diff
 from nanojaxgpt.commands.sample import sample
+from nanojaxgpt.config.sections import Data as DataConfig
 from nanojaxgpt.console import explain, warn
 from nanojaxgpt.data.loader import check_data
-from nanojaxgpt.data.sources import DataConfig
 from nanojaxgpt.errors import OK, ConfigError, DataError, MemoryExceeded
 from nanojaxgpt.sweep.verb import sweep
 from nanojaxgpt.trackers import check_installed
@@ -253,8 +253,8 @@ def evaluate(arguments: list[str]) -> None:
 
 def open_other_data(cfg: Any, parsed: Any) -> tuple[Any, Any]:
     """Return the config and the data to evaluate the source --data of `eval` on, all of it."""
+    from nanojaxgpt.config.sections import Data as DataConfig
     from nanojaxgpt.data.loader import load_run_tokenizer, open_source
-    from nanojaxgpt.data.sources import DataConfig
 
     # What the run's config says of its own source: which hash it has, how much is looked at.
     own = {"data.sha256": "", "eval.num_batches": "0"}

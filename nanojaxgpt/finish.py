@@ -8,8 +8,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ml_collections import ConfigDict
-
 from nanojaxgpt import config, metrics, rundir
 from nanojaxgpt.data.loader import prepare_data, resolve
 from nanojaxgpt.errors import CheckpointError
@@ -44,7 +42,7 @@ def report_end(run: Path, report: Callable[[str], None]) -> None:
         report(line)
 
 
-def is_finished(cfg: ConfigDict, run: Path, report: Callable[[str], None]) -> bool:
+def is_finished(cfg: config.AnyConfig, run: Path, report: Callable[[str], None]) -> bool:
     """Return whether the run of this very config is at its last step, untouched since it ended.
 
     Where anything is in doubt it is not: then its checkpoint is read and checked as on resuming.
@@ -58,8 +56,8 @@ def is_finished(cfg: ConfigDict, run: Path, report: Callable[[str], None]) -> bo
         if not saved or saved[-1] != cfg.train.num_steps or not is_as_recorded(run):
             return False
         data = prepare_data(cfg, report, run)
-        changes = config.differences(rundir.load_run(run), resolve(cfg, data))
-        if not all(config.FREE_ON_RESUME.fullmatch(name) for name, _, _ in changes):
+        changes = config.differences(rundir.load_run(run), resolve(config.typed(cfg), data))
+        if not all(config.free_on_resume(name) for name, _, _ in changes):
             return False
         rundir.check_data(run, data.identity, report)
         return True

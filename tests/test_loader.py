@@ -12,10 +12,9 @@ from conftest import assert_batches_equal
 
 from nanojaxgpt import sharding
 from nanojaxgpt.__main__ import main
-from nanojaxgpt.config import cache_dir
+from nanojaxgpt.config import cache_dir, sections
 from nanojaxgpt.data.loader import fetch_ahead, open_data, whole_weights
 from nanojaxgpt.data.rows import make_eval_batches, make_train_rows, take_rows
-from nanojaxgpt.data.sources import DataConfig
 from nanojaxgpt.data.tokenizers import load_tokenizer
 from nanojaxgpt.errors import ConfigError, DataError
 from nanojaxgpt.hosts import process
@@ -48,7 +47,7 @@ def open_kind(folders, small_config):
 
     def build(kind, **changes):
         cfg = small_config(**({"data.tokenizer": "bytes"} | kinds[kind] | changes))
-        return open_data(DataConfig(**cfg.data), cache_dir(cfg), report=lambda _: None)
+        return open_data(sections.Data(**cfg.data), cache_dir(cfg), report=lambda _: None)
 
     return build
 

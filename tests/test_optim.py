@@ -7,8 +7,8 @@ import optax
 import pytest
 from conftest import small_model
 
-from nanojaxgpt.checks import CHOICES
 from nanojaxgpt.config import base_config
+from nanojaxgpt.config.sections import rules
 from nanojaxgpt.errors import ConfigError
 from nanojaxgpt.model.parameters import parameters
 from nanojaxgpt.optim import (
@@ -162,8 +162,8 @@ def test_clipping_shrinks_only_what_is_too_long():
 
 
 def test_the_config_knows_every_name():
-    assert CHOICES["optim.optimizer"] == tuple(OPTIMIZERS)
-    assert CHOICES["optim.schedule"] == tuple(SCHEDULES)
+    assert rules()["optim.optimizer"].choices == tuple(OPTIMIZERS)
+    assert rules()["optim.schedule"].choices == tuple(SCHEDULES)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

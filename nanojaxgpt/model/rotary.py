@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nanojaxgpt.model.config import Rotary
+from nanojaxgpt.config.rotary import Rotary
 
 
 def frequencies(rotary: Rotary, dimensions: int, length: int) -> tuple[np.ndarray, float]:

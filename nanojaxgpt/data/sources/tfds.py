@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
+from nanojaxgpt.config import sections
 from nanojaxgpt.data.sources.documents import (
-    DataConfig,
     Document,
     Refuse,
     check_text,
@@ -40,7 +40,7 @@ def check_tfds(location: str) -> None:
     require("tensorflow_datasets", "tfds", f"tfds:{location}")
 
 
-def read_tfds(location: str, data: DataConfig, refuse: Refuse) -> Iterator[Document]:
+def read_tfds(location: str, data: sections.Data, refuse: Refuse) -> Iterator[Document]:
     """Yield one document per example that has any text, in the order of the files."""
     builder, split, field = open_dataset(location, data)
     if not builder.info.splits[split].num_examples:
@@ -61,7 +61,7 @@ def read_tfds(location: str, data: DataConfig, refuse: Refuse) -> Iterator[Docum
         raise DataError(f"{builder.data_path} can't be read: {error}") from error
 
 
-def identify_tfds(location: str, data: DataConfig) -> dict[str, Any]:
+def identify_tfds(location: str, data: sections.Data) -> dict[str, Any]:
     """Return the dataset's full name, what is read of it, and what its files are.
 
     `info` is the hash of dataset_info.json, where TFDS counts examples and bytes of each file: the
@@ -89,7 +89,7 @@ def decode(name: str, value: bytes, refuse: Refuse) -> str:
         return ""
 
 
-def open_dataset(location: str, data: DataConfig) -> Prepared:
+def open_dataset(location: str, data: sections.Data) -> Prepared:
     """Return the dataset that `location` names. Raises ConfigError, DataError: not prepared."""
     parts = NAME.fullmatch(location)
     if not parts:
