@@ -149,7 +149,6 @@ def partner_problems(cfg: "Config") -> list[str]:
             f"model.num_heads={model.num_heads} is not divisible by "
             f"model.num_kv_heads={model.num_kv_heads}"
         )
-    head_dim = model.head_dim or model.embed_dim // model.num_heads
     if model.positions == "sinusoidal" and model.embed_dim % 2:
         problems.append(f"sinusoidal positions need an even embed_dim, not {model.embed_dim}")
     for name in ("windows", "mlp_dims"):
@@ -211,6 +210,9 @@ def optim_problems(optim: "Optim") -> list[str]:
         )
     if problem := pattern_problem(optim.decay_pattern):
         problems.append(f"optim.decay_pattern={problem}")
+    for entry in optim.trainable:
+        if problem := pattern_problem(entry.removeprefix("!")):
+            problems.append(f"optim.trainable: {problem}")
     for entry in optim.rate_multipliers:
         try:
             parse_multiplier(entry)
