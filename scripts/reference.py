@@ -1,18 +1,22 @@
-"""Write the parts of the docs that repeat the code: docs/config.md, the tables of docs/migrate.md.
+"""Write the parts of the docs that repeat the code: docs/config.md, tables in other pages.
 
     python scripts/reference.py           # write them
     python scripts/reference.py --check   # exit 1 if the committed pages are out of date
 
-The config's fields come from config/sections.py, other projects' names from names.py.
+The config's fields come from config/sections.py, other projects' names from names.py, and what the
+attention kernels support from themselves (docs/attention.md).
 """
 
 import argparse
+import dataclasses
 import inspect
 import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from nanojaxgpt.attention import AUTO, KERNELS
+from nanojaxgpt.attention.request import Request
 from nanojaxgpt.config import sections
 from nanojaxgpt.config.sections import Rule
 from nanojaxgpt.names import MAXTEXT, NANOGPT, OTHER_NAMES, TRANSFORMERS
@@ -31,9 +35,22 @@ Fields marked "yes" under "resume" may change when a run is resumed; so may `tra
 the schedule allows it ([Longer runs](optimizers.md#longer-runs-and-branches)). A change of any
 other field makes a different run, which needs a new `--run`.
 """
-BEGIN = "<!-- Written by scripts/reference.py from nanojaxgpt/names.py. -->"
+BEGIN = "<!-- Written by scripts/reference.py from nanojaxgpt/{}. -->"
 END = "<!-- Until here. -->"
 PROJECTS = (NANOGPT, MAXTEXT, TRANSFORMERS)
+# What a call of attention may ask for, beside a causal mask over rows of 1,024 tokens in bfloat16.
+FEATURES: dict[str, dict] = {
+    "window": dict(window=256),
+    "packed rows": dict(packed=True),
+    "grouped heads": dict(key_heads=2),
+    "softcap": dict(softcap=50.0),
+    "ALiBi": dict(alibi=True),
+    "dropout": dict(dropout=0.1),
+    "odd length": dict(query_length=1001, key_length=1001),
+    "float32": dict(dtype="float32"),
+    "head_dim=20": dict(head_dim=20),
+    "fewer queries than keys": dict(query_length=4),
+}
 LIMIT = 1e9  # beyond this a range has no upper end worth showing
 
 
@@ -106,13 +123,37 @@ def names_tables() -> str:
     )
 
 
+def kernels_table() -> str:
+    """Return a table of the features that each attention kernel supports, and why others not."""
+    home = {names[0]: platform for platform, names in AUTO.items()}
+    head = f"| | {' | '.join(f'`{name}`' for name in KERNELS)} |\n|---|{'---|' * len(KERNELS)}\n"
+    rows, reasons = [], []
+    for feature, changes in FEATURES.items():
+        cells = []
+        for name, kernel in KERNELS.items():
+            plain = Request(home.get(name, "cpu"), 1024, 1024, 8, 8, 64, "bfloat16")
+            reason = kernel.supports(dataclasses.replace(plain, **changes))
+            cells.append("no" if reason else "yes")
+            reasons += [f"- `{name}`, {feature}: {reason}"] if reason else []
+        rows.append(f"| {feature} | {' | '.join(cells)} |")
+    return head + "\n".join(rows) + "\n\n" + "\n".join(reasons) + "\n"
+
+
+def filled(page: Path, source: str, table: str) -> str:
+    """Return a page with `table` in the place of what was written from `source` before."""
+    begin = BEGIN.format(source)
+    before, rest = page.read_text().split(begin)
+    return f"{before}{begin}\n\n{table}\n{END}{rest.split(END)[1]}"
+
+
 def pages() -> dict[Path, str]:
     """Return what the generated pages should hold."""
-    migrate = DOCS / "migrate.md"
-    before, rest = migrate.read_text().split(BEGIN)
-    after = rest.split(END)[1]
-    tables = f"{before}{BEGIN}\n\n{names_tables()}\n{END}{after}"
-    return {DOCS / "config.md": config_page(), migrate: tables}
+    migrate, attention = DOCS / "migrate.md", DOCS / "attention.md"
+    return {
+        DOCS / "config.md": config_page(),
+        migrate: filled(migrate, "names.py", names_tables()),
+        attention: filled(attention, "attention/", kernels_table()),
+    }
 
 
 def main(arguments: list[str]) -> int:

@@ -33,7 +33,8 @@ from nanojaxgpt.model.config import ModelConfig
 from nanojaxgpt.sweep.claims import run_path
 from nanojaxgpt.sweep.plan import Trial
 
-jax.config.update("jax_platforms", "cpu")
+# A GPU takes part only where it is asked for: NANOJAXGPT_TEST_PLATFORMS=cuda,cpu.
+jax.config.update("jax_platforms", os.environ.get("NANOJAXGPT_TEST_PLATFORMS", "cpu"))
 jax.config.update("jax_num_cpu_devices", 8)
 
 ROOT = Path(__file__).parents[1]

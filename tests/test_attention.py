@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nanojaxgpt import attention
+from nanojaxgpt import attention, sharding
 from nanojaxgpt.attention import KERNELS, attend, blocked, choose_kernel
 from nanojaxgpt.attention.cache import attend_cache, init_cache, update_cache
 from nanojaxgpt.attention.request import Mask, Request
@@ -121,7 +121,10 @@ def test_the_cases_differ():
         assert float(jnp.max(jnp.abs(other - plain))) > 0.5
 
 
-@pytest.mark.skipif(jax.default_backend() != "gpu", reason="cuDNN needs an NVIDIA GPU")
+@pytest.mark.skipif(
+    jax.default_backend() != "gpu",
+    reason="needs an NVIDIA GPU, and NANOJAXGPT_TEST_PLATFORMS=cuda,cpu",
+)
 @pytest.mark.parametrize("case", ["causal", "window", "packed"])
 def test_cudnn_itself_computes_the_formula(case):
     asked = dataclasses.replace(REQUEST, **CASES[case], platform="gpu", dtype="bfloat16")
@@ -147,7 +150,7 @@ def test_cudnn_itself_computes_the_formula(case):
         ("cudnn", dict(head_dim=12), "divisible by 8"),
         ("cudnn", dict(head_dim=512), "256 at most"),
         ("cudnn", dict(query_length=4), "as many queries as keys"),
-        ("cudnn", dict(query_length=7, key_length=7, packed=True), "even length"),
+        ("cudnn", dict(query_length=7, key_length=7), "even length"),
         ("splash", dict(alibi=True), "ALiBi"),
         ("splash", dict(dropout=0.1), "dropout"),
         ("splash", dict(query_length=100, key_length=100), "divisible by 128"),
@@ -206,6 +209,15 @@ def test_tiles_take_every_query_once_with_all_the_keys_it_sees(length, window):
             queries += range(start, start + tiles.size)
     assert queries == list(range(length))
     assert len(blocked._tiles(length, window)) <= blocked.MOST_SPANS + 1
+
+
+@pytest.mark.parametrize("sizes", [dict(data=2, tensor=2, sequence=2), dict(fsdp=2, tensor=4)])
+def test_tiles_on_a_mesh_are_the_formula(sizes, tiled):
+    asked = dataclasses.replace(REQUEST, window=50, packed=True, softcap=5.0, key_heads=4)
+    with jax.set_mesh(sharding.make_mesh(sizes)):
+        found = gradients(asked, "blocked")
+    for a, b in zip(expected(asked), found, strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5 * float(jnp.max(jnp.abs(a))), rtol=0)
 
 
 def traced(length: int) -> jax.stages.Traced:
