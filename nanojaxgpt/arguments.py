@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from ml_collections import ConfigDict
 
@@ -13,6 +13,16 @@ from nanojaxgpt.errors import Answered, ConfigError
 from nanojaxgpt.names import unknown_option
 
 MAX_INT = 2**31 - 1  # as for the fields of the config
+
+
+class Command(NamedTuple):
+    """A command of the command line, and its line in `nanojaxgpt --help`."""
+
+    run: Callable[[list[str]], None]
+    usage: str  # the arguments, without the command's name
+    about: str
+    order: int  # of the line
+    writes_files: bool = False  # its results: it goes on where its output can't be written
 
 
 class Parser(argparse.ArgumentParser):
@@ -73,7 +83,7 @@ def split_overrides(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
 
 
 def parse(
-    verb: str,
+    command: str,
     about: str | None,
     arguments: list[str],
     options: dict[str, dict[str, Any]],
@@ -92,7 +102,7 @@ def parse(
             raise ConfigError(f"the argument {show(argument)} is not valid UTF-8") from None
         if "\0" in argument:
             raise ConfigError(f"the argument {show(argument)} contains a NUL character")
-    prog, first = f"nanojaxgpt {verb}", (about or "").split("\n")[0]  # python -OO drops it
+    prog, first = f"nanojaxgpt {command}", (about or "").split("\n")[0]  # python -OO drops it
     parser = Parser(prog=prog, description=first, allow_abbrev=False)
     parser.add_argument("path", metavar=path[0], nargs="?", help=path[1])
     if other:
@@ -118,15 +128,15 @@ def parse(
 
 
 def open_experiment(
-    verb: str, about: str | None, arguments: list[str], options: dict[str, dict[str, Any]]
+    command: str, about: str | None, arguments: list[str], options: dict[str, dict[str, Any]]
 ) -> tuple[Any, ConfigDict]:
     """Return the parsed arguments of a command that takes --config or a RUN, and the config."""
     settings = {"default": "", "help": "the experiment: FILE.py or FILE.py:VARIANT"}
-    parsed = parse(verb, about, arguments, {"config": settings} | options)
+    parsed = parse(command, about, arguments, {"config": settings} | options)
     if is_experiment(parsed.path):
         raise ConfigError(
             f"{parsed.path} is an experiment file, not a run directory; write "
-            f"nanojaxgpt {verb} --config={parsed.path}"
+            f"nanojaxgpt {command} --config={parsed.path}"
         )
     if parsed.config:
         cfg = config.load_config(parsed.config, parsed.overrides)
@@ -134,7 +144,7 @@ def open_experiment(
         cfg = config.override_config(rundir.load_run(Path(parsed.run)), parsed.overrides)
     else:
         raise ConfigError(
-            f"{verb} needs --config=FILE.py, such as experiments/quickstart.py, or a RUN"
+            f"{command} needs --config=FILE.py, such as experiments/quickstart.py, or a RUN"
         )
     rundir.check_folder("data.cache_dir", config.cache_dir(cfg))
     return parsed, cfg
@@ -146,18 +156,18 @@ def is_experiment(path: str | None) -> bool:
 
 
 def open_run(
-    verb: str, about: str | None, arguments: list[str], options: dict[str, dict[str, Any]]
+    command: str, about: str | None, arguments: list[str], options: dict[str, dict[str, Any]]
 ) -> tuple[Any, ConfigDict]:
     """Return the parsed arguments of a command that reads a run, and the run's config."""
     step = {"default": "", "help": "step of a checkpoint, or best; default: the newest"}
-    parsed = parse(verb, about, arguments, options | {"step": step})
+    parsed = parse(command, about, arguments, options | {"step": step})
     if not parsed.run:
-        raise ConfigError(f"{verb} needs a run directory: nanojaxgpt {verb} RUN")
+        raise ConfigError(f"{command} needs a run directory: nanojaxgpt {command} RUN")
     if is_experiment(parsed.run):
         run = Path("runs") / Path(parsed.run.partition(":")[0]).stem
         raise ConfigError(
             f"{parsed.run} is an experiment file, not a run directory; train it with nanojaxgpt "
-            f"train --config={parsed.run}, then nanojaxgpt {verb} {run}"
+            f"train --config={parsed.run}, then nanojaxgpt {command} {run}"
         )
     if parsed.step not in ("", "best"):
         try:

@@ -1,8 +1,8 @@
 """FLOPs of a forward pass and of a training step, and a device's peak, for MFU."""
 
+from nanojaxgpt.chips import CHIPS
 from nanojaxgpt.model.config import ModelConfig
 from nanojaxgpt.model.parameters import parameters
-from nanojaxgpt.rehearse.chips import CHIPS
 
 # Dense bfloat16 peak of one device in FLOP/s, by how device_kind begins. A device of TPU v2 and
 # v3 is a core, half of a chip: 123 TFLOP/s a chip of v3, says Google Cloud's page; v2's figure is

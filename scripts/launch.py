@@ -23,7 +23,7 @@ PREEMPTED = 75
 GRACE_SECONDS = 120  # to save, before a pod is killed
 ROOT = Path(__file__).resolve().parents[1]
 ARCHIVE = "nanojaxgpt.tar"
-VERBS = ("setup", "start", "status", "tail", "stop", "kill")
+ACTIONS = ("setup", "start", "status", "tail", "stop", "kill")
 
 Command = list[str]
 
@@ -152,26 +152,26 @@ def train_command(args: argparse.Namespace, *flags: str) -> Command:
 
 
 def script(args: argparse.Namespace, *flags: str) -> str:
-    """Return what one machine runs for a verb."""
+    """Return what one machine runs for an action."""
     folder = shlex.quote(args.folder)
-    if args.verb == "setup":
+    if args.action == "setup":
         package = shlex.quote(f".[{args.extra}]")
         return SETUP.format(folder=folder, archive=ARCHIVE, package=package)
-    if args.verb == "tail":
+    if args.action == "tail":
         return f"tail -n 20 -f {folder}/launch/log"
     loop = LOOP.format(train=shlex.join(train_command(args, *flags)))
-    text = {"start": START, "status": STATUS, "stop": STOP, "kill": KILL}[args.verb]
+    text = {"start": START, "status": STATUS, "stop": STOP, "kill": KILL}[args.action]
     return text.format(folder=folder, loop=shlex.quote(loop))
 
 
 def tpu(args: argparse.Namespace) -> list[list[Command]]:
     """Return gcloud's commands, in stages, for all workers of a TPU VM, or of each of a list."""
     place = [f"--{key}={value}" for key in ("zone", "project") if (value := getattr(args, key))]
-    place.append("--worker=0" if args.verb == "tail" else "--worker=all")
+    place.append("--worker=0" if args.action == "tail" else "--worker=all")
     gcloud = ["gcloud", "compute", "tpus", "tpu-vm"]
     names = args.name.split(",")
     stages = [[[*gcloud, "ssh", name, *place, f"--command={script(args)}"] for name in names]]
-    if args.verb == "setup":
+    if args.action == "setup":
         stages.insert(0, [[*gcloud, "scp", ARCHIVE, f"{n}:{ARCHIVE}", *place] for n in names])
     return stages
 
@@ -185,8 +185,8 @@ def ssh(args: argparse.Namespace) -> list[list[Command]]:
         own = f"--num_processes={len(hosts)}", f"--process_id={index}"
         return ["ssh", hosts[index], script(args, f"--coordinator={coordinator}", *own)]
 
-    stages = [[command(i) for i in range(1 if args.verb == "tail" else len(hosts))]]
-    if args.verb == "setup":
+    stages = [[command(i) for i in range(1 if args.action == "tail" else len(hosts))]]
+    if args.action == "setup":
         stages.insert(0, [["scp", ARCHIVE, f"{host}:{ARCHIVE}"] for host in hosts])
     return stages
 
@@ -252,7 +252,7 @@ def launch(args: argparse.Namespace) -> int:
         args.target
     ]
     stages = make(args)
-    if args.verb == "setup":
+    if args.action == "setup":
         archive = ["git", "-C", str(ROOT), "archive", "HEAD", f"--output={Path.cwd() / ARCHIVE}"]
         stages.insert(0, [archive])
     if args.dry_run:
@@ -270,8 +270,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     targets = parser.add_subparsers(dest="target", required=True)
     for target in ("tpu", "ssh", "slurm", "gke"):
         one = targets.add_parser(target)
-        verbs = VERBS if target in ("tpu", "ssh") else ("start",)
-        one.add_argument("verb", choices=verbs)
+        actions = ACTIONS if target in ("tpu", "ssh") else ("start",)
+        one.add_argument("action", choices=actions)
         one.add_argument(
             "name", help="HOST,HOST,..." if target == "ssh" else "name of the pod or job"
         )
@@ -310,7 +310,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         gke.add_argument(f"--{name}", required=True, help=f"as in {example}")
     args = parser.parse_args(arguments[:split])
     args.train = arguments[split + 1 :]
-    if args.verb == "start" and not args.train:
+    if args.action == "start" and not args.train:
         parser.error("give the arguments of train after --, as in -- --config=FILE.py --run=RUN")
     return args
 

@@ -13,7 +13,7 @@ import pytest
 from conftest import ROOT, command, write_tiny
 
 from nanojaxgpt import __version__, checkpoint, config, rundir, sharding
-from nanojaxgpt.__main__ import VERBS, main
+from nanojaxgpt.__main__ import COMMANDS, main
 from nanojaxgpt.arguments import split_overrides
 from nanojaxgpt.data.tokenizers import train_tokenizer
 from nanojaxgpt.errors import ConfigError
@@ -82,27 +82,27 @@ def copy(run, target):
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["-h"], ["help"]])
-def test_help_lists_the_verbs(arguments, capsys):
+def test_help_lists_the_commands(arguments, capsys):
     assert main(arguments) == 0
     out, err = capsys.readouterr()
     assert not err
-    for verb in VERBS:
-        assert f"\n  {verb} " in out
+    for name in COMMANDS:
+        assert f"\n  {name} " in out
 
 
-def test_no_verb_is_a_mistake_with_the_same_help(capsys):
+def test_no_command_is_a_mistake_with_the_same_help(capsys):
     assert main([]) == USAGE
     assert "COMMAND" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_verbs_explain_themselves(verb, capsys):
+@pytest.mark.parametrize("name", COMMANDS)
+def test_commands_explain_themselves(name, capsys):
     with pytest.raises(SystemExit) as caught:
-        main([verb, "--help"])
+        main([name, "--help"])
     assert caught.value.code == 0
     out = capsys.readouterr().out
-    assert ("--dir" if verb == "reproduce" else "--run") in out
-    assert VERBS[verb].__doc__.split("\n")[0] in " ".join(out.split())
+    assert ("--dir" if name == "reproduce" else "--run") in out
+    assert COMMANDS[name].run.__doc__.split("\n")[0] in " ".join(out.split())
 
 
 def test_version(capsys):
@@ -409,23 +409,23 @@ def test_sample_refuses(arguments, code, words, run, refused):
     assert hashes(run) == before
 
 
-@pytest.mark.parametrize("verb", [verb for verb in VERBS if verb not in ("sweep", "reproduce")])
-def test_not_a_run_directory(verb, tmp_path, run, refused):
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name not in ("sweep", "reproduce")])
+def test_not_a_run_directory(name, tmp_path, run, refused):
     for path in (tmp_path / "nowhere", tmp_path):
-        assert "is not a run directory" in refused(USAGE, verb, path)
-    assert str(run) in refused(USAGE, verb, run.with_name("runn"))
+        assert "is not a run directory" in refused(USAGE, name, path)
+    assert str(run) in refused(USAGE, name, run.with_name("runn"))
     assert not (tmp_path / "nowhere").exists()
 
 
-@pytest.mark.parametrize("verb", ["eval", "sample"])
-def test_run_without_a_checkpoint(verb, run, tmp_path, refused):
+@pytest.mark.parametrize("name", ["eval", "sample"])
+def test_run_without_a_checkpoint(name, run, tmp_path, refused):
     run = copy(run, tmp_path / "run")
     subprocess.run(["rm", "-r", run / "checkpoints"], check=True)
-    assert "has no checkpoint yet" in refused(CHECKPOINT, verb, run)
+    assert "has no checkpoint yet" in refused(CHECKPOINT, name, run)
 
 
-@pytest.mark.parametrize("verb", ["train", "eval", "sample"])  # the others read none
-def test_run_whose_checkpoints_are_all_corrupted(verb, run, tmp_path, refused):
+@pytest.mark.parametrize("name", ["train", "eval", "sample"])  # the others read none
+def test_run_whose_checkpoints_are_all_corrupted(name, run, tmp_path, refused):
     run = copy(run, tmp_path / "run")
     harmed = 0
     for path in (run / "checkpoints").rglob("*"):
@@ -436,7 +436,7 @@ def test_run_whose_checkpoints_are_all_corrupted(verb, run, tmp_path, refused):
             harmed += 1
     assert harmed
     before = hashes(run / "checkpoints")
-    assert "is usable" in refused(CHECKPOINT, verb, run)
+    assert "is usable" in refused(CHECKPOINT, name, run)
     assert hashes(run / "checkpoints") == before
 
 

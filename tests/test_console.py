@@ -13,7 +13,7 @@ import pytest
 from conftest import ROOT, write_tiny
 
 from nanojaxgpt import console, rundir
-from nanojaxgpt.__main__ import VERBS, main
+from nanojaxgpt.__main__ import COMMANDS, main
 from nanojaxgpt.console import Progress, duration, guarded_output
 from nanojaxgpt.errors import ConfigError
 from nanojaxgpt.finish import summary
@@ -123,7 +123,8 @@ def test_training_outlives_its_reader_without_docstrings(tiny):
 
 @pytest.mark.parametrize(("given", "code"), [(0, 2), (None, 2), ("text", 2), (7, 7)])
 def test_sys_exit_is_never_success(given, code, monkeypatch, capsys):
-    monkeypatch.setitem(VERBS, "eval", lambda arguments: sys.exit(given))
+    leaving = COMMANDS["eval"]._replace(run=lambda arguments: sys.exit(given))
+    monkeypatch.setitem(COMMANDS, "eval", leaving)
     assert main(["eval"]) == code
     assert f"error: sys.exit({given!r}) was called by {__file__}:" in capsys.readouterr().err
 
@@ -147,17 +148,17 @@ def test_errors_that_libraries_only_log_are_reported_in_a_line(monkeypatch, caps
     console.LIBRARY_ERRORS.lines.clear()
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_every_command_has_verbose(verb, capsys):
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_verbose(command, capsys):
     with pytest.raises(SystemExit):
-        main([verb, "--help"])
+        main([command, "--help"])
     assert "--verbose" in capsys.readouterr().out
 
 
 def test_xla_logs_its_errors_alone_unless_verbose():
     code = """
 import os
-from nanojaxgpt.__main__ import VERBS, main
+from nanojaxgpt.__main__ import COMMANDS, main
 print(main(["--version", *{0}]), os.environ.get("TF_CPP_MIN_LOG_LEVEL"))
 """
     environment = {k: v for k, v in os.environ.items() if k != "TF_CPP_MIN_LOG_LEVEL"}

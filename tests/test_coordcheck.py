@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-from nanojaxgpt.coordcheck import check_coordinates, save, slope, table, widened
 from nanojaxgpt.errors import ConfigError
+from nanojaxgpt.papers.coordcheck import check_coordinates, save, slope, table, widened
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from nanojaxgpt.data import sources
 from nanojaxgpt.data.sources import download
 from nanojaxgpt.data.store import prepare
 from nanojaxgpt.errors import DataError
-from nanojaxgpt.paper import load_paper
+from nanojaxgpt.papers.paper import load_paper
 
 TEXT = "".join(f"line {number}\n" for number in range(5000)).encode()
 DIGEST = hashlib.sha256(TEXT).hexdigest()

@@ -11,7 +11,7 @@ from nanojaxgpt.data.tasks import task_rows
 from nanojaxgpt.errors import ConfigError
 from nanojaxgpt.model.config import ModelConfig
 from nanojaxgpt.model.parameters import count_params
-from nanojaxgpt.paper import load_paper
+from nanojaxgpt.papers.paper import load_paper
 from nanojaxgpt.sweep.plan import load_trials
 
 FILES = sorted((ROOT / "experiments").glob("*.py"))

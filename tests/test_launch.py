@@ -114,20 +114,20 @@ def printed(capfd, *arguments, train=()) -> str:
     return capfd.readouterr().out
 
 
-@pytest.mark.parametrize("verb", launch.VERBS)
-def test_dry_run_prints_what_can_be_pasted(verb, capfd):
-    train = TRAIN if verb == "start" else ()
-    out = printed(capfd, "tpu", verb, "pod", "--zone=z", "--project=p", train=train)
+@pytest.mark.parametrize("action", launch.ACTIONS)
+def test_dry_run_prints_what_can_be_pasted(action, capfd):
+    train = TRAIN if action == "start" else ()
+    out = printed(capfd, "tpu", action, "pod", "--zone=z", "--project=p", train=train)
     words = shlex.split(out.split("ssh ", 1)[1])
     assert out.count("gcloud compute tpus tpu-vm ssh pod --zone=z --project=p") == 1
-    assert ("--worker=0" if verb == "tail" else "--worker=all") in words
+    assert ("--worker=0" if action == "tail" else "--worker=all") in words
     (command,) = [w for w in words if w.startswith("--command=")]
     syntax = ["bash", "-n", "-c", command.removeprefix("--command=")]
     assert subprocess.run(syntax).returncode == 0
-    assert ("scp nanojaxgpt.tar pod:nanojaxgpt.tar" in out) == (verb == "setup")
-    out = printed(capfd, "ssh", verb, "me@a,b", train=train)
-    assert ("ssh b " in out) == (verb != "tail")
-    if verb == "start":
+    assert ("scp nanojaxgpt.tar pod:nanojaxgpt.tar" in out) == (action == "setup")
+    out = printed(capfd, "ssh", action, "me@a,b", train=train)
+    assert ("ssh b " in out) == (action != "tail")
+    if action == "start":
         assert "--coordinator=a:12321 --num_processes=2 --process_id=1" in out
 
 

@@ -9,34 +9,43 @@ from conftest import ROOT
 PACKAGE = "nanojaxgpt"
 # A module imports only modules of its own layer and of lower ones.
 LAYERS = {
-    0: {"", "errors", "names", "checks", "model", "loss", "optim", "sharding",
-        "attention", "attention.request", "attention.cache", "attention.plain",
-        "attention.blocked", "attention.library", "attention.cudnn", "attention.splash",
-        "data.tokenizers", "data.subwords", "projection", "probe", "regular", "scaling",
-        "data.rows", "data.tasks", "sweep",
-        "sweep.space", "rehearse.chips", "rehearse.collectives", "schedules",
-        "matrices", "commands", "flops", "console", "config.sections"},
-    1: {"config", "rundir", "arguments", "hosts", "hosts.process", "hosts.lifeline", "hosts.team",
-        "hosts.joining", "hosts.watchdog", "checkpoint", "metrics", "trackers", "finish", "sample",
-        "evaluate", "data",
-        "data.sources", "data.sources.documents", "data.sources.files", "data.sources.stdlib",
-        "data.sources.download", "data.sources.parquet", "data.sources.tfds",
-        "data.sources.builders", "data.sources.hub",
-        "data.shards", "data.manifests", "data.exactness", "data.store",
-        "data.packing", "data.loader", "data.show", "horizon",
-        "text_stream"},
-    2: {"train", "coordcheck", "sweep.plan", "sweep.claims", "sweep.launch", "sweep.together",
-        "sweep.run", "sweep.report", "sweep.results", "sweep.plots", "sweep.search",
-        "sweep.slurm", "sweep.verb",
-        "rehearse", "rehearse.flops", "rehearse.targets", "rehearse.estimate", "rehearse.step",
-        "rehearse.search", "rehearse.report", "step", "loop", "memory", "paper", "reproduce",
-        "branch", "commands.sample"},
-    3: {"__main__", "start"},
+    # What needs neither a model nor a backend.
+    0: {"", "errors", "extras", "names", "checks", "regular", "console", "chips", "config",
+        "config.sections", "config.rotary", "horizon", "sweep", "sweep.space", "commands", "papers",
+        "hosts", "data", "rehearse", "model"},
+    # The model, and what is computed with it.
+    1: {"model.config", "model.parameters", "model.projection", "model.rotary", "model.block",
+        "model.transformer", "attention", "attention.request", "attention.cache",
+        "attention.plain", "attention.blocked", "attention.library", "attention.cudnn",
+        "attention.splash", "sharding", "loss", "schedules", "matrices", "optim", "trainable",
+        "objectives", "objectives.language", "flops", "data.rows", "data.tasks",
+        "data.tokenizers", "data.subwords", "papers.scaling", "papers.probe"},
+    # Runs, data, hosts; parameters are read, evaluated, sampled.
+    2: {"rundir", "arguments", "hosts.process", "hosts.lifeline", "hosts.team", "hosts.joining",
+        "hosts.watchdog", "checkpoint", "rundiff", "metrics", "trackers", "finish", "sample",
+        "evaluate", "text_stream", "data.sources", "data.sources.documents", "data.sources.files",
+        "data.sources.stdlib", "data.sources.download", "data.sources.parquet",
+        "data.sources.tfds", "data.sources.builders", "data.sources.hub", "data.shards",
+        "data.manifests", "data.exactness", "data.store", "data.packing", "data.loader",
+        "data.show"},
+    # Training.
+    3: {"step", "recorder", "loop", "train", "memory", "branch"},
+    # Many runs, absent hardware, papers.
+    4: {"sweep.plan", "sweep.claims", "sweep.launch", "sweep.together", "sweep.run",
+        "sweep.report", "sweep.results", "sweep.plots", "sweep.search", "sweep.slurm",
+        "rehearse.collectives", "rehearse.flops", "rehearse.targets", "rehearse.estimate",
+        "rehearse.step", "rehearse.search", "rehearse.report", "papers.coordcheck",
+        "papers.paper", "papers.reproduce"},
+    5: {"commands.train", "commands.eval", "commands.sample", "commands.data",
+        "commands.rehearse", "commands.papers", "commands.sweep", "commands.diff"},
+    6: {"__main__", "start"},
 }  # fmt: skip
 LAYER = {name: layer for layer, names in LAYERS.items() for name in names}
 # A mistake in a config is reported before jax is imported, so these import it only in functions.
-EARLY = {"", "__main__", "arguments", "checks", "config", "errors", "horizon", "names", "paper"}
-EARLY |= {"config.sections", "rundir", "start", "console", "metrics", "trackers", "finish"}
+EARLY = {"", "__main__", "arguments", "checks", "config", "config.sections", "config.rotary",
+         "model.config", "errors", "horizon", "names", "rundir", "start", "papers.paper",
+         "console", "metrics", "trackers", "finish", "extras", "rundiff"}  # fmt: skip
+EARLY |= {name for name in LAYER if name.startswith("commands.")}
 EARLY |= {f"sweep.{name}" for name in ("space", "plan", "claims", "launch")}
 NO_JAX = ("jax", "jaxlib", "flax", "optax", "orbax")
 TFDS = {"data.sources.tfds", "data.sources.builders"}
@@ -116,15 +125,19 @@ def test_no_module_imports_from_a_higher_layer():
     assert not offenders(lambda name, _: {u for u in USES[name] if LAYER[u] > LAYER[name]})
 
 
+def test_nothing_imports_a_command():
+    assert not offenders(lambda name, _: {u for u in USES[name] if u.startswith("commands.")})
+
+
 def test_there_are_no_import_cycles():
     assert cycle({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}, "e": set()}) == list("abcd")
-    assert USES["train"] >= {"model", "checkpoint", "data.loader", "loop", "step"}
+    assert USES["train"] >= {"model.transformer", "checkpoint", "data.loader", "loop", "step"}
     assert cycle(USES) == []
 
 
 def test_config_errors_come_before_jax_is_imported():
     def jax_on_import(name: str, _: ast.Module) -> list[str]:
-        if name not in EARLY and not name.startswith(("data", "hosts")):
+        if name not in EARLY and not name.startswith(("commands", "data", "hosts")):
             return []
         seen, waiting = set(), [name]
         while waiting:
@@ -138,7 +151,7 @@ def test_config_errors_come_before_jax_is_imported():
 
 def test_experiments_do_not_import_jax():
     begins = {f"{PACKAGE}.{n}" for n in ("config.base_config", "config.load_experiment")}
-    begins.add(f"{PACKAGE}.paper.Paper")
+    begins.add(f"{PACKAGE}.papers.paper.Paper")
     for path in sorted((ROOT / "experiments").rglob("*.py")):
         # A paper's measures may import it when they run.
         names = imported(top_level(ast.parse(path.read_text())))

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from conftest import ROOT, SHARED
 
-from nanojaxgpt import scaling, sharding
+from nanojaxgpt import sharding
 from nanojaxgpt.config import load_module, override_config
-from nanojaxgpt.paper import Arm, Paper, Run
-from nanojaxgpt.reproduce import measure, reproduce
+from nanojaxgpt.papers import scaling
+from nanojaxgpt.papers.paper import Arm, Paper, Run
+from nanojaxgpt.papers.reproduce import measure, reproduce
 
 FOLDER = ROOT / "experiments" / "papers"
 
@@ -45,7 +46,7 @@ def qk(monkeypatch):
     """Return (paper, its prototype's losses by arm) with logits that grow with the loss."""
     found = module("lr_sensitivity_qknorm")
     logits = dict(plain=[10, 15, 25, 55, 584, 20381, 686522], qk_norm=[4, 5, 6, 11, 18, 27, 62])
-    monkeypatch.setattr("nanojaxgpt.reproduce.initial_loss", lambda run: 4.2)
+    monkeypatch.setattr("nanojaxgpt.papers.reproduce.initial_loss", lambda run: 4.2)
     monkeypatch.setattr(
         found,
         "largest_logit",

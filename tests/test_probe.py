@@ -10,7 +10,7 @@ from conftest import random_tokens, small_model
 
 from nanojaxgpt.data.rows import Batch
 from nanojaxgpt.model.transformer import Transformer, init_params
-from nanojaxgpt.probe import attention_logits, attention_weights, largest_logits
+from nanojaxgpt.papers.probe import attention_logits, attention_weights, largest_logits
 
 KINDS = {
     "plain": {},

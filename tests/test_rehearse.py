@@ -13,6 +13,7 @@ from nanojaxgpt import sharding
 from nanojaxgpt.__main__ import main
 from nanojaxgpt.attention import choose_kernel, make_request
 from nanojaxgpt.attention.request import Mask
+from nanojaxgpt.chips import CHIPS, GIB, parse_topology
 from nanojaxgpt.config import base_config, load_config, override_config
 from nanojaxgpt.errors import ConfigError
 from nanojaxgpt.flops import forward_flops
@@ -20,7 +21,6 @@ from nanojaxgpt.hosts import process
 from nanojaxgpt.memory import Memory, device_tokens
 from nanojaxgpt.model.config import ModelConfig
 from nanojaxgpt.rehearse import estimate, report, search, step, targets
-from nanojaxgpt.rehearse.chips import CHIPS, GIB, parse_topology
 from nanojaxgpt.rehearse.collectives import (
     array_bytes,
     chains,

@@ -16,7 +16,7 @@ from nanojaxgpt import sharding
 from nanojaxgpt.__main__ import main
 from nanojaxgpt.config import base_config, load_module, override_config
 from nanojaxgpt.errors import ConfigError, Stopped
-from nanojaxgpt.paper import (
+from nanojaxgpt.papers.paper import (
     Arm,
     Claim,
     Paper,
@@ -27,7 +27,7 @@ from nanojaxgpt.paper import (
     paper_problems,
     verdict,
 )
-from nanojaxgpt.reproduce import draw_curves, measure, reproduce, save, to_markdown
+from nanojaxgpt.papers.reproduce import draw_curves, measure, reproduce, save, to_markdown
 from nanojaxgpt.sweep import run
 from nanojaxgpt.sweep.space import choice, zip_
 
@@ -62,7 +62,7 @@ def test_a_number_that_was_never_logged_is_accepted_by_nothing():
 
 
 PAPER = """from nanojaxgpt.config import base_config
-from nanojaxgpt.paper import Arm, Claim, Paper
+from nanojaxgpt.papers.paper import Arm, Claim, Paper
 from nanojaxgpt.sweep.space import choice, zip_
 
 def get_paper():
@@ -327,7 +327,7 @@ def test_curves_name_the_best_point_of_each_arm():
 def test_the_door_writes_a_report(tmp_path, capsys):
     path = tmp_path / "exact.py"
     path.write_text(
-        "from nanojaxgpt.paper import Claim, Paper\n"
+        "from nanojaxgpt.papers.paper import Claim, Paper\n"
         "def get_paper():\n"
         "    return Paper('Sums', (Claim('2 + 2', 4, 'school', lambda: 2 + 2, (4, 4)),))\n"
     )
@@ -340,7 +340,7 @@ def test_the_door_writes_a_report(tmp_path, capsys):
 
 
 def test_papers_load_without_jax():
-    lines = ["import sys", "from nanojaxgpt.paper import load_paper"]
+    lines = ["import sys", "from nanojaxgpt.papers.paper import load_paper"]
     lines += [f"load_paper({str(path)!r})" for path in PAPERS]
     lines += ["assert 'jax' not in sys.modules"]
     subprocess.run([sys.executable, "-c", "\n".join(lines)], cwd=ROOT, check=True)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from nanojaxgpt.scaling import Law, Points, bootstrap, fit_law, law_of, objective, vector
+from nanojaxgpt.papers.scaling import Law, Points, bootstrap, fit_law, law_of, objective, vector
 
 LAW = Law(E=1.8, A=480.0, B=2100.0, alpha=0.35, beta=0.37)
 

@@ -21,7 +21,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from nanojaxgpt.config import base_config, load_module
-from nanojaxgpt.paper import Arm, Claim, Paper, Plot, Run
+from nanojaxgpt.papers.paper import Arm, Claim, Paper, Plot, Run
 
 SHAKESPEARE = load_module(str(Path(__file__).parents[1] / "shakespeare_char.py"))
 SOURCE = "Press et al. 2022, figure 1 and its WikiText-103 tables"
@@ -50,7 +50,7 @@ def loss_at(run: Run, length: int) -> float:
 
     from nanojaxgpt.model.config import ModelConfig
     from nanojaxgpt.model.transformer import Transformer
-    from nanojaxgpt.reproduce import open_run
+    from nanojaxgpt.papers.reproduce import open_run
     from nanojaxgpt.train import make_evaluation
 
     job, params = open_run(run)

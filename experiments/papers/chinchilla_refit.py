@@ -27,10 +27,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nanojaxgpt.errors import DataError
-from nanojaxgpt.paper import Claim, Paper, Plot
+from nanojaxgpt.papers.paper import Claim, Paper, Plot
 
 if TYPE_CHECKING:
-    from nanojaxgpt.scaling import Law, Points
+    from nanojaxgpt.papers.scaling import Law, Points
 
 POINTS = Path(__file__).parents[3] / "shared" / "data" / "chinchilla_points.csv"
 LEFT_OUT = 5  # the highest losses
@@ -52,7 +52,7 @@ def points() -> "Points":
     """Return the points of the figure without the highest losses. Raises DataError."""
     import numpy as np
 
-    from nanojaxgpt.scaling import Points
+    from nanojaxgpt.papers.scaling import Points
 
     path = Path(os.environ.get("CHINCHILLA_POINTS", POINTS))
     try:
@@ -71,7 +71,7 @@ def points() -> "Points":
 @functools.cache
 def fitted() -> "Law":
     """Return the law of the figure's points. Raises DataError."""
-    from nanojaxgpt.scaling import fit_law
+    from nanojaxgpt.papers.scaling import fit_law
 
     return fit_law(points())
 
@@ -81,7 +81,7 @@ def spreads() -> dict[str, float]:
     """Return the bootstrap's standard deviation of each number of the law. Raises DataError."""
     import numpy as np
 
-    from nanojaxgpt.scaling import bootstrap, law_of
+    from nanojaxgpt.papers.scaling import bootstrap, law_of
 
     laws = [law_of(found) for found in bootstrap(points(), fitted(), SAMPLES)]
     found = np.std(laws, axis=0, ddof=1)
@@ -90,7 +90,7 @@ def spreads() -> dict[str, float]:
 
 def hoffmanns_excess() -> float:
     """Return how many times the fit's own objective that of Hoffmann's law is. Raises DataError."""
-    from nanojaxgpt.scaling import Law, objective, vector
+    from nanojaxgpt.papers.scaling import Law, objective, vector
 
     ours, theirs = (objective(vector(law), points())[0] for law in (fitted(), Law(**HOFFMANN)))
     return theirs / ours
@@ -104,7 +104,7 @@ def tokens_per_parameter(law: "Law") -> float:
 
 def hoffmanns_tokens() -> float:
     """Return the best tokens a parameter by Hoffmann's own law."""
-    from nanojaxgpt.scaling import Law
+    from nanojaxgpt.papers.scaling import Law
 
     return tokens_per_parameter(Law(**HOFFMANN))
 
@@ -113,7 +113,7 @@ def synthetic_points(seed: int) -> "Points":
     """Return 240 points around the published law, at budgets and sizes like the figure's."""
     import numpy as np
 
-    from nanojaxgpt.scaling import Law, Points
+    from nanojaxgpt.papers.scaling import Law, Points
 
     rng = np.random.default_rng(seed)
     params = np.exp(rng.uniform(math.log(5e7), math.log(1e10), 240))
@@ -127,7 +127,7 @@ def worst_miss(seed: int) -> float:
     """Return the largest miss of log A, log B, log E, alpha, beta in bootstrap deviations."""
     import numpy as np
 
-    from nanojaxgpt.scaling import Law, bootstrap, fit_law, vector
+    from nanojaxgpt.papers.scaling import Law, bootstrap, fit_law, vector
 
     drawn = synthetic_points(seed)
     law = fit_law(drawn)
@@ -139,7 +139,7 @@ def draw_points(figure: Any) -> None:
     """Draw every measured loss against what both laws say. Raises DataError."""
     import numpy as np
 
-    from nanojaxgpt.scaling import Law
+    from nanojaxgpt.papers.scaling import Law
 
     given, law = points(), fitted()
     axes = figure.subplots()

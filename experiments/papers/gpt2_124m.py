@@ -18,7 +18,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from nanojaxgpt.config import load_experiment
-from nanojaxgpt.paper import Arm, Claim, Paper
+from nanojaxgpt.papers.paper import Arm, Claim, Paper
 
 RECIPE = Path(__file__).parents[1] / "gpt2.py"
 NANOGPT = "nanoGPT, README (commit 3adf61e)"

@@ -25,7 +25,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from nanojaxgpt.config import base_config
-from nanojaxgpt.paper import Arm, Claim, Paper, Run
+from nanojaxgpt.papers.paper import Arm, Claim, Paper, Run
 
 SOURCE = "Power et al. 2022, figures 1 and 2, appendix A.1"
 ARMS = {"decay": 1.0, "no_decay": 0.0}
@@ -61,7 +61,7 @@ def accuracies(path: str, step: int) -> tuple[float, float]:
     from nanojaxgpt.evaluate import exact_match
     from nanojaxgpt.model.config import ModelConfig
     from nanojaxgpt.model.transformer import Transformer
-    from nanojaxgpt.reproduce import first_rows, open_run
+    from nanojaxgpt.papers.reproduce import first_rows, open_run
 
     run = Run(Path(path), rundir.load_run(Path(path)), [])
     job, params = open_run(run, step)

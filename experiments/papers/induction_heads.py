@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from ml_collections import ConfigDict
 
 from nanojaxgpt.config import base_config
-from nanojaxgpt.paper import Arm, Claim, Paper, Run
+from nanojaxgpt.papers.paper import Arm, Claim, Paper, Run
 
 if TYPE_CHECKING:
     from nanojaxgpt.model.config import ModelConfig
@@ -80,7 +80,7 @@ def repeat_accuracy(run: Run) -> float:
 def validation_batch(run: Run) -> tuple["ModelConfig", Any, Any]:
     """Return the model's config, a run's last parameters and its first 250 validation rows."""
     from nanojaxgpt.model.config import ModelConfig
-    from nanojaxgpt.reproduce import first_rows, open_run
+    from nanojaxgpt.papers.reproduce import first_rows, open_run
 
     job, params = open_run(run)
     batch = first_rows(job.data.validation(run.cfg.model.seq_len), 250)
@@ -100,7 +100,7 @@ def prefix_matching(run: Run, layer: int) -> float:
     """Return the best head's weight on words that follow earlier copies of the query's word."""
     import jax.numpy as jnp
 
-    from nanojaxgpt.probe import attention_weights
+    from nanojaxgpt.papers.probe import attention_weights
 
     model_cfg, params, batch = validation_batch(run)
     tokens_BT = jnp.asarray(batch.tokens_BT)

@@ -26,7 +26,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from nanojaxgpt.config import base_config, load_module
-from nanojaxgpt.paper import Arm, Claim, Paper, Plot, Run
+from nanojaxgpt.papers.paper import Arm, Claim, Paper, Plot, Run
 from nanojaxgpt.sweep.space import Space, choice, zip_
 
 SHAKESPEARE = load_module(str(Path(__file__).parents[1] / "shakespeare_char.py"))
@@ -79,7 +79,7 @@ def at_rate(runs: list[Run], rate: float) -> Run:
 
 def sensitivity(runs: list[Run], lowest: float = 0.0) -> float:
     """Return the mean of min(loss, initial loss) less the best one, over rates from `lowest` up."""
-    from nanojaxgpt.reproduce import initial_loss
+    from nanojaxgpt.papers.reproduce import initial_loss
 
     runs = [run for run in runs if run.cfg.optim.learning_rate >= lowest]
     most = initial_loss(next(run for run in runs if not run.diverged))
@@ -94,8 +94,8 @@ def largest_logit(run: Run) -> float:
     """
     from nanojaxgpt.errors import CheckpointError
     from nanojaxgpt.model.config import ModelConfig
-    from nanojaxgpt.probe import largest_logits
-    from nanojaxgpt.reproduce import first_rows, open_run
+    from nanojaxgpt.papers.probe import largest_logits
+    from nanojaxgpt.papers.reproduce import first_rows, open_run
 
     try:
         job, params = open_run(run)

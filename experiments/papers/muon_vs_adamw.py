@@ -21,7 +21,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from nanojaxgpt.config import load_experiment
-from nanojaxgpt.paper import Arm, Claim, Paper, Plot, Run
+from nanojaxgpt.papers.paper import Arm, Claim, Paper, Plot, Run
 from nanojaxgpt.sweep.space import choice
 
 RECIPE = Path(__file__).parents[1] / "shakespeare_char.py"

@@ -17,7 +17,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from nanojaxgpt.config import load_module
-from nanojaxgpt.paper import Arm, Paper
+from nanojaxgpt.papers.paper import Arm, Paper
 
 SCALED = load_module(str(Path(__file__).with_name("mup_transfer.py")))
 WIDTHS, HEAD_DIM = (256, 512, 1024, 2048), 64

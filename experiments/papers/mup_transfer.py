@@ -30,7 +30,7 @@ from ml_collections import ConfigDict
 
 from nanojaxgpt import config
 from nanojaxgpt.config import base_config, load_module
-from nanojaxgpt.paper import Arm, Claim, Paper, Plot, Run
+from nanojaxgpt.papers.paper import Arm, Claim, Paper, Plot, Run
 from nanojaxgpt.sweep.space import Space, choice, product, zip_
 
 SHAKESPEARE = load_module(str(Path(__file__).parents[1] / "shakespeare_char.py"))
@@ -114,7 +114,7 @@ def rise_at_the_bases_rate(runs: list[Run]) -> float:
 @functools.cache  # two claims, one check
 def slopes(cfg: str) -> dict[str, Any]:
     """Return the slopes of the coordinate check of a config in JSON, without step 0."""
-    from nanojaxgpt.coordcheck import check_coordinates
+    from nanojaxgpt.papers.coordcheck import check_coordinates
 
     found = check_coordinates(config.from_json(cfg), COORDINATE_WIDTHS, COORDINATE_STEPS)["slopes"]
     return {name: layers["logits"][1:] for name, layers in found.items()}

@@ -22,7 +22,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from nanojaxgpt.config import base_config
-from nanojaxgpt.paper import Arm, Claim, Paper, Run
+from nanojaxgpt.papers.paper import Arm, Claim, Paper, Run
 
 SOURCE = "Lee et al. 2023, sample efficiency: 5,000 examples, 10.6 M parameters, no padding"
 ARMS = {"plain": 0, "reversed": 1}
@@ -48,7 +48,7 @@ def accuracy(run: Run, unseen: bool = True) -> float:
     from nanojaxgpt.evaluate import exact_match
     from nanojaxgpt.model.config import ModelConfig
     from nanojaxgpt.model.transformer import Transformer
-    from nanojaxgpt.reproduce import first_rows, open_run
+    from nanojaxgpt.papers.reproduce import first_rows, open_run
 
     job, params = open_run(run)
     length = run.cfg.model.seq_len
@@ -64,7 +64,7 @@ def decoded_accuracy(run: Run) -> float:
 
     from nanojaxgpt.model.config import ModelConfig
     from nanojaxgpt.model.transformer import Transformer
-    from nanojaxgpt.reproduce import first_rows, open_run
+    from nanojaxgpt.papers.reproduce import first_rows, open_run
     from nanojaxgpt.sample import Sampling, generate
 
     job, params = open_run(run)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from nanojaxgpt.config import load_experiment
-from nanojaxgpt.paper import Arm, Claim, Paper, Run
+from nanojaxgpt.papers.paper import Arm, Claim, Paper, Run
 
 RECIPE = Path(__file__).parents[1] / "shakespeare_char.py"
 SOURCE = "nanoGPT, README (commit 3adf61e); its logs with seed 1337, 20 random batches"
@@ -25,7 +25,7 @@ SOURCE = "nanoGPT, README (commit 3adf61e); its logs with seed 1337, 20 random b
 
 def loss_before(run: Run) -> float:
     """Return the validation loss of a run's parameters before its first step."""
-    from nanojaxgpt.reproduce import initial_loss
+    from nanojaxgpt.papers.reproduce import initial_loss
 
     return initial_loss(run)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from nanojaxgpt.config import load_experiment
-from nanojaxgpt.paper import Arm, Claim, Paper, Run
+from nanojaxgpt.papers.paper import Arm, Claim, Paper, Run
 
 RECIPE = Path(__file__).parents[1] / "shakespeare_char.py"
 SOURCE = "nanoGPT, README (commit 3adf61e)"

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nanojaxgpt.config import base_config, load_experiment
-from nanojaxgpt.paper import Claim, Paper
+from nanojaxgpt.papers.paper import Claim, Paper
 
 if TYPE_CHECKING:
     from nanojaxgpt.model.config import ModelConfig

@@ -18,7 +18,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from nanojaxgpt.config import load_module
-from nanojaxgpt.paper import Arm, Claim, Paper, Run
+from nanojaxgpt.papers.paper import Arm, Claim, Paper, Run
 
 SCALED = load_module(str(Path(__file__).with_name("lr_sensitivity_qknorm.py")))
 SOURCE = "Wortsman et al. 2023, sections 2.2 and 3.1, figures 1 and 2"

@@ -25,7 +25,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from nanojaxgpt.config import load_experiment
-from nanojaxgpt.paper import Arm, Claim, Paper, Run
+from nanojaxgpt.papers.paper import Arm, Claim, Paper, Run
 from nanojaxgpt.sweep.space import choice, product, zip_
 
 RECIPE = Path(__file__).parents[1] / "shakespeare_char.py"

@@ -1,1 +1,1 @@
-"""Commands, a module each; they import jax inside, after the config has been checked."""
+"""The commands: each module names its own in COMMANDS, and imports jax inside, config checked."""

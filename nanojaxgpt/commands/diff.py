@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from nanojaxgpt import rundiff
-from nanojaxgpt.arguments import integer, parse
+from nanojaxgpt.arguments import Command, integer, parse
 from nanojaxgpt.checks import show
 from nanojaxgpt.errors import ConfigError, RunsDiffer
 from nanojaxgpt.rundiff import IDENTITY, LOSSES, Section
@@ -120,3 +120,6 @@ def columns(rows: Iterable[tuple[str, ...]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     padded = (zip(row, widths, strict=True) for row in rows)
     return ["  " + "  ".join(cell.ljust(width) for cell, width in row).rstrip() for row in padded]
+
+
+COMMANDS = {"diff": Command(diff, "RUN RUN", "what differs between two runs", order=10)}

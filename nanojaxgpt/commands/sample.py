@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nanojaxgpt import config
-from nanojaxgpt.arguments import chosen_step, open_run
+from nanojaxgpt.arguments import Command, chosen_step, open_run
 from nanojaxgpt.console import warn
 from nanojaxgpt.errors import ConfigError, DataError
 
@@ -126,3 +126,6 @@ def save_samples(run: Path, samples: list[dict[str, Any]]) -> None:
             file.writelines(json.dumps(sample) + "\n" for sample in samples)
     except OSError as error:
         warn(f"can't save the samples in {run}: {error.strerror}")
+
+
+COMMANDS = {"sample": Command(sample, "RUN --prompt=TEXT", "generate text from a prompt", order=3)}

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
+from nanojaxgpt.chips import Chip
 from nanojaxgpt.memory import Memory, device_tokens
-from nanojaxgpt.rehearse.chips import Chip
 from nanojaxgpt.rehearse.collectives import Collective, ring_bytes
 
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from nanojaxgpt.rehearse.chips import GIB
+from nanojaxgpt.chips import GIB
 from nanojaxgpt.rehearse.estimate import advice
 from nanojaxgpt.rehearse.step import Rehearsal
 from nanojaxgpt.rehearse.targets import Target

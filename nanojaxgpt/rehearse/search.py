@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 import jax
 from ml_collections import ConfigDict
 
+from nanojaxgpt.chips import Chip
 from nanojaxgpt.errors import ConfigError, MemoryExceeded
 from nanojaxgpt.memory import (
     Memory,
@@ -18,7 +19,6 @@ from nanojaxgpt.memory import (
 )
 from nanojaxgpt.model.config import ModelConfig
 from nanojaxgpt.model.parameters import parameters
-from nanojaxgpt.rehearse.chips import Chip
 from nanojaxgpt.rehearse.report import mesh_name
 from nanojaxgpt.rehearse.step import (
     Rehearsal,

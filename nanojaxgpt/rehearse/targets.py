@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from nanojaxgpt.chips import GPUS_PER_NODE, Topology
 from nanojaxgpt.errors import ConfigError
-from nanojaxgpt.rehearse.chips import GPUS_PER_NODE, Topology
 
 INSTALL = "pip install -e .[tpu]"
 NO_LIBTPU = f"libtpu is not installed ({INSTALL} compiles for the chip itself)"

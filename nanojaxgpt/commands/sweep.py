@@ -1,4 +1,4 @@
-"""In: the words after `nanojaxgpt sweep`. Out: a plan, the runs, how they stand, or a report."""
+"""In: the arguments of `nanojaxgpt sweep`. Out: a plan, the runs, how they stand, or a report."""
 
 import functools
 import shlex
@@ -6,9 +6,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from nanojaxgpt import config, rundir
-from nanojaxgpt.arguments import integer, parse
+from nanojaxgpt import rundir
+from nanojaxgpt.arguments import Command, integer, parse
 from nanojaxgpt.errors import ConfigError
+from nanojaxgpt.names import unknown_name
 from nanojaxgpt.sweep.plan import (
     Plan,
     Trial,
@@ -47,7 +48,7 @@ def sweep(arguments: list[str]) -> None:
     """
     parsed = parse("sweep", sweep.__doc__, arguments, OPTIONS, ("ACTION", ", ".join(ACTIONS)))
     if parsed.run not in ACTIONS:
-        known = config.unknown_name("action", parsed.run or "", list(ACTIONS))
+        known = unknown_name("action", parsed.run or "", list(ACTIONS))
         raise ConfigError(f"{known}; nanojaxgpt sweep {'|'.join(ACTIONS)} --config=EXPERIMENT.py")
     stored = parsed.run in READERS and parsed.dir and not parsed.config
     if not parsed.config and not stored:
@@ -148,3 +149,14 @@ def run(
     say = functools.partial(print, flush=True)
     run_trials(folder, trials, parsed.mode, parsed.width, say, search)
     return []
+
+
+COMMANDS = {
+    "sweep": Command(
+        sweep,
+        "plan|run|status|resume|report --config=...",
+        "many runs from one experiment, and a report",
+        order=8,
+        writes_files=True,
+    )
+}

@@ -1,0 +1,1 @@
+"""Papers: claims and their reproduction, and the measures that they need."""
