@@ -88,11 +88,12 @@ def parse(
     arguments: list[str],
     options: dict[str, dict[str, Any]],
     path: tuple[str, str] = ("RUN", "the run directory"),
+    other: tuple[str, str] | None = None,
 ) -> Any:
     """Return the parsed arguments of a command: RUN or --run, its options, and the overrides.
 
     The first line of `about` heads the command's --help; `path` is the name and the help of the
-    positional argument. Raises ConfigError.
+    positional argument, `other` that of a second one. Raises ConfigError.
     """
     for argument in arguments:
         try:
@@ -104,6 +105,8 @@ def parse(
     prog, first = f"nanojaxgpt {command}", (about or "").split("\n")[0]  # python -OO drops it
     parser = Parser(prog=prog, description=first, allow_abbrev=False)
     parser.add_argument("path", metavar=path[0], nargs="?", help=path[1])
+    if other:
+        parser.add_argument("other", metavar=other[0], nargs="?", help=other[1])
     parser.add_argument("--run", default="", help="the same as the positional argument")
     shown = "show the warnings of XLA, Orbax and other libraries"
     parser.add_argument("--verbose", action="store_true", help=shown)

@@ -13,11 +13,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from nanojaxgpt import checkpoint, config, rundir, sharding
+from nanojaxgpt import checkpoint, config, rundir
 from nanojaxgpt.errors import CheckpointError, ConfigError
 from nanojaxgpt.hosts.team import ALONE, Team
-from nanojaxgpt.loop import Job
-from nanojaxgpt.step import TrainState, make_init
+from nanojaxgpt.recorder import Job
+from nanojaxgpt.step import make_init, open_state
 
 # What names the optimizer, and the rows of a step's batch: with others nothing would continue.
 SAME = re.compile(
@@ -26,8 +26,10 @@ SAME = re.compile(
 )
 
 
-def branch_state(job: Job, report: Callable[[str], None], team: Team = ALONE) -> TrainState:
+def branch_state(job: Job, report: Callable[[str], None], team: Team = ALONE) -> tuple:
     """Return the state at step init.step of the run init.from_run, or at its newest step.
+
+    With the frozen parameters, as step.open_state.
 
     Raises ConfigError, DataError or CheckpointError where this run can't start from there.
     """
@@ -36,7 +38,7 @@ def branch_state(job: Job, report: Callable[[str], None], team: Team = ALONE) ->
     if not team.decide(lambda: check_branch(job, other)):
         report(f"WARNING: {other} has no identity.json, so its data can't be compared")
     folder = other / "checkpoints"
-    found = checkpoint.restore(folder, job.abstract.items(), init.step, report, team)
+    found = checkpoint.restore(folder, job.abstract.items(job.frozen), init.step, report, team)
     if found is None:
         raise CheckpointError(f"{other} has no checkpoint yet")
     step, items = found
@@ -46,7 +48,7 @@ def branch_state(job: Job, report: Callable[[str], None], team: Team = ALONE) ->
             "train.num_steps, which counts the other run's steps too, or set an earlier init.step"
         )
     report(f"branching from {other} at step {step}")
-    return TrainState(jax.device_put(np.int32(step), job.shardings.step), **items)
+    return open_state(job.cfg, jax.device_put(np.int32(step), job.shardings.step), items)
 
 
 def check_branch(job: Job, other: Path) -> bool:
@@ -65,10 +67,11 @@ def check_branch(job: Job, other: Path) -> bool:
         )
 
     def first_state(key: jax.Array) -> dict[str, Any]:
-        return sharding.unbox(make_init(there)(key)).items()
+        state, frozen = make_init(there)(key)
+        return state.items(frozen)
 
     old = checkpoint.leaf_kinds(jax.eval_shape(first_state, jax.random.key(0)))
-    new = checkpoint.leaf_kinds(job.abstract.items())
+    new = checkpoint.leaf_kinds(job.abstract.items(job.frozen))
     # A parameter of another shape is why its moments have one too: it is named first.
     for name in sorted([*new, *old], key=lambda name: not name.startswith("params/")):
         if old.get(name) != new.get(name):

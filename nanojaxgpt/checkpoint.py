@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 from orbax.checkpoint import checkpoint_managers
@@ -14,7 +15,9 @@ from nanojaxgpt import sharding
 from nanojaxgpt.console import LIBRARY_ERRORS
 from nanojaxgpt.errors import CheckpointError, why
 from nanojaxgpt.hosts.team import ALONE, Team
-from nanojaxgpt.model import ModelConfig, init_params
+from nanojaxgpt.model.config import ModelConfig
+from nanojaxgpt.model.parameters import parameters
+from nanojaxgpt.model.transformer import init_params
 from nanojaxgpt.rundir import check_present, identify, saved_steps, writing
 
 
@@ -213,6 +216,28 @@ def read_items(path: Path, abstract: dict[str, Any]) -> dict[str, Any]:
     return items
 
 
+class LeafReader:
+    """Reads the arrays of one checkpoint one at a time, whatever config it was saved under."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.trees = Path(path).absolute(), {}
+
+    def read(self, name: str) -> np.ndarray:
+        """Return the array of a name that `read_leaves` gives. Raises what Orbax raises."""
+        item, _, leaf = name.partition("/")
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+            if item not in self.trees:
+                self.trees[item] = reader.metadata(self.path / item).item_metadata.tree
+            wanted = jax.tree_util.tree_map_with_path(
+                lambda path, _: 0 if path_name(path) == leaf else ocp.PLACEHOLDER, self.trees[item]
+            )
+            as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
+            how = ocp.args.PyTreeRestore(item=wanted, restore_args=as_numpy)
+            found = jax.tree.leaves(reader.restore(self.path / item, args=how))
+        (array,) = [one for one in found if one is not ocp.PLACEHOLDER]
+        return array
+
+
 def load_params(
     run: Path,
     cfg: ModelConfig,
@@ -235,8 +260,8 @@ def load_params(
 
 def abstract_params(cfg: ModelConfig, mesh: Mesh) -> Any:
     """Return the parameters of a model without arrays, with their shardings."""
-    boxed = jax.eval_shape(lambda: init_params(cfg, jax.random.key(0)))
-    return with_shardings(sharding.unbox(boxed), sharding.tree_shardings(boxed, mesh))
+    shapes = jax.eval_shape(lambda: init_params(cfg, jax.random.key(0)))
+    return with_shardings(shapes, sharding.tree_shardings(shapes, parameters(cfg), mesh))
 
 
 def with_shardings(shapes: Any, shardings: Any) -> Any:

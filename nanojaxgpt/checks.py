@@ -1,133 +1,24 @@
 """In: the fields of a config. Out: messages about one that is wrong, or that contradicts another.
 
-No jax here, and no defaults: config.py has the fields.
+No jax here, and no fields: config/sections.py has them, with their ranges and choices.
 """
 
 import functools
 import math
 import re
 import warnings
-from typing import Any
-
-from ml_collections import ConfigDict
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 from nanojaxgpt.names import nearest
 
-CHOICES: dict[str, tuple[str, ...]] = {
-    "model.mlp": ("gelu_tanh", "gelu", "relu", "relu2", "swiglu", "geglu", "none"),
-    "model.positions": ("learned", "sinusoidal", "rotary", "alibi", "none"),
-    "model.norm": ("layernorm", "rmsnorm"),
-    "model.norm_placement": ("pre", "post", "sandwich", "output"),
-    "model.bias_in": ("all", "qkv", "attention"),
-    "model.qk_norm_over": ("head", "width"),
-    "model.init": ("gpt2", "fan_in", "torch"),
-    "model.attention": ("auto", "xla", "cudnn", "splash"),
-    "model.remat": ("none", "full", "dots", "dots_no_batch"),
-    "model.param_dtype": ("float32", "bfloat16"),
-    "model.compute_dtype": ("float32", "bfloat16"),
-    "data.packing": ("wrap", "pack"),
-    "data.bad_text": ("error", "skip"),
-    "optim.optimizer": ("adamw", "adafactor", "lion", "sgd", "muon", "schedule_free"),
-    "optim.schedule": ("cosine", "linear", "constant", "inverse_sqrt", "wsd"),
-    "init.state": ("params", "all"),
-}
-
-_COUNT, _SIZE = (0, 2**31 - 1), (1, 2**31 - 1)  # off or a number; at least one
-_FRACTION, _ANY = (0.0, 1.0), (0.0, 1e30)
-_BELOW_ONE = (0.0, 1 - 2**-24)  # the largest float32 below 1: the step takes numbers as float32
-_ABOVE_ZERO, _AXIS, _ALL = (1e-30, 1e30), (-1, 2**31 - 1), (-math.inf, math.inf)
-
-RANGES: dict[str, tuple[float, float]] = {
-    "model.num_layers": _SIZE,
-    "model.embed_dim": _SIZE,
-    "model.num_heads": _SIZE,
-    "model.num_kv_heads": _COUNT,
-    "model.head_dim": _COUNT,
-    "model.mlp_dim": _COUNT,
-    "model.seq_len": _SIZE,
-    "model.vocab_size": _COUNT,
-    "model.rotary_base": _ABOVE_ZERO,
-    "model.norm_eps": _ABOVE_ZERO,
-    "model.windows": _COUNT,
-    "model.attention_scale": _ANY,
-    "model.attention_softcap": _ANY,
-    "model.logit_softcap": _ANY,
-    "model.dropout": _BELOW_ONE,
-    "model.mup_base_dim": _COUNT,
-    "model.embed_multiplier": _ANY,
-    "model.attention_multiplier": _ANY,
-    "model.residual_multiplier": _ANY,
-    "model.logit_multiplier": _ANY,
-    "model.unroll": _COUNT,
-    "data.tokenizer_vocab_size": _SIZE,
-    "data.validation_fraction": _BELOW_ONE,
-    "data.validation_documents": _COUNT,
-    "data.num_workers": _COUNT,
-    "data.prefetch_batches": _SIZE,
-    "optim.learning_rate": _ANY,
-    "optim.warmup_steps": _COUNT,
-    "optim.final_fraction": _FRACTION,
-    "optim.decay_fraction": _FRACTION,
-    "optim.beta1": _BELOW_ONE,
-    "optim.beta2": _BELOW_ONE,
-    "optim.eps": _ABOVE_ZERO,
-    "optim.weight_decay": _ANY,
-    "optim.clip_norm": _ANY,
-    "optim.ema_decay": _BELOW_ONE,
-    "optim.spike_factor": _ANY,
-    "optim.max_skipped_steps": _COUNT,
-    "mesh.slice": _AXIS,
-    "mesh.data": _AXIS,
-    "mesh.fsdp": _AXIS,
-    "mesh.sequence": _AXIS,
-    "mesh.tensor": _AXIS,
-    "train.num_steps": _SIZE,
-    "train.batch_size": _SIZE,
-    "train.ramp_batch_size": _COUNT,
-    "train.ramp_steps": _COUNT,
-    "train.accumulation_steps": _SIZE,
-    "train.seed": _COUNT,
-    "train.z_loss": _ANY,
-    "train.loss_chunks": _SIZE,
-    "train.log_every_steps": _SIZE,
-    "train.hang_timeout_seconds": _ANY,
-    "eval.every_steps": _COUNT,
-    "eval.batch_size": _COUNT,
-    "eval.num_batches": _COUNT,
-    "checkpoint.every_steps": _COUNT,
-    "checkpoint.keep_last": _SIZE,
-    "checkpoint.keep_every_steps": _COUNT,
-    "checkpoint.keep_best": _COUNT,
-    "init.step": _COUNT,
-    "init.scale": _ANY,
-    "sample.max_tokens": _SIZE,
-    "sample.num_samples": _SIZE,
-    "sample.temperature": _ANY,
-    "sample.top_k": _COUNT,
-    "sample.top_p": _FRACTION,
-    "sample.min_p": _FRACTION,
-    "sample.seed": _COUNT,
-    "sample.end_ids": _COUNT,
-}
-
-TRACKERS = ("jsonl", "tensorboard", "wandb", "trackio")
-
-# What the tuples hold.
-TUPLES: dict[str, type] = {
-    "model.windows": int,
-    "model.rotary": str,
-    "data.mixture": str,
-    "train.trackers": str,
-    "optim.trainable": str,
-    "optim.rate_multipliers": str,
-    "sample.stop": str,
-    "sample.end_ids": int,
-}
-
+if TYPE_CHECKING:  # the sections' package imports this module
+    from nanojaxgpt.config.sections import Config, Optim, Rule
 
 KINDS = {bool: "true or false", int: "an integer", float: "a number", str: "a string",
          tuple: "a tuple", list: "a list", type(None): "None"}  # fmt: skip
 DIGEST = re.compile(r"\s*[0-9a-fA-F]{64}\s*")
+LARGEST_FACTOR = 1e30  # of a learning rate: as large as the rate itself may be
 SHOWN = 100  # characters of a value in a message
 
 _INTEGER = re.compile(r"[+-]?\d+(_\d+)*", re.ASCII)
@@ -170,7 +61,7 @@ def range_problem(number: float, low: float, high: float) -> str:
     """Return `must be ...` where a number is outside [low, high] or NaN, else ""."""
     if low <= number <= high:
         return ""
-    limit = "below 1, as a float32 too" if high == _BELOW_ONE[1] else f"at most {high:,.10g}"
+    limit = "below 1, as a float32 too" if 1 - 2**-20 < high < 1 else f"at most {high:,.10g}"
     if number > high:
         return f"must be {limit}"
     if number < low:
@@ -214,7 +105,7 @@ def parse_multiplier(entry: str) -> tuple[str, float]:
         number = read_float(factor)
     except ValueError:
         number = math.nan
-    if not pattern or not 0 <= number <= _ANY[1]:
+    if not pattern or not 0 <= number <= LARGEST_FACTOR:
         raise ValueError(
             f"{show(entry)} is not PATTERN=FACTOR with a factor of at least 0, as in embed_VD=0.1"
         )
@@ -223,28 +114,29 @@ def parse_multiplier(entry: str) -> tuple[str, float]:
     return pattern, number
 
 
-def field_problems(name: str, value: Any, default: Any) -> list[str]:
+def field_problems(name: str, value: Any, rule: "Rule") -> list[str]:
     """Return what is wrong with one field by itself."""
+    default = rule.default
     if isinstance(default, float) and type(value) is int:
         value = float(value) if abs(value) < 2**1000 else math.copysign(math.inf, value)
     if type(value) is not type(default):
         return [f"{name}={show(value)} is {kind_of(value)}, not {kind_of(default)}"]
-    if name in CHOICES and value not in CHOICES[name]:
-        hint = nearest(value, CHOICES[name])
-        return [f"{name}={show(value)} must be one of {', '.join(CHOICES[name])}{hint}"]
     items = value if isinstance(value, tuple) else (value,)
-    if isinstance(value, tuple) and any(type(item) is not TUPLES[name] for item in items):
-        wanted = "integers" if TUPLES[name] is int else "strings"
+    if any(type(item) is not rule.item for item in items):
+        wanted = "integers" if rule.item is int else "strings"
         return [f"{name}={show(value)} must contain only {wanted}"]
     for item in items:
+        if rule.choices and item not in rule.choices:
+            hint = nearest(item, rule.choices)
+            return [f"{name}={show(item)} must be one of {', '.join(rule.choices)}{hint}"]
         if isinstance(item, str) and (problem := text_problem(name, item)):
             return [problem]
-        if not isinstance(item, str) and (problem := range_problem(item, *RANGES.get(name, _ALL))):
+        if not isinstance(item, str) and (problem := range_problem(item, rule.low, rule.high)):
             return [f"{name}={show(value)} {problem}"]
     return []
 
 
-def partner_problems(cfg: ConfigDict) -> list[str]:
+def partner_problems(cfg: "Config") -> list[str]:
     """Return the contradictions between fields."""
     model, train, problems = cfg.model, cfg.train, optim_problems(cfg.optim)
     if not model.head_dim and model.embed_dim % model.num_heads:
@@ -257,13 +149,11 @@ def partner_problems(cfg: ConfigDict) -> list[str]:
             f"model.num_heads={model.num_heads} is not divisible by "
             f"model.num_kv_heads={model.num_kv_heads}"
         )
-    head_dim = model.head_dim or model.embed_dim // model.num_heads
-    if model.positions == "rotary" and head_dim % 2:
-        problems.append(f"rotary positions need an even head_dim, not {head_dim}")
     if model.positions == "sinusoidal" and model.embed_dim % 2:
         problems.append(f"sinusoidal positions need an even embed_dim, not {model.embed_dim}")
-    if not model.windows:
-        problems.append("model.windows is empty; (0,) means no window")
+    for name in ("windows", "mlp_dims"):
+        if not getattr(model, name):
+            problems.append(f"model.{name} is empty; (0,) means none of its own")
     doublings = math.log2(train.batch_size / (train.ramp_batch_size or train.batch_size))
     ramps = doublings >= 1 and doublings.is_integer() and train.ramp_steps > 0
     if (train.ramp_batch_size or train.ramp_steps) and not ramps:
@@ -282,9 +172,6 @@ def partner_problems(cfg: ConfigDict) -> list[str]:
             f"model.seq_len={model.seq_len} is not divisible by "
             f"train.loss_chunks={train.loss_chunks}"
         )
-    for name in train.trackers:
-        if name not in TRACKERS:
-            problems.append(f"train.trackers={name!r} must be one of {', '.join(TRACKERS)}")
     if "" in cfg.sample.stop:
         problems.append(
             "sample.stop contains an empty string, which would end every text at once; leave it out"
@@ -294,18 +181,17 @@ def partner_problems(cfg: ConfigDict) -> list[str]:
             f"data.sha256={show(cfg.data.sha256)} must be a SHA-256 in 64 hex digits, or "
             "several separated by commas"
         )
-    if list(cfg.mesh.values()).count(-1) > 1:
-        problems.append(f"only one mesh axis can be -1 (all other devices): {dict(cfg.mesh)}")
+    mesh = asdict(cfg.mesh)
+    if list(mesh.values()).count(-1) > 1:
+        problems.append(f"only one mesh axis can be -1 (all other devices): {mesh}")
     if cfg.init.state == "all" and not cfg.init.from_run:
         problems.append("init.state=all needs a run to branch from: set init.from_run")
-    if 0 in cfg.mesh.values():
-        problems.append(
-            f"a mesh axis of size 0 has no devices: {dict(cfg.mesh)}; use 1 for an unused axis"
-        )
+    if 0 in mesh.values():
+        problems.append(f"a mesh axis of size 0 has no devices: {mesh}; use 1 for an unused axis")
     return problems
 
 
-def optim_problems(optim: ConfigDict) -> list[str]:
+def optim_problems(optim: "Optim") -> list[str]:
     """Return the contradictions within `optim`, and its patterns that can't be read."""
     problems = []
     if optim.independent_decay and not optim.learning_rate:
@@ -324,6 +210,9 @@ def optim_problems(optim: ConfigDict) -> list[str]:
         )
     if problem := pattern_problem(optim.decay_pattern):
         problems.append(f"optim.decay_pattern={problem}")
+    for entry in optim.trainable:
+        if problem := pattern_problem(entry.removeprefix("!")):
+            problems.append(f"optim.trainable: {problem}")
     for entry in optim.rate_multipliers:
         try:
             parse_multiplier(entry)

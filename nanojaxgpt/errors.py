@@ -40,6 +40,12 @@ class UserError(Exception):
     exit_code = INTERNAL
 
 
+class RunsDiffer(UserError):
+    """Two runs differ where `diff --check` was to find them the same."""
+
+    exit_code = 1
+
+
 class ConfigError(UserError):
     """Usage or configuration."""
 

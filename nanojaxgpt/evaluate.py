@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from nanojaxgpt.loss import loss_sum
-from nanojaxgpt.model import Multipliers, Transformer
+from nanojaxgpt.model.config import Multipliers
+from nanojaxgpt.model.transformer import Transformer
 from nanojaxgpt.sharding import constrain
 
 

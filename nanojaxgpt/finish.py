@@ -8,11 +8,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ml_collections import ConfigDict
-
 from nanojaxgpt import config, metrics, rundir
 from nanojaxgpt.data.loader import prepare_data, resolve
 from nanojaxgpt.errors import CheckpointError
+from nanojaxgpt.extras import plots_advice
 
 PLOT, RECORD = "loss.png", "finished.json"
 HASHED_BYTES = 8 * 2**30  # some ten seconds; a larger checkpoint is read by the next `train`
@@ -21,10 +20,14 @@ HASHED_BYTES = 8 * 2**30  # some ten seconds; a larger checkpoint is read by the
 def end_run(run: Path, report: Callable[[str], None]) -> None:
     """Plot the losses of a run that is at its last step, record its checkpoint, report the end.
 
-    Raises CheckpointError where the plot or the record can't be written.
+    Without matplotlib there is no plot, and `report` says so. Raises CheckpointError where the plot
+    or the record can't be written.
     """
     with rundir.writing(run, CheckpointError):
-        metrics.plot_losses(metrics.read_metrics(run), run / PLOT, run.name)
+        if missing := plots_advice():
+            report(f"no {PLOT}: {missing}")
+        else:
+            metrics.plot_losses(metrics.read_metrics(run), run / PLOT, run.name)
         (run / RECORD).unlink(missing_ok=True)
         if record := hash_checkpoint(run):
             rundir.write_text(run / RECORD, json.dumps(record, indent=2) + "\n")
@@ -39,21 +42,22 @@ def report_end(run: Path, report: Callable[[str], None]) -> None:
         report(line)
 
 
-def is_finished(cfg: ConfigDict, run: Path, report: Callable[[str], None]) -> bool:
+def is_finished(cfg: config.AnyConfig, run: Path, report: Callable[[str], None]) -> bool:
     """Return whether the run of this very config is at its last step, untouched since it ended.
 
     Where anything is in doubt it is not: then its checkpoint is read and checked as on resuming.
     Raises as training would where another process trains in `run`, or the corpus changed.
     """
-    if not (run / "config.json").is_file() or not (run / PLOT).is_file():
+    plotted = (run / PLOT).is_file() or plots_advice()
+    if not (run / "config.json").is_file() or not plotted:
         return False
     with rundir.own_run(run):
         saved = rundir.saved_steps(run / "checkpoints")
         if not saved or saved[-1] != cfg.train.num_steps or not is_as_recorded(run):
             return False
         data = prepare_data(cfg, report, run)
-        changes = config.differences(rundir.load_run(run), resolve(cfg, data))
-        if not all(config.FREE_ON_RESUME.fullmatch(name) for name, _, _ in changes):
+        changes = config.differences(rundir.load_run(run), resolve(config.typed(cfg), data))
+        if not all(config.free_on_resume(name) for name, _, _ in changes):
             return False
         rundir.check_data(run, data.identity, report)
         return True

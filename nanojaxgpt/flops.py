@@ -1,7 +1,8 @@
 """FLOPs of a forward pass and of a training step, and a device's peak, for MFU."""
 
 from nanojaxgpt.chips import CHIPS
-from nanojaxgpt.model import GATED, ModelConfig
+from nanojaxgpt.model.config import ModelConfig
+from nanojaxgpt.model.parameters import parameters
 
 # Dense bfloat16 peak of one device in FLOP/s, by how device_kind begins. A device of TPU v2 and
 # v3 is a core, half of a chip: 123 TFLOP/s a chip of v3, says Google Cloud's page; v2's figure is
@@ -27,11 +28,8 @@ def forward_flops(cfg: ModelConfig, seq_len: int) -> int:
     Two per multiply-add; attention counted as full T x T, as nanoGPT and PaLM do, so that MFU
     compares; norms, activations and the embedding's look-up left out.
     """
-    q_dim, kv_dim = cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
-    projections = cfg.embed_dim * (2 * q_dim + 2 * kv_dim)
-    matrices = {"none": 0}.get(cfg.mlp, 3 if cfg.mlp in GATED else 2)
-    layer = projections + matrices * cfg.embed_dim * cfg.mlp_dim
-    weights = cfg.num_layers * layer + cfg.embed_dim * cfg.vocab_size
+    rows = parameters(cfg).values()
+    weights = sum(row.size for row in rows if row.kind == "kernel") + cfg.embed_dim * cfg.vocab_size
     return 2 * seq_len * weights + attention_flops(cfg, seq_len)
 
 

@@ -3,15 +3,15 @@
 No jax here: whether a run can be resumed with another length is known before a backend starts.
 """
 
-from ml_collections import ConfigDict
+from nanojaxgpt.config import AnyConfig
 
 
-def decay_begin(cfg: ConfigDict) -> int:
+def decay_begin(cfg: AnyConfig) -> int:
     """Return the number of steps before the decay of the schedule wsd, a whole number."""
     return round(cfg.train.num_steps * (1 - cfg.optim.decay_fraction))
 
 
-def warmup_warning(cfg: ConfigDict) -> str:
+def warmup_warning(cfg: AnyConfig) -> str:
     """Return what to tell of a warm-up that does not end within the run; "" where it does."""
     warmup, steps = cfg.optim.warmup_steps, cfg.train.num_steps
     if warmup < steps:
@@ -30,7 +30,7 @@ LENGTH = {
 }
 
 
-def length_problem(old: ConfigDict, new: ConfigDict, fields: set[str], step: int) -> str:
+def length_problem(old: AnyConfig, new: AnyConfig, fields: set[str], step: int) -> str:
     """Return why a run that is at `step` can't be resumed with other `fields`; "" where it can.
 
     It can where each update so far had the learning rate that the new config gives.

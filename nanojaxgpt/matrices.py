@@ -1,7 +1,7 @@
 """Optimizers that see a layer's kernels as matrices: Muon, and Adafactor's factored moments."""
 
+import functools
 import math
-import re
 from typing import Any, NamedTuple
 
 import jax
@@ -9,31 +9,29 @@ import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
-from nanojaxgpt.projection import INPUTS
-
-LAYERS = re.compile(r"\blayers/(\w+)")  # leaves that have one row for each layer, and their names
+from nanojaxgpt.model.parameters import Parameter, Table, row_of
 
 
-def in_layers(path: tuple) -> str:
-    """Return the name of a leaf that is stacked over the layers; "" for any other."""
-    found = LAYERS.search(jax.tree_util.keystr(path, simple=True, separator="/"))
-    return found[1] if found else ""
+def leaf_row(path: tuple, table: Table) -> Parameter | None:
+    """Return the row of a leaf; None where the table has none."""
+    return row_of(jax.tree_util.keystr(path, simple=True, separator="/"), table)
 
 
-def muon_dimensions(params: Any) -> Any:
+def muon_dimensions(params: Any, table: Table) -> Any:
     """Return which axes of each leaf Muon takes as the rows and columns of a matrix.
 
     The kernels of the layers are matrices, one for each layer; tables, norms, biases and the head
     are not (Jordan 2024), and get None.
     """
 
-    def dimensions(path: tuple, leaf: jax.Array) -> MuonDimensionNumbers | None:
-        name = in_layers(path)
-        if name not in INPUTS:
+    def dimensions(path: tuple, _: jax.Array) -> MuonDimensionNumbers | None:
+        row = leaf_row(path, table)
+        if row is None or row.kind != "kernel":
             return None
-        axes, summed = list(range(1, leaf.ndim)), INPUTS[name]
-        inputs, outputs = (axes[:summed], axes[summed:]) if summed else (axes[1:], axes[:1])
-        return MuonDimensionNumbers(tuple(inputs), tuple(outputs))
+        first = len(row.logical_axes) - len(row.axes)  # after that of the layers
+        inputs = tuple(first + axis for axis in row.summed)
+        outputs = [first + axis for axis in range(len(row.axes)) if axis not in row.summed]
+        return MuonDimensionNumbers(inputs, tuple(outputs))
 
     return jax.tree_util.tree_map_with_path(dimensions, params)
 
@@ -44,7 +42,7 @@ def is_dimensions(x: Any) -> bool:
 
 
 def muon(
-    momentum: jax.Array | float, rest: optax.GradientTransformation
+    momentum: jax.Array | float, rest: optax.GradientTransformation, table: Table
 ) -> optax.GradientTransformation:
     """Return Muon for the kernels and another optimizer, Adam, for the rest.
 
@@ -53,7 +51,7 @@ def muon(
     """
 
     def labels(params: Any) -> Any:
-        found = muon_dimensions(params)
+        found = muon_dimensions(params, table)
         return jax.tree.map(lambda d: "muon" if d else "adam", found, is_leaf=is_dimensions)
 
     def resize(updates: Any, _: Any) -> Any:
@@ -61,9 +59,10 @@ def muon(
             sides = [math.prod(update.shape[axis] for axis in axes) for axes in dimensions]
             return update * (0.2 * math.sqrt(max(sides)))
 
-        return jax.tree.map(leaf, updates, muon_dimensions(updates))
+        return jax.tree.map(leaf, updates, muon_dimensions(updates, table))
 
-    orthogonal = scale_by_muon(beta=momentum, weight_dimension_numbers=muon_dimensions)
+    dimensions = functools.partial(muon_dimensions, table=table)
+    orthogonal = scale_by_muon(beta=momentum, weight_dimension_numbers=dimensions)
     kernels = optax.chain(orthogonal, optax.stateless(resize))
     return optax.partition({"muon": kernels, "adam": rest}, labels)
 
@@ -79,19 +78,20 @@ class Factored(NamedTuple):
     columns: Any
 
 
-def adafactor_axes(params: Any) -> Any:
+def adafactor_axes(params: Any, table: Table) -> Any:
     """Return which axes of each leaf are rows and columns: Muon's, and those of the tables."""
 
-    def axes(path: tuple, dimensions: Any, leaf: jax.Array) -> Any:
-        if dimensions is None and leaf.ndim == 2 and not in_layers(path):
+    def axes(path: tuple, dimensions: Any) -> Any:
+        row = leaf_row(path, table)
+        if row and row.is_matrix and dimensions is None:
             return MuonDimensionNumbers((0,), (1,))
         return dimensions
 
-    found = muon_dimensions(params)
-    return jax.tree_util.tree_map_with_path(axes, found, params, is_leaf=is_dimensions)
+    found = muon_dimensions(params, table)
+    return jax.tree_util.tree_map_with_path(axes, found, is_leaf=is_dimensions)
 
 
-def scale_by_adafactor() -> optax.GradientTransformation:
+def scale_by_adafactor(table: Table) -> optax.GradientTransformation:
     """Return Adafactor (Shazeer 2018) without momentum, its own rates or the weights' scale.
 
     Each layer's kernel is a matrix, its update is clipped to a root mean square of 1, and so is
@@ -109,7 +109,7 @@ def scale_by_adafactor() -> optax.GradientTransformation:
         def columns(axes: Any, leaf: jax.Array) -> Any:
             return zeros(leaf, axes.reduction_axis) if axes else optax.MaskedNode()
 
-        both = adafactor_axes(params), params
+        both = adafactor_axes(params, table), params
         return Factored(
             jnp.int32(0),
             jax.tree.map(rows, *both, is_leaf=is_dimensions),
@@ -133,12 +133,13 @@ def scale_by_adafactor() -> optax.GradientTransformation:
                 by_row /= jnp.mean(by_row, inputs, keepdims=True)
                 by_column = jnp.expand_dims(columns, inputs)
                 moved = grad * jax.lax.rsqrt(by_row) * jax.lax.rsqrt(by_column)
-            own = range(1 if in_layers(path) else 0, grad.ndim)  # one layer's axes
+            row = leaf_row(path, table)
+            own = range(1 if row and row.stack else 0, grad.ndim)  # one layer's axes
             size = jnp.sqrt(jnp.mean(jnp.square(moved), tuple(own), keepdims=True))
             return moved / jnp.maximum(1, size), rows, columns
 
         paths, tree = jax.tree_util.tree_flatten_with_path(updates)
-        others = adafactor_axes(updates), state.rows, state.columns
+        others = adafactor_axes(updates, table), state.rows, state.columns
         found = [
             leaf(path, grad, *rest)
             for (path, grad), *rest in zip(paths, *map(tree.flatten_up_to, others), strict=True)

@@ -24,7 +24,7 @@ from nanojaxgpt import checkpoint, sharding
 from nanojaxgpt.config import check_config
 from nanojaxgpt.data.rows import Batch
 from nanojaxgpt.errors import ConfigError, MemoryExceeded
-from nanojaxgpt.model import ModelConfig
+from nanojaxgpt.model.config import ModelConfig
 from nanojaxgpt.step import make_step
 
 EXHAUSTED = re.compile(r"RESOURCE_EXHAUSTED|out of memory|bad_alloc", re.I)
@@ -88,16 +88,18 @@ def abstract_batch(cfg: ConfigDict, mesh: Mesh, batch_size: int = 0) -> Batch:
     return whole._replace(segments_BT=rows(jnp.int32), positions_BT=rows(jnp.int32))
 
 
-def state_memory(cfg: ConfigDict, state: Any, batch: Batch, available: float) -> Memory:
+def state_memory(
+    cfg: ConfigDict, state: Any, frozen: Any, batch: Batch, available: float
+) -> Memory:
     """Return the bytes of one device that shapes and shardings tell, without temporaries.
 
     The optimizer's include a float32 master copy. All gradients exist at once, since an update
     depends on their global norm; they have the dtype of the parameters, their sum over
     micro-batches is float32.
     """
-    params = shard_bytes(state.params)
+    params = shard_bytes((state.params, frozen))
     optimizer = shard_bytes((state.step, state.opt_state))
-    gradients = params
+    gradients = shard_bytes(state.params)
     if cfg.train.accumulation_steps > 1:
         gradients = shard_bytes(jax.tree.map(as_float32, state.params))
     return Memory(params, optimizer, gradients, shard_bytes(batch), 0, available, True)
@@ -212,12 +214,13 @@ def owner(mesh: Mesh) -> str:
     return "this machine" if count == 1 else f"this machine, divided by {count} CPU devices,"
 
 
-def check_state(cfg: ConfigDict, mesh: Mesh, state: Any, copies: int = 1) -> None:
+def check_state(cfg: ConfigDict, mesh: Mesh, state: Any, frozen: Any, copies: int = 1) -> None:
     """Raise MemoryExceeded where a device can't hold the state of a step and its batch.
 
-    `state` is the abstract TrainState, of which there are `copies` on a device.
+    `state` and `frozen` are abstract: the TrainState and the parameters that don't train. There
+    are `copies` of them on a device.
     """
-    memory = state_memory(cfg, state, abstract_batch(cfg, mesh), math.inf)
+    memory = state_memory(cfg, state, frozen, abstract_batch(cfg, mesh), math.inf)
     parts = {
         "parameters": copies * memory.parameters,
         "optimizer state": copies * memory.optimizer,
@@ -339,8 +342,9 @@ def step_bytes(cfg: ConfigDict, devices: list[Any], whole: bool) -> float:
     """
     mesh = sharding.make_mesh(cfg.mesh, devices)
     with jax.set_mesh(mesh):
-        state = make_step(cfg, mesh).abstract
-    exact = state_memory(cfg, state, abstract_batch(cfg, mesh), math.inf).total
+        step = make_step(cfg, mesh)
+    batch = abstract_batch(cfg, mesh)
+    exact = state_memory(cfg, step.abstract, step.frozen, batch, math.inf).total
     if not whole:
         return exact
     logits = device_tokens(cfg) / cfg.train.loss_chunks * cfg.model.vocab_size / cfg.mesh.tensor

@@ -7,9 +7,7 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
-from ml_collections import ConfigDict
-
-from nanojaxgpt import rundir
+from nanojaxgpt import config, rundir
 from nanojaxgpt.errors import CheckpointError, ConfigError
 from nanojaxgpt.trackers import close_all, open_trackers
 
@@ -69,7 +67,7 @@ class MetricsWriter:
         self,
         run: Path,
         start_step: int,
-        cfg: ConfigDict,
+        cfg: config.AnyConfig,
         report: Callable[[str], None] = print,
     ) -> None:
         self.run, self.identity = Path(run), rundir.identify(Path(run))
@@ -79,7 +77,7 @@ class MetricsWriter:
             rundir.write_text(self.path, "".join(json.dumps(record) + "\n" for record in kept))
             self.file = open(self.path, "a+b", buffering=0)  # noqa: SIM115
             names = cfg.train.trackers
-            self.trackers = open_trackers(names, self.run, cfg.to_dict(), start_step, report)
+            self.trackers = open_trackers(names, self.run, config.to_dict(cfg), start_step, report)
 
     def write(self, step: int, **values: float) -> None:
         """Write one record. Raises CheckpointError where the run directory can't be written."""

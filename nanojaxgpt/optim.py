@@ -10,30 +10,37 @@ import optax
 from nanojaxgpt.checks import compile_pattern, parse_multiplier
 from nanojaxgpt.errors import ConfigError
 from nanojaxgpt.matrices import muon, scale_by_adafactor
+from nanojaxgpt.model.parameters import Table
 from nanojaxgpt.schedules import Hyper
 
-# The kernels, the tables and the head, in a tree boxed or plain.
-MATRICES = r"_[A-Z]{2,}\b"
+# What chooses parameters: a pattern that is found in their paths, "a/b/c", or the paths.
+Chosen = str | frozenset[str]
 
 
-def path_mask(tree: Any, pattern: str, field: str) -> Any:
-    """Return a tree of bools: True where `pattern` is found in the leaf's path, "a/b/c".
+# (what is chosen, the factor of its learning rate)
+Multipliers = Sequence[tuple[Chosen, jax.Array | float]]
 
-    "" matches nothing. Raises ConfigError, naming `field`, where a pattern matches no path.
-    """
+
+def path_mask(tree: Any, chosen: Chosen) -> Any:
+    """Return a tree of bools: True for the leaves that are chosen; "" chooses none."""
 
     def found(path: tuple, _: Any) -> bool:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        return bool(pattern and compile_pattern(pattern).search(name))
+        if isinstance(chosen, frozenset):
+            return name in chosen
+        return bool(chosen and compile_pattern(chosen).search(name))
 
-    mask = jax.tree_util.tree_map_with_path(found, tree)
-    if pattern and not any(jax.tree.leaves(mask)):
+    return jax.tree_util.tree_map_with_path(found, tree)
+
+
+def check_pattern(field: str, pattern: str, table: Table) -> None:
+    """Raise ConfigError, naming `field`, where a pattern is found in no path of the table."""
+    if pattern and not any(map(compile_pattern(pattern).search, table)):
         raise ConfigError(f"{field}={pattern!r} matches no parameter")
-    return mask
 
 
 def decay_weights(
-    hyper: Hyper, pattern: str, multipliers: Sequence[tuple[str, jax.Array | float]]
+    hyper: Hyper, pattern: str, multipliers: Multipliers
 ) -> optax.GradientTransformation:
     """Return the transformation that adds weight_decay * p where the path of p has `pattern`.
 
@@ -43,7 +50,7 @@ def decay_weights(
     """
 
     def add_decay(updates: Any, params: Any) -> Any:
-        mask = path_mask(params, pattern, "optim.decay_pattern")
+        mask = path_mask(params, pattern)
         factors = scale_paths(jax.tree.map(lambda _: jnp.float32(1), params), multipliers)
 
         def add(update: jax.Array, p: jax.Array, decays: bool, factor: jax.Array) -> jax.Array:
@@ -59,14 +66,14 @@ def decay_weights(
 
 
 # Each returns the direction of a step; decay and the learning rate are the same for all.
-OPTIMIZERS: dict[str, Callable[[Hyper], optax.GradientTransformation]] = {
-    "adamw": lambda hyper: optax.scale_by_adam(hyper["beta1"], hyper["beta2"], hyper["eps"]),
-    "adafactor": lambda hyper: scale_by_adafactor(),
-    "lion": lambda hyper: optax.scale_by_lion(hyper["beta1"], hyper["beta2"]),
-    "sgd": lambda hyper: optax.trace(hyper["beta1"]),
-    "muon": lambda hyper: muon(hyper["beta1"], OPTIMIZERS["adamw"](hyper)),
+OPTIMIZERS: dict[str, Callable[[Hyper, Table], optax.GradientTransformation]] = {
+    "adamw": lambda hyper, _: optax.scale_by_adam(hyper["beta1"], hyper["beta2"], hyper["eps"]),
+    "adafactor": lambda _, table: scale_by_adafactor(table),
+    "lion": lambda hyper, _: optax.scale_by_lion(hyper["beta1"], hyper["beta2"]),
+    "sgd": lambda hyper, _: optax.trace(hyper["beta1"]),
+    "muon": lambda hyper, table: muon(hyper["beta1"], OPTIMIZERS["adamw"](hyper, table), table),
     # The averaging below stands for the momentum.
-    "schedule_free": lambda hyper: optax.scale_by_rms(
+    "schedule_free": lambda hyper, _: optax.scale_by_rms(
         hyper["beta2"], hyper["eps"], eps_in_sqrt=False, bias_correction=True
     ),
 }
@@ -74,22 +81,23 @@ OPTIMIZERS: dict[str, Callable[[Hyper], optax.GradientTransformation]] = {
 
 def make_optimizer(
     name: str,
+    table: Table,
     hyper: Hyper,
     rate: jax.Array | float,
     decay_pattern: str,
-    multipliers: Sequence[tuple[str, jax.Array | float]] = (),
+    multipliers: Multipliers = (),
     ema: bool = False,
 ) -> optax.GradientTransformation:
     """Return the optimizer at learning rate `rate`; `hyper` and `rate` may be traced.
 
-    Its state's structure depends on `name` and `ema` alone, so it can be rebuilt inside every
-    step. Gradients and parameters are float32, see `Master`. `multipliers` are (pattern, factor):
-    the learning rate of the paths that have the pattern is multiplied by the factor, and with it
-    their decay if that is not independent; 0 freezes them. With `ema`, and for schedule_free, the
+    Its state's structure depends on `name`, `ema` and the table of the parameters alone, so it can
+    be rebuilt inside every step. Gradients and parameters are float32, see `Master`. The learning
+    rate of what `multipliers` choose is multiplied by the factor, and with it their decay if that
+    is not independent; 0 freezes them. With `ema`, and for schedule_free, the
     parameters are an average, see `average`.
     """
     optimizer = optax.chain(
-        OPTIMIZERS[name](hyper),
+        OPTIMIZERS[name](hyper, table),
         decay_weights(hyper, decay_pattern, multipliers),
         optax.scale(-rate),
         optax.stateless(lambda updates, _: scale_paths(updates, multipliers)),
@@ -197,13 +205,13 @@ def is_average(opt_state: Any) -> bool:
     return isinstance(split_master(None, opt_state)[1], Averaged)
 
 
-def scale_paths(tree: Any, multipliers: Sequence[tuple[str, jax.Array | float]]) -> Any:
+def scale_paths(tree: Any, multipliers: Multipliers) -> Any:
     """Return the tree with the leaves of each pattern's paths multiplied by its factor.
 
     0 gives zeros, whatever was there.
     """
     for pattern, factor in multipliers:
-        mask = path_mask(tree, pattern, "optim.rate_multipliers")
+        mask = path_mask(tree, pattern)
 
         def scale(x: jax.Array, chosen: bool, factor: jax.Array | float = factor) -> jax.Array:
             if not chosen:
@@ -215,33 +223,31 @@ def scale_paths(tree: Any, multipliers: Sequence[tuple[str, jax.Array | float]])
     return tree
 
 
-def frozen_gradients(grads: Any, multipliers: Sequence[tuple[str, jax.Array | float]]) -> Any:
+def frozen_gradients(grads: Any, multipliers: Multipliers) -> Any:
     """Return the gradients, zero for what is frozen, so that clipping does not count them."""
     alive = [(pattern, jnp.where(factor == 0, 0.0, 1.0)) for pattern, factor in multipliers]
     return scale_paths(grads, alive)
 
 
-# What muP calls hidden: the kernels whose input and output both grow with the width.
-HIDDEN = r"layers/(q|k|v|o|gate|up|down)_[A-Z]{2,}$"
-
-
 def rate_multipliers(
-    entries: Sequence[str], optimizer: str, width: float
-) -> list[tuple[str, float]]:
-    """Return (pattern, factor) of "PATTERN=FACTOR" entries and of muP.
+    entries: Sequence[str], optimizer: str, width: float, table: Table
+) -> list[tuple[Chosen, float]]:
+    """Return (chosen, factor) of "PATTERN=FACTOR" entries and of muP.
 
-    `width` is the model's over that at which muP is the standard parametrization (1: off). Updates
-    of the hidden kernels shrink as 1 / width where each number's size is normalized (Adam, Lion:
-    Yang 2022, table 8), and as its root for Muon, whose spectral norm of 0.2 sqrt(width) should not
-    grow. Raises ConfigError for an entry that can't be read.
+    `width` is the model's over that at which muP is the standard parametrization (1: off). The
+    input and the output of the kernels both grow with it: their updates shrink as 1 / width where
+    each number's size is normalized (Adam, Lion: Yang 2022, table 8), and as its root for Muon,
+    whose spectral norm of 0.2 sqrt(width) should not grow. Raises ConfigError for an entry that
+    can't be read.
     """
     try:
-        found = [parse_multiplier(entry) for entry in entries]
+        found: list[tuple[Chosen, float]] = [parse_multiplier(entry) for entry in entries]
     except ValueError as error:
         raise ConfigError(f"optim.rate_multipliers: {error}") from None
     power = {"adamw": 1, "adafactor": 1, "lion": 1, "schedule_free": 1, "muon": 0.5, "sgd": 0}
     if width != 1:
-        found.append((HIDDEN, width ** -power[optimizer]))
+        kernels = frozenset(path for path, row in table.items() if row.kind == "kernel")
+        found.append((kernels, width ** -power[optimizer]))
     return found
 
 

@@ -61,7 +61,7 @@ def check_file(name: str, path: Path) -> None:
         raise ConfigError(f"{name}={show(str(path))}: {error.strerror}") from error
 
 
-def check_start(cfg: ConfigDict, run: Path) -> None:
+def check_start(cfg: config.AnyConfig, run: Path) -> None:
     """Raise ConfigError where init.from_run is not a run directory, unless `run` just resumes."""
     if any((Path(run) / "checkpoints").glob("[0-9]*")):
         return
@@ -86,18 +86,20 @@ def saved_steps(folder: Path) -> list[int]:
     return sorted(int(p.name) for p in paths if STEP.fullmatch(p.name) and p.is_dir())
 
 
-def enter_run(run: Path, cfg: ConfigDict, step: int | None = None) -> list[tuple[str, Any, Any]]:
+def enter_run(
+    run: Path, cfg: config.AnyConfig, step: int | None = None
+) -> list[tuple[str, Any, Any]]:
     """Write `cfg` as the run's config, or check that it matches the run that is there.
 
-    Returns the differences that are allowed: config.FREE_ON_RESUME and, for a run whose newest
-    checkpoint is that of `step` (0: none), its length where the schedule allows it. Raises
-    ConfigError with the differences that are not.
+    Returns the differences that are allowed: fields that are `config.free_on_resume` and, for a
+    run whose newest checkpoint is that of `step` (0: none), its length where the schedule allows
+    it. Raises ConfigError with the differences that are not.
     """
     changes = []
     if (Path(run) / "config.json").exists():
         old = load_run(run)
         changes = config.differences(old, cfg)
-        held = {name for name, *_ in changes if not config.FREE_ON_RESUME.fullmatch(name)}
+        held = {name for name, *_ in changes if not config.free_on_resume(name)}
         problem = "its length can't change here"
         if step is not None:
             problem = horizon.length_problem(old, cfg, held, step)
@@ -175,7 +177,7 @@ def code_hash() -> str:
 
 
 def write_identity(
-    run: Path, cfg: ConfigDict, data: dict, devices: list[str], report: Callable[[str], None]
+    run: Path, cfg: config.AnyConfig, data: dict, devices: list[str], report: Callable[[str], None]
 ) -> None:
     """Write `identity.json` (hashes, versions, devices); report what changed since the last time.
 

@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nanojaxgpt.attention import Cache, init_cache
-from nanojaxgpt.model import ModelConfig, Transformer
-from nanojaxgpt.projection import decoding_params
+from nanojaxgpt.attention.cache import Cache, init_cache
+from nanojaxgpt.model.config import ModelConfig
+from nanojaxgpt.model.projection import decoding_params
+from nanojaxgpt.model.transformer import Transformer
 
 GREEDY_BELOW = 1e-5  # temperatures below are greedy, as in vLLM; 1e-40 would divide by zero
 INFINITY_BITS = 0x7F800000  # of a float32
@@ -130,7 +131,9 @@ def read(
     """
     cache = empty_cache(model.cfg, len(ids_BT), cache_len)
     positions_BT = jnp.broadcast_to(jnp.arange(ids_BT.shape[1]), ids_BT.shape)
-    found: Any = model.apply({"params": params}, ids_BT, positions_BT, cache=cache, logits=False)
+    found: Any = model.apply(
+        {"params": params}, ids_BT, positions_BT, cache=cache, logits=False, prefill=True
+    )
     return found
 
 
@@ -191,7 +194,7 @@ def generate(
         raise ValueError(
             f"{length} + {max_tokens} tokens don't fit a context of {model.cfg.seq_len}"
         )
-    params = decoding_params(params, rows)
+    params = decoding_params(model.cfg, params, rows)
     (x_BTD, head), cache = read(model, params, prompts_BT, length + max_tokens)
     last_B1D = jnp.take_along_axis(x_BTD, (lengths_B - 1)[:, None, None], 1)
     state = Decoding(cache, lengths_B, lengths_B - 1, jnp.zeros(rows, bool), row_keys(rng, rows))
@@ -216,7 +219,7 @@ def fill(
 
 
 _empty_cache = jax.jit(empty_cache, static_argnums=(0, 1, 2))  # a buffer of its own for each array
-_decoding_params = jax.jit(decoding_params, static_argnames="rows")
+_decoding_params = jax.jit(decoding_params, static_argnames=("cfg", "rows"))
 _decode = jax.jit(decode, static_argnames=("model", "how", "width"), donate_argnames=("state",))
 
 
@@ -254,7 +257,7 @@ def stream(
         jnp.zeros(rows, bool),
         jnp.copy(row_keys(rng, rows)),  # the state is donated, the caller's keys are not
     )
-    params = _decoding_params(params, rows)  # once, not in every chunk
+    params = _decoding_params(cfg, params, rows)  # once, not in every chunk
     made, done_B, unread = 0, np.zeros(rows, bool), list(range(rows))
     while made < max_tokens and not done_B.all():
         state = fill_rows(model, params, state, contexts, unread)

@@ -4,13 +4,13 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import flax.linen as nn
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from nanojaxgpt.errors import ConfigError
+from nanojaxgpt.model.parameters import Table, row_of
 
 # From the slowest links to the fastest: slices are joined by the data-centre network.
 AXES = ("slice", "data", "fsdp", "sequence", "tensor")
@@ -106,25 +106,22 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, partition_spec(names))
 
 
-def tree_shardings(boxed: Any, mesh: Mesh) -> Any:
-    """Return the NamedSharding of every leaf of a tree whose weights carry logical axes.
+def tree_shardings(tree: Any, table: Table, mesh: Mesh) -> Any:
+    """Return the NamedSharding of every leaf of a tree of parameters, or of what is kept of them.
 
-    Leaves without axes (steps, counters) are replicated. Raises ConfigError where a dimension
-    is not divisible.
+    A leaf whose path ends with that of a parameter is laid out like it; all others (steps,
+    counters, Adafactor's rows and columns) are replicated. Raises ConfigError where a dimension is
+    not divisible.
     """
 
-    def leaf_sharding(path: tuple, leaf: Any) -> Any:
-        boxes = isinstance(leaf, nn.LogicallyPartitioned)
-        if boxes and not jax.tree.leaves(leaf.value):
-            return leaf.value  # what stands where Muon leaves a weight to Adam
-        shape = leaf.value.shape if boxes else leaf.shape
-        # Adafactor's rows and columns keep the names of the weight they stand for.
-        named = boxes and len(leaf.names) == len(shape)
-        spec = partition_spec(leaf.names) if named else PartitionSpec()
-        for size, axis, logical in zip(shape, spec, leaf.names if named else (), strict=False):
+    def leaf_sharding(path: tuple, leaf: Any) -> NamedSharding:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        row = row_of(name, table)
+        names = row.logical_axes if row and len(row.logical_axes) == len(leaf.shape) else ()
+        spec = partition_spec(names)
+        for size, axis, logical in zip(leaf.shape, spec, names, strict=False):
             parts = mesh.shape[axis] if axis else 1
             if size % parts:
-                name = jax.tree_util.keystr(path, simple=True, separator="/")
                 padded = f"; pad the vocabulary to {-(-size // parts) * parts}"
                 raise ConfigError(
                     f"{FIELDS.get(str(logical), logical)}={size} (of {name}) is not divisible by "
@@ -132,18 +129,7 @@ def tree_shardings(boxed: Any, mesh: Mesh) -> Any:
                 )
         return NamedSharding(mesh, spec)
 
-    return jax.tree_util.tree_map_with_path(
-        leaf_sharding, boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned)
-    )
-
-
-def unbox(tree: Any) -> Any:
-    """Return the tree with plain arrays where the logical axes stood."""
-    return jax.tree.map(
-        lambda x: x.value if isinstance(x, nn.LogicallyPartitioned) else x,
-        tree,
-        is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned),
-    )
+    return jax.tree_util.tree_map_with_path(leaf_sharding, tree)
 
 
 def check_batch(field: str, batch_size: int, parts: int, seq_len: int, mesh: Mesh) -> None:

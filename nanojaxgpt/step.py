@@ -11,24 +11,23 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from nanojaxgpt import checkpoint, optim, sharding
-from nanojaxgpt.data.rows import Batch
+from nanojaxgpt.checks import parse_multiplier
 from nanojaxgpt.horizon import decay_begin
-from nanojaxgpt.loss import loss_sum
-from nanojaxgpt.model import ModelConfig, Multipliers, Transformer, init_params
+from nanojaxgpt.model.config import MULTIPLIERS, ModelConfig, Multipliers
+from nanojaxgpt.model.parameters import parameters
+from nanojaxgpt.model.transformer import Transformer, init_params
+from nanojaxgpt.objectives import Loss, Metric, language
 from nanojaxgpt.schedules import Hyper, learning_rate
-
-# In the order of model.Multipliers.
-MULTIPLIERS = ("embed_multiplier", "attention_multiplier", "logit_multiplier")
-
-LossFn = Callable[[Any, Batch, Hyper, jax.Array], jax.Array]
+from nanojaxgpt.trainable import check_trainable, merge_params, split_params
 
 
 class TrainState(NamedTuple):
     """All that training carries from step to step; `step` counts the updates done.
 
-    `params` are what is evaluated and sampled. Where they are an average, the parameters that
-    the optimizer moves are in its state, see optim.average; where they are stored in less than
-    float32, their float32 copy is, see optim.Master.
+    `params` are those that train; the frozen ones are an argument of the step. They are what is
+    evaluated and sampled: where they are an average, the parameters that the optimizer moves are in
+    its state, see optim.average; where they are stored in less than float32, their float32 copy
+    is, see optim.Master.
     """
 
     step: jax.Array
@@ -36,25 +35,16 @@ class TrainState(NamedTuple):
     opt_state: Any
     recent: optim.Recent
 
-    def items(self) -> dict[str, Any]:
-        """Return what a checkpoint holds of it by name: all but the step."""
-        return {name: item for name, item in self._asdict().items() if name != "step"}
+    def items(self, frozen: Any) -> dict[str, Any]:
+        """Return what a checkpoint holds by name: all parameters, and all else but the step."""
+        whole = merge_params(self.params, frozen)
+        return {"params": whole, "opt_state": self.opt_state, "recent": self.recent}
 
 
-def make_loss(model: Transformer, loss_chunks: int) -> LossFn:
-    """Return loss(params, batch, hyper, rng) -> the sum of weighted token losses in nats."""
-
-    def loss(params: Any, batch: Batch, hyper: Hyper, rng: jax.Array) -> jax.Array:
-        (x_BTD, head), _ = model.apply(
-            {"params": params}, batch.tokens_BT, batch.positions_BT, batch.segments_BT,
-            deterministic=model.cfg.dropout == 0, logits=False, rngs={"dropout": rng},
-            multipliers=Multipliers(*(hyper[name] for name in MULTIPLIERS)),
-        )  # fmt: skip
-        return loss_sum(
-            head, x_BTD, batch.targets_BT, batch.weights_BT, hyper["z_loss"], loss_chunks
-        )
-
-    return loss
+def open_state(cfg: ConfigDict, step: jax.Array, items: dict[str, Any]) -> tuple[TrainState, Any]:
+    """Return the state and the frozen parameters of what a checkpoint holds."""
+    params, frozen = split_params(items["params"], cfg.optim.trainable)
+    return TrainState(step, params, items["opt_state"], items["recent"]), frozen
 
 
 def make_hyper(cfg: ConfigDict) -> dict[str, Any]:
@@ -67,7 +57,7 @@ def make_hyper(cfg: ConfigDict) -> dict[str, Any]:
     numbers["decay_begin"] = decay_begin(cfg)
     numbers |= {name: cfg.model[name] for name in MULTIPLIERS}
     hyper: dict[str, Any] = {name: np.float32(value) for name, value in numbers.items()}
-    entries = optim.rate_multipliers(cfg.optim.rate_multipliers, cfg.optim.optimizer, 1)
+    entries = optim.rate_multipliers(cfg.optim.rate_multipliers, cfg.optim.optimizer, 1, {})
     hyper["rate_multipliers"] = tuple(np.float32(factor) for _, factor in entries)
     return hyper | {"seed": np.uint32(cfg.train.seed)}
 
@@ -77,58 +67,65 @@ def traced_multipliers(cfg: ConfigDict) -> Multipliers:
     return Multipliers(*(np.float32(cfg.model[name]) for name in MULTIPLIERS))
 
 
-def make_init(cfg: ConfigDict) -> Callable[..., TrainState]:
-    """Return init(rng, scale) -> the state at step 0, its leaves boxed with their logical axes.
+def make_init(cfg: ConfigDict) -> Callable[..., tuple[TrainState, Any]]:
+    """Return init(rng, scale) -> the state at step 0, and the frozen parameters.
 
     `scale` (default: init.scale), which may be traced, multiplies the matrices.
     """
     model_cfg = ModelConfig(**cfg.model)
+    matrices = frozenset(path for path, row in parameters(model_cfg).items() if row.is_matrix)
 
-    def init(rng: jax.Array, scale: jax.Array | float = cfg.init.scale) -> TrainState:
-        params = optim.scale_paths(init_params(model_cfg, rng), [(optim.MATRICES, scale)])
+    def init(rng: jax.Array, scale: jax.Array | float = cfg.init.scale) -> tuple[TrainState, Any]:
+        params = optim.scale_paths(init_params(model_cfg, rng), [(matrices, scale)])
         return first_state(cfg, params)
 
     return init
 
 
-def first_state(cfg: ConfigDict, params: Any) -> TrainState:
-    """Return the state at step 0 of these parameters, boxed like them or plain like them."""
+def first_state(cfg: ConfigDict, params: Any) -> tuple[TrainState, Any]:
+    """Return the state at step 0 of these parameters, and those of them that are frozen."""
+    params, frozen = split_params(params, cfg.optim.trainable)
     name, ema = cfg.optim.optimizer, cfg.optim.ema_decay > 0
-    optimizer = optim.make_optimizer(name, make_hyper(cfg), 0.0, "", ema=ema)
+    table = parameters(ModelConfig(**cfg.model))
+    optimizer = optim.make_optimizer(name, table, make_hyper(cfg), 0.0, "", ema=ema)
     opt_state = optim.init_state(optimizer, params)
-    return TrainState(jnp.int32(0), params, opt_state, optim.init_recent())
+    return TrainState(jnp.int32(0), params, opt_state, optim.init_recent()), frozen
 
 
 def make_train_step(
-    loss_fn: LossFn, optim_cfg: ConfigDict, accumulation_steps: int = 1, width: float = 1.0
-) -> Callable[[TrainState, Batch, Hyper], tuple[TrainState, dict[str, jax.Array]]]:
-    """Return the pure train_step(state, batch, hyper) -> (state, metrics).
+    loss_fn: Loss,
+    optim_cfg: ConfigDict,
+    model_cfg: ModelConfig,
+    accumulation_steps: int = 1,
+) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+    """Return the pure train_step(state, batch, hyper, frozen) -> (state, metrics).
 
     An update whose loss or gradient is not finite, or whose gradient is longer than `norm_limit`,
     is left out: the state keeps its numbers, and `skipped` counts how many were left out in a row.
     Of any other, a number that would overflow stays what it is, so the state is always finite.
-    `width` is muP's, see optim.rate_multipliers.
     """
     name, schedule, ema = optim_cfg.optimizer, optim_cfg.schedule, optim_cfg.ema_decay > 0
-    decay_pattern = optim_cfg.decay_pattern
-    entries = optim.rate_multipliers(optim_cfg.rate_multipliers, name, width)
+    decay_pattern, table = optim_cfg.decay_pattern, parameters(model_cfg)
+    entries = optim.rate_multipliers(optim_cfg.rate_multipliers, name, model_cfg.width, table)
 
     def train_step(
-        state: TrainState, batch: Batch, hyper: Hyper
+        state: TrainState, batch: Any, hyper: Hyper, frozen: Any = None
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         rng = jax.random.fold_in(jax.random.key(hyper["seed"]), state.step)
         factors = hyper["rate_multipliers"]
         multipliers = [(pattern, f) for (pattern, _), f in zip(entries, factors, strict=False)]
         multipliers += entries[len(factors) :]  # muP's are the width's
         point = optim.gradient_point(name, hyper, state.params, state.opt_state)
-        loss, grads = accumulate(loss_fn, point, batch, hyper, rng, accumulation_steps)
+        loss, grads, weight, metrics = accumulate(
+            loss_fn, point, frozen, batch, hyper, rng, accumulation_steps
+        )
         grads = optim.frozen_gradients(grads, multipliers)
-        weight = jnp.maximum(jnp.sum(batch.weights_BT), 1e-9)
+        weight = jnp.maximum(weight, 1e-9)
         norm = optax.global_norm(grads) / weight
         scale = optim.clip_factor(norm, hyper["clip_norm"]) / weight
         grads = jax.tree.map(lambda grad: grad * scale, grads)
         rate = learning_rate(schedule, state.step, hyper)
-        optimizer = optim.make_optimizer(name, hyper, rate, decay_pattern, multipliers, ema)
+        optimizer = optim.make_optimizer(name, table, hyper, rate, decay_pattern, multipliers, ema)
         weights, inner = optim.split_master(state.params, state.opt_state)
         updates, new_inner = optimizer.update(grads, inner, weights)
         new_weights = optax.apply_updates(weights, updates)
@@ -146,46 +143,61 @@ def make_train_step(
         recent = state.recent.remember(norm, made)
         numbers = {"loss": loss / weight, "grad_norm": norm, "learning_rate": rate}
         numbers |= {"norm_limit": limit, "skipped": recent.skipped}
+        numbers |= {name: total / jnp.maximum(w, 1e-9) for name, (total, w) in metrics.items()}
         return TrainState(state.step + 1, params, opt_state, recent), numbers
 
     return train_step
 
 
 def accumulate(
-    loss_fn: LossFn, params: Any, batch: Batch, hyper: Hyper, rng: jax.Array, parts: int
-) -> tuple[jax.Array, Any]:
-    """Return loss and gradient sums over the batch, float32, made in `parts` micro-batches.
+    loss_fn: Loss, params: Any, frozen: Any, batch: Any, hyper: Hyper, rng: jax.Array, parts: int
+) -> tuple[jax.Array, Any, jax.Array, dict[str, Metric]]:
+    """Return the sums over the batch of the loss, its gradient, its weight and the metrics.
 
-    Each micro-batch's gradient has the dtype of the parameters.
+    They are float32, made in `parts` micro-batches; each micro-batch's gradient has the dtype of
+    the parameters, which are those that train.
     """
-    value_and_grad = jax.value_and_grad(loss_fn)
+
+    def summed(params: Any, batch: Any, rng: jax.Array) -> tuple[jax.Array, tuple]:
+        total, weight, metrics = loss_fn(params, frozen, batch, hyper, rng)
+        return total, (weight, metrics)
+
+    value_and_grad = jax.value_and_grad(summed, has_aux=True)
+
+    def sums(batch: Any, rng: jax.Array) -> tuple:
+        (loss, (weight, metrics)), grads = value_and_grad(params, batch, rng)
+        return loss, grads, weight, metrics
+
     if parts == 1:
-        return optim.cast_float32(value_and_grad(params, batch, hyper, rng))
+        return optim.cast_float32(sums(batch, rng))
 
     def split(x: jax.Array) -> jax.Array:
         # Rows are dealt out like cards, so that each device's rows stay on that device.
         micro = jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 0, 1)
-        return sharding.constrain(micro, None, "batch", "sequence")
+        return sharding.constrain(micro, None, *("batch", "sequence")[: x.ndim])
 
     def add(total: tuple, part: tuple) -> tuple[tuple, None]:
         micro, index = part
-        found = value_and_grad(params, micro, hyper, jax.random.fold_in(rng, index))
+        found = sums(micro, jax.random.fold_in(rng, index))
         return jax.tree.map(jnp.add, total, found), None
 
-    zero = optim.cast_float32((jnp.float32(0), jax.tree.map(jnp.zeros_like, params)))
-    return jax.lax.scan(add, zero, (jax.tree.map(split, batch), jnp.arange(parts)))[0]
+    micros = jax.tree.map(split, batch)
+    shapes = jax.eval_shape(lambda: sums(jax.tree.map(lambda x: x[0], micros), rng))
+    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
+    return jax.lax.scan(add, zero, (micros, jnp.arange(parts)))[0]
 
 
 class Step(NamedTuple):
-    """The jitted train_step of a config on a mesh, and the state that it takes, without arrays."""
+    """The jitted train_step of a config on a mesh, and what it takes, without arrays."""
 
     shardings: TrainState
     abstract: TrainState
-    init: Callable[..., TrainState]
+    frozen: Any  # the parameters that don't train, abstract
+    init: Callable[..., tuple[TrainState, Any]]
     train_step: Callable
 
 
-def make_step(cfg: ConfigDict, mesh: Mesh, loss_fn: LossFn | None = None) -> Step:
+def make_step(cfg: ConfigDict, mesh: Mesh, loss_fn: Loss | None = None) -> Step:
     """Return the step on a mesh, whose devices need not be here. Raises ConfigError."""
     shape = cfg.train
     sharding.check_batch(
@@ -195,20 +207,20 @@ def make_step(cfg: ConfigDict, mesh: Mesh, loss_fn: LossFn | None = None) -> Ste
         first = shape.ramp_batch_size, shape.accumulation_steps
         sharding.check_batch("train.ramp_batch_size", *first, cfg.model.seq_len, mesh)
     model = Transformer(ModelConfig(**cfg.model))
+    table = parameters(model.cfg)
+    check_trainable(cfg.optim.trainable, table)
     # The key is made in the trace, too: an absent device can make none.
-    boxed = jax.eval_shape(lambda: make_init(cfg)(jax.random.key(0)))
-    shardings, plain = sharding.tree_shardings(boxed, mesh), sharding.unbox(boxed)
-    optim.path_mask(plain.params, cfg.optim.decay_pattern, "optim.decay_pattern")
-    for pattern, _ in optim.rate_multipliers(cfg.optim.rate_multipliers, cfg.optim.optimizer, 1):
-        optim.path_mask(plain.params, pattern, "optim.rate_multipliers")
-    abstract = checkpoint.with_shardings(plain, shardings)
-    loss_fn = loss_fn or make_loss(model, shape.loss_chunks)
-    init = jax.jit(
-        lambda rng, scale: sharding.unbox(make_init(cfg)(rng, scale)), out_shardings=shardings
-    )
+    shapes = jax.eval_shape(lambda: make_init(cfg)(jax.random.key(0)))
+    shardings = sharding.tree_shardings(shapes, table, mesh)
+    optim.check_pattern("optim.decay_pattern", cfg.optim.decay_pattern, table)
+    for pattern, _ in map(parse_multiplier, cfg.optim.rate_multipliers):
+        optim.check_pattern("optim.rate_multipliers", pattern, table)
+    abstract, frozen = checkpoint.with_shardings(shapes, shardings)
+    loss_fn = loss_fn or language.make_loss(model, shape.loss_chunks)
+    init = jax.jit(make_init(cfg), out_shardings=shardings)
     train_step = jax.jit(
-        make_train_step(loss_fn, cfg.optim, shape.accumulation_steps, model.cfg.width),
+        make_train_step(loss_fn, cfg.optim, model.cfg, shape.accumulation_steps),
         donate_argnums=0,
-        out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),
+        out_shardings=(shardings[0], NamedSharding(mesh, PartitionSpec())),
     )
-    return Step(shardings, abstract, init, train_step)
+    return Step(shardings[0], abstract, frozen, init, train_step)

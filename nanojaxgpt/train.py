@@ -31,23 +31,16 @@ from nanojaxgpt.horizon import warmup_warning
 from nanojaxgpt.hosts.joining import preflight
 from nanojaxgpt.hosts.process import StopRequest, stop_signals
 from nanojaxgpt.hosts.team import ALONE, Team
-from nanojaxgpt.loop import Job, Loop, due, train_ramp  # noqa: F401
-from nanojaxgpt.model import ModelConfig, Multipliers, Transformer
+from nanojaxgpt.loop import Loop
+from nanojaxgpt.model.config import ModelConfig, Multipliers
+from nanojaxgpt.model.parameters import count_params, parameters
+from nanojaxgpt.model.transformer import Transformer
+from nanojaxgpt.objectives import Loss
+from nanojaxgpt.recorder import Job, train_ramp
 from nanojaxgpt.rundir import enter_run, own_run, write_identity
-from nanojaxgpt.step import (  # noqa: F401 - what a job is made of is found here
-    LossFn,
-    Step,
-    TrainState,
-    accumulate,
-    first_state,
-    make_hyper,
-    make_init,
-    make_loss,
-    make_step,
-    make_train_step,
-    traced_multipliers,
-)
+from nanojaxgpt.step import TrainState, first_state, make_step, open_state, traced_multipliers
 from nanojaxgpt.trackers import check_installed
+from nanojaxgpt.trainable import merge_params, split_lines
 
 
 def prepare_together(
@@ -63,17 +56,18 @@ def prepare_together(
     return data
 
 
-def make_job(cfg: ConfigDict, data: Data, mesh: Mesh, loss_fn: LossFn | None = None) -> Job:
+def make_job(cfg: ConfigDict, data: Data, mesh: Mesh, loss_fn: Loss | None = None) -> Job:
     """Return everything the loop needs; allocates nothing.
 
     Raises ConfigError, DataError, and MemoryExceeded where the state alone does not fit.
     """
     step, train_batch = make_step(cfg, mesh, loss_fn), make_train_batch(cfg, data, mesh)
-    memory.check_state(cfg, mesh, step.abstract)
+    memory.check_state(cfg, mesh, step.abstract, step.frozen)
     lower = functools.partial(memory.suggestions, cfg, mesh)
     train_step = memory.checked(step.train_step, mesh, "a training step", lower)
     step = step._replace(train_step=train_step)
-    held = {"parameters": step.abstract.params, "optimizer state": step.abstract.opt_state}
+    params = merge_params(step.abstract.params, step.frozen)
+    held = {"parameters": params, "optimizer state": step.abstract.opt_state}
     job_eval = make_evaluation(cfg, data, mesh, Transformer(ModelConfig(**cfg.model)), held)
     return share_job(Job(cfg, mesh, data, *step, train_batch, job_eval), cfg)
 
@@ -144,20 +138,21 @@ def make_evaluation(
 
 def start_state(
     job: Job, run: Path, report: Callable[[str], None], team: Team = ALONE
-) -> TrainState:
-    """Return the state to start from.
+) -> tuple[TrainState, Any]:
+    """Return the state to start from, and the frozen parameters.
 
     1. This run's newest good checkpoint. 2. The parameters of another run (init.from_run), or its
     whole state (init.state=all). 3. Pretrained weights, when there is a reader for them. 4. From
     scratch, by train.seed.
     """
     folder = Path(run) / "checkpoints"
-    found = checkpoint.restore(folder, job.abstract.items(), report=report, team=team)
+    abstract = job.abstract.items(job.frozen)
+    found = checkpoint.restore(folder, abstract, report=report, team=team)
     if found:
         step, items = found
         team.decide(lambda: checkpoint.set_aside(folder, step))
         report(f"resuming from step {step}")
-        return TrainState(jax.device_put(np.int32(step), job.shardings.step), **items)
+        return open_state(job.cfg, jax.device_put(np.int32(step), job.shardings.step), items)
     if job.cfg.init.state == "all":
         return branch_state(job, report, team)
     if job.cfg.init.from_run:
@@ -167,14 +162,15 @@ def start_state(
         )
         report(f"starting from the parameters of {other}, step {step}")
         first = functools.partial(first_state, job.cfg)
-        return jax.jit(first, out_shardings=job.shardings, donate_argnums=0)(params)
+        frozen = jax.tree.map(lambda leaf: leaf.sharding, job.frozen)
+        return jax.jit(first, out_shardings=(job.shardings, frozen), donate_argnums=0)(params)
     return job.init(jax.random.key(job.cfg.train.seed))
 
 
 def fit(
     cfg: ConfigDict,
     run: Path,
-    loss_fn: LossFn | None = None,
+    loss_fn: Loss | None = None,
     report: Callable[[str], None] = print,
     team: Team = ALONE,
 ) -> TrainState:
@@ -201,7 +197,7 @@ def ignore(text: str) -> None:
 
 def open_job(
     cfg: ConfigDict,
-    loss_fn: LossFn | None = None,
+    loss_fn: Loss | None = None,
     report: Callable[[str], None] = print,
     team: Team = ALONE,
     run: Path | None = None,
@@ -231,8 +227,13 @@ def write_run(job: Job, run: Path, report: Callable[[str], None]) -> None:
     job.data.tokenizer.save(run / "tokenizer")
     devices = [device.device_kind for device in job.mesh.devices.flat]
     write_identity(run, job.cfg, job.data.identity, devices, report)
-    num_params = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(job.abstract.params))
+    model_cfg = ModelConfig(**job.cfg.model)
+    num_params = count_params(model_cfg)
     report(f"{run}: {num_params:,} parameters, {job.data.size}, {len(devices)} x {devices[0]}")
+    if job.cfg.optim.trainable:
+        table = parameters(model_cfg)
+        for line in split_lines(job.abstract.params, job.abstract.opt_state, table):
+            report(line)
     if warning := warmup_warning(job.cfg):
         report(warning)
     ramp = train_ramp(job.cfg)
@@ -243,7 +244,7 @@ def write_run(job: Job, run: Path, report: Callable[[str], None]) -> None:
 
 def check_space(job: Job, run: Path) -> None:
     """Raise ConfigError where the run directory's disk has too little space for a checkpoint."""
-    leaves = jax.tree.leaves(job.abstract.items())
+    leaves = jax.tree.leaves(job.abstract.items(job.frozen))
     size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
     if (free := shutil.disk_usage(run).free) < size:
         raise ConfigError(
@@ -258,7 +259,7 @@ def train_job(
     """Train a job in the run directory that this process owns; raises what `fit` raises."""
     team.decide(lambda: begin_run(job, run, report))
     with memory.training_explained(job.cfg, job.mesh), jax.set_mesh(job.mesh):
-        state = start_state(job, run, report, team)
+        state, frozen = start_state(job, run, report, team)
         if state.step < job.cfg.train.num_steps:
             team.decide(lambda: check_space(job, run))
-        return Loop(job, run, int(state.step), stop, team).train(state)
+        return Loop(job, run, int(state.step), stop, team).train(state, frozen)

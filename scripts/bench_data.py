@@ -19,10 +19,9 @@ from pathlib import Path
 
 import numpy as np
 
-from nanojaxgpt.config import base_config, override_config
+from nanojaxgpt.config import base_config, override_config, sections
 from nanojaxgpt.data.loader import open_data
 from nanojaxgpt.data.rows import make_train_rows
-from nanojaxgpt.data.sources import DataConfig
 from nanojaxgpt.data.tokenizers import train_tokenizer
 
 SHAPES = ((64, 1024), (1024, 64))  # (rows, context) of a batch: 65,536 tokens each
@@ -82,7 +81,7 @@ def bench_reading(num_documents: int, rounds: int) -> None:
         print("|---|---|---|---|---|---|")
         for packing, (batch_size, seq_len) in itertools.product(("wrap", "pack"), SHAPES):
             cfg = override_config(base_config(), changes | {"data.packing": packing})
-            data = open_data(DataConfig(**cfg.data), folder, report=lambda _: None)
+            data = open_data(sections.Data(**cfg.data), folder, report=lambda _: None)
             [source] = data.train(seq_len)
             rows = make_train_rows((source,), batch_size, 0)
             slices, gather = plain_readers(plain, batch_size, seq_len)

@@ -28,15 +28,15 @@ def jax_generate(batch: int, new_tokens: int) -> Callable[[], None]:
     import numpy as np
 
     from nanojaxgpt.config import base_config
-    from nanojaxgpt.model import ModelConfig, Transformer, init_params
-    from nanojaxgpt.projection import decoding_params
+    from nanojaxgpt.model.config import ModelConfig
+    from nanojaxgpt.model.projection import decoding_params
+    from nanojaxgpt.model.transformer import Transformer, init_params
     from nanojaxgpt.sample import Sampling, generate
-    from nanojaxgpt.sharding import unbox
 
     sizes = dict(num_layers=12, embed_dim=768, num_heads=12, seq_len=1024, vocab_size=50257)
     cfg = ModelConfig(**(base_config().model.to_dict() | sizes))
-    fresh = jax.jit(lambda rng: unbox(init_params(cfg, rng)))(jax.random.key(0))
-    params = jax.jit(decoding_params, static_argnums=1)(fresh, batch)
+    fresh = jax.jit(lambda rng: init_params(cfg, rng))(jax.random.key(0))
+    params = jax.jit(decoding_params, static_argnums=(0, 2))(cfg, fresh, batch)
     prompts_BT = np.random.default_rng(0).integers(0, 50257, (batch, PROMPT_LEN), np.int32)
     lengths_B, rng = np.full(batch, PROMPT_LEN, np.int32), jax.random.key(0)
     how = Sampling(temperature=0.0)

@@ -30,18 +30,20 @@ def jax_steps(shape: dict[str, int], dtype: str) -> Callable[[int], None]:
     import jax
     import numpy as np
 
-    from nanojaxgpt import sharding
     from nanojaxgpt.config import base_config
     from nanojaxgpt.data.rows import Batch
-    from nanojaxgpt.model import ModelConfig, Transformer
-    from nanojaxgpt.train import make_hyper, make_init, make_loss, make_train_step
+    from nanojaxgpt.model.config import ModelConfig
+    from nanojaxgpt.model.transformer import Transformer
+    from nanojaxgpt.objectives.language import make_loss
+    from nanojaxgpt.step import make_hyper, make_init, make_train_step
 
     cfg = base_config().unlock()
     cfg.model.update({k: v for k, v in shape.items() if k != "batch_size"})
     cfg.model.update(vocab_size=VOCAB_SIZE, compute_dtype=dtype)
-    state = jax.jit(lambda rng: sharding.unbox(make_init(cfg)(rng)))(jax.random.key(0))
-    loss = make_loss(Transformer(ModelConfig(**cfg.model)), 1)
-    step = jax.jit(make_train_step(loss, cfg.optim), donate_argnums=0)
+    state, _ = jax.jit(make_init(cfg))(jax.random.key(0))
+    model = Transformer(ModelConfig(**cfg.model))
+    loss = make_loss(model, 1)
+    step = jax.jit(make_train_step(loss, cfg.optim, model.cfg), donate_argnums=0)
     rng, size = np.random.default_rng(0), (shape["batch_size"], shape["seq_len"])
     tokens = rng.integers(0, VOCAB_SIZE, size, np.int32)
     batch, hyper = Batch(tokens, tokens, np.ones(size, np.float32)), make_hyper(cfg)

@@ -1,29 +1,31 @@
-"""Write the parts of the docs that repeat the code: docs/config.md, the tables of docs/migrate.md.
+"""Write the parts of the docs that repeat the code: docs/config.md, tables in other pages.
 
     python scripts/reference.py           # write them
     python scripts/reference.py --check   # exit 1 if the committed pages are out of date
 
-Defaults come from `base_config()`, comments from its source, values from checks.py, and other
-projects' names from names.py.
+The config's fields come from config/sections.py, other projects' names from names.py, and what the
+attention kernels support from themselves (docs/attention.md).
 """
 
 import argparse
+import dataclasses
 import inspect
 import json
-import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from nanojaxgpt.checks import CHOICES, RANGES
-from nanojaxgpt.config import FREE_ON_RESUME, base_config, fields
+from nanojaxgpt.attention import AUTO, KERNELS
+from nanojaxgpt.attention.request import Request
+from nanojaxgpt.config import sections
+from nanojaxgpt.config.sections import Rule
 from nanojaxgpt.names import MAXTEXT, NANOGPT, OTHER_NAMES, TRANSFORMERS
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 HEAD = """\
 # Config reference
 
-<!-- Written by scripts/reference.py from nanojaxgpt/config.py and checks.py. -->
+<!-- Written by scripts/reference.py from nanojaxgpt/config/sections.py. -->
 
 Every field of an experiment, with its default. Set a field in an experiment file
 (`cfg.optim.learning_rate = 3e-4`) or on the command line (`--config.optim.learning_rate=3e-4`).
@@ -33,67 +35,59 @@ Fields marked "yes" under "resume" may change when a run is resumed; so may `tra
 the schedule allows it ([Longer runs](optimizers.md#longer-runs-and-branches)). A change of any
 other field makes a different run, which needs a new `--run`.
 """
-BEGIN = "<!-- Written by scripts/reference.py from nanojaxgpt/names.py. -->"
+BEGIN = "<!-- Written by scripts/reference.py from nanojaxgpt/{}. -->"
 END = "<!-- Until here. -->"
 PROJECTS = (NANOGPT, MAXTEXT, TRANSFORMERS)
+# What a call of attention may ask for, beside a causal mask over rows of 1,024 tokens in bfloat16.
+FEATURES: dict[str, dict] = {
+    "window": dict(window=256),
+    "packed rows": dict(packed=True),
+    "grouped heads": dict(key_heads=2),
+    "softcap": dict(softcap=50.0),
+    "ALiBi": dict(alibi=True),
+    "dropout": dict(dropout=0.1),
+    "odd length": dict(query_length=1001, key_length=1001),
+    "float32": dict(dtype="float32"),
+    "head_dim=20": dict(head_dim=20),
+    "fewer queries than keys": dict(query_length=4),
+}
 LIMIT = 1e9  # beyond this a range has no upper end worth showing
 
 
-def comments() -> dict[str, str]:
-    """Return {"section.field": comment} from the source of base_config; "section" for its own."""
-    found, section = {}, ""
-    for line in inspect.getsource(base_config).splitlines():
-        code, _, comment = line.partition("  # ")
-        if begin := re.match(r"\s+cfg\.(\w+) = ConfigDict\(", code):
-            section = begin[1]
-            found[section] = comment
-        elif field := re.match(r"\s+(\w+)=.*,$", code):
-            found[f"{section}.{field[1]}"] = comment
-    return found
-
-
-def values(name: str, default: object) -> str:
+def values(rule: Rule) -> str:
     """Return which values a field takes, in words."""
-    if name in CHOICES:
-        return ", ".join(f"`{choice}`" for choice in CHOICES[name])
-    if isinstance(default, bool):
+    several = "tuple of " if isinstance(rule.default, tuple) else ""
+    if rule.choices:
+        return several + ", ".join(f"`{choice}`" for choice in rule.choices)
+    if rule.item is bool:
         return "`True`, `False`"
-    if name not in RANGES:
-        return {str: "text", tuple: "tuple of text"}[type(default)]
-    low, high = RANGES[name]
-    kind = {int: "integer", float: "number", tuple: "tuple of integers"}[type(default)]
-    if high < LIMIT:
-        return (
-            f"{kind}, {low:g} to {high:g}" if high == int(high) else f"{kind}, {low:g} to below 1"
-        )
-    return f"{kind}, above 0" if 0 < low < 1e-9 else f"{kind}, at least {low:g}"
+    if rule.item is str:
+        return f"{several}text"
+    kind = {int: "integer", float: "number"}[rule.item]
+    kind = f"{several}{kind}s" if several else kind
+    if rule.high < LIMIT:
+        whole = rule.high == int(rule.high)
+        return f"{kind}, {rule.low:g} to {f'{rule.high:g}' if whole else 'below 1'}"
+    return f"{kind}, above 0" if 0 < rule.low < 1e-9 else f"{kind}, at least {rule.low:g}"
 
 
-def row(name: str, default: object, comment: str) -> str:
+def row(name: str, rule: Rule) -> str:
     """Return a field's line of the table."""
-    listed = ", ".join(CHOICES.get(name, ()))
-    if listed and comment.removeprefix(listed)[:1] in ("", ":"):  # the choices have a column
-        comment = comment.removeprefix(listed).removeprefix(": ")
+    default = rule.default
     shown = json.dumps(default) if isinstance(default, str) else repr(default)
-    resume = "yes" if FREE_ON_RESUME.fullmatch(name) else ""
-    cells = [f"`{name}`", f"`{shown}`", values(name, default), resume, comment]
+    cells = [f"`{name}`", f"`{shown}`", values(rule), "yes" if rule.resume else "", rule.comment]
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
 def config_page() -> str:
     """Return docs/config.md."""
-    lines, defaults = [HEAD], dict(fields(base_config()))
-    for name, comment in comments().items():  # in the order of the source
-        if name in defaults:
-            lines.append(row(name, defaults.pop(name), comment))
-            continue
-        lines += [f"## {name}", ""] + (
-            [f"{comment[:1].upper()}{comment[1:]}.", ""] if comment else []
-        )
+    tables = []
+    for section, kind in sections.kinds().items():
+        lines = [f"## {section}", "", inspect.getdoc(kind) or "", ""]
         lines += ["| field | default | values | resume | |", "|---|---|---|---|---|"]
-    if defaults:
-        raise SystemExit(f"no line of base_config() was recognized for {', '.join(defaults)}")
-    return re.sub(r"(\|)\n## ", r"\1\n\n## ", "\n".join(lines)) + "\n"
+        lines += [row(f"{section}.{name}", rule) for name, rule in kind.rules().items()]
+        tables.append("\n".join(lines) + "\n")
+    return "\n".join([HEAD, *tables])
 
 
 def quoted(names: Iterable[str]) -> str:
@@ -129,13 +123,37 @@ def names_tables() -> str:
     )
 
 
+def kernels_table() -> str:
+    """Return a table of the features that each attention kernel supports, and why others not."""
+    home = {names[0]: platform for platform, names in AUTO.items()}
+    head = f"| | {' | '.join(f'`{name}`' for name in KERNELS)} |\n|---|{'---|' * len(KERNELS)}\n"
+    rows, reasons = [], []
+    for feature, changes in FEATURES.items():
+        cells = []
+        for name, kernel in KERNELS.items():
+            plain = Request(home.get(name, "cpu"), 1024, 1024, 8, 8, 64, "bfloat16")
+            reason = kernel.supports(dataclasses.replace(plain, **changes))
+            cells.append("no" if reason else "yes")
+            reasons += [f"- `{name}`, {feature}: {reason}"] if reason else []
+        rows.append(f"| {feature} | {' | '.join(cells)} |")
+    return head + "\n".join(rows) + "\n\n" + "\n".join(reasons) + "\n"
+
+
+def filled(page: Path, source: str, table: str) -> str:
+    """Return a page with `table` in the place of what was written from `source` before."""
+    begin = BEGIN.format(source)
+    before, rest = page.read_text().split(begin)
+    return f"{before}{begin}\n\n{table}\n{END}{rest.split(END)[1]}"
+
+
 def pages() -> dict[Path, str]:
     """Return what the generated pages should hold."""
-    migrate = DOCS / "migrate.md"
-    before, rest = migrate.read_text().split(BEGIN)
-    after = rest.split(END)[1]
-    tables = f"{before}{BEGIN}\n\n{names_tables()}\n{END}{after}"
-    return {DOCS / "config.md": config_page(), migrate: tables}
+    migrate, attention = DOCS / "migrate.md", DOCS / "attention.md"
+    return {
+        DOCS / "config.md": config_page(),
+        migrate: filled(migrate, "names.py", names_tables()),
+        attention: filled(attention, "attention/", kernels_table()),
+    }
 
 
 def main(arguments: list[str]) -> int:

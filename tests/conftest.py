@@ -27,14 +27,14 @@ import jax
 import numpy as np
 import pytest
 
-from nanojaxgpt.config import base_config, override_config
+from nanojaxgpt.config import base_config, override_config, sections
 from nanojaxgpt.data import shards
-from nanojaxgpt.data.sources import DataConfig
-from nanojaxgpt.model import ModelConfig
+from nanojaxgpt.model.config import ModelConfig
 from nanojaxgpt.sweep.claims import run_path
 from nanojaxgpt.sweep.plan import Trial
 
-jax.config.update("jax_platforms", "cpu")
+# A GPU takes part only where it is asked for: NANOJAXGPT_TEST_PLATFORMS=cuda,cpu.
+jax.config.update("jax_platforms", os.environ.get("NANOJAXGPT_TEST_PLATFORMS", "cpu"))
 jax.config.update("jax_num_cpu_devices", 8)
 
 ROOT = Path(__file__).parents[1]
@@ -47,9 +47,9 @@ def small_model(**changes) -> ModelConfig:
     return ModelConfig(**(base_config().model.to_dict() | small | changes))
 
 
-def data_config(**changes) -> DataConfig:
+def data_config(**changes) -> sections.Data:
     """Return the default data config with `changes`."""
-    return DataConfig(**(base_config().data.to_dict() | changes))
+    return sections.Data(**(base_config().data.to_dict() | changes))
 
 
 def random_tokens(*shape: int, vocab_size: int = 31, seed: int = 0) -> np.ndarray:

@@ -12,6 +12,7 @@ from conftest import write_corpus
 from nanojaxgpt import sharding
 from nanojaxgpt.branch import branch_state
 from nanojaxgpt.config import base_config, override_config
+from nanojaxgpt.data.loader import prepare_data, resolve
 from nanojaxgpt.errors import CheckpointError, ConfigError, DataError
 from nanojaxgpt.horizon import LENGTH, length_problem
 from nanojaxgpt.hosts.process import stop_signals
@@ -19,7 +20,7 @@ from nanojaxgpt.metrics import read_metrics
 from nanojaxgpt.rundir import own_run
 from nanojaxgpt.schedules import SCHEDULES, learning_rate
 from nanojaxgpt.step import make_hyper
-from nanojaxgpt.train import make_job, prepare_data, resolve, share_job, train_job
+from nanojaxgpt.train import make_job, share_job, train_job
 
 
 class Programs:

@@ -19,7 +19,7 @@ from nanojaxgpt.data.tokenizers import train_tokenizer
 from nanojaxgpt.errors import ConfigError
 from nanojaxgpt.hosts import process
 from nanojaxgpt.metrics import read_metrics
-from nanojaxgpt.model import ModelConfig
+from nanojaxgpt.model.config import ModelConfig
 
 USAGE, DATA, NON_FINITE, CHECKPOINT = 2, 3, 4, 5
 

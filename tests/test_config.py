@@ -1,32 +1,43 @@
 """Every field has a rule; overrides, files and JSON are read exactly or refused by name."""
 
+import dataclasses
 import json
+import math
 import re
 import subprocess
 import sys
 import warnings
+from typing import get_origin
 
 import pytest
 from conftest import ROOT
 
 from nanojaxgpt import config
-from nanojaxgpt.checks import CHOICES, RANGES, TUPLES
+from nanojaxgpt.checks import field_problems
 from nanojaxgpt.config import (
-    FREE_ON_RESUME,
     base_config,
     check_config,
     differences,
     fields,
+    free_on_resume,
     from_json,
     load_config,
     load_experiment,
+    load_module,
     override_config,
+    sections,
     to_json,
+    typed,
+    with_fields,
 )
+from nanojaxgpt.config.sections import Config, field
 from nanojaxgpt.errors import ConfigError
 from nanojaxgpt.names import MAXTEXT, NANOGPT, OTHER_NAMES, TRANSFORMERS, unknown_name
+from nanojaxgpt.step import make_hyper
+from nanojaxgpt.sweep import plan
 
 DEFAULTS = dict(fields(base_config()))
+RULES = sections.rules()
 
 
 def override(**overrides):
@@ -45,26 +56,161 @@ def experiment(tmp_path):
     return write
 
 
-@pytest.mark.parametrize("name", DEFAULTS)
-def test_every_number_has_a_range(name):
-    default = DEFAULTS[name]
-    assert isinstance(default, bool | int | float | str | tuple)
-    if isinstance(default, bool | str) or TUPLES.get(name) is str:
-        assert name not in RANGES
-    else:
-        low, high = RANGES[name]
-        assert all(low <= n <= high for n in (default if type(default) is tuple else [default]))
-    if name in CHOICES:
-        assert default in CHOICES[name]
+@pytest.mark.parametrize("name", RULES)
+def test_every_field_says_what_it_may_hold(name):
+    rule, default = RULES[name], DEFAULTS[name]
+    assert rule.comment
+    assert name == name.lower()
+    assert "use_" not in name
+    assert field_problems(name, default, rule) == []
+    assert rule.item in (bool, str) or -1 <= rule.low < rule.high < math.inf
+    for choice in rule.choices:
+        other = (choice,) if isinstance(default, tuple) else choice
+        assert field_problems(name, other, rule) == []
 
 
-def test_rules_name_only_fields():
-    assert set(RANGES) | set(CHOICES) <= set(DEFAULTS)
-    assert all(name == name.lower() and "use_" not in name for name in DEFAULTS)
+def test_annotations_are_the_types_of_the_defaults():
+    assert set(RULES) == set(DEFAULTS)
+    for section, kind in sections.kinds().items():
+        for declared in dataclasses.fields(kind):
+            expected = get_origin(declared.type) or declared.type
+            assert type(getattr(getattr(Config(), section), declared.name)) is expected
+
+
+@dataclasses.dataclass(frozen=True)
+class WiderEval(sections.Eval):
+    """The section with a field more: its one line."""
+
+    repeats: int = field(2, "times that it is measured", low=1, high=9)
+
+
+@dataclasses.dataclass(frozen=True)
+class WiderModel(sections.Model):
+    """The section with two fields more: one line each."""
+
+    mood: str = field("calm", "how it feels", choices=("calm", "eager"), place=True)
+    gain: float = field(1.0, "scales nothing", traced=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class WiderConfig(Config):
+    """A config whose sections have more fields."""
+
+    model: WiderModel = WiderModel()
+    eval: WiderEval = WiderEval()
+
+
+def test_a_field_is_one_line(monkeypatch):
+    hashed = config.config_hash(override_config(base_config(), {"train.num_steps": "7"}))
+    monkeypatch.setattr(sections, "Config", WiderConfig)
+    cfg = base_config()
+    assert (cfg.eval.repeats, cfg.model.mood) == (2, "calm")
+    # A new field with a default leaves the names of configs alone.
+    assert config.config_hash(override_config(cfg, {"train.num_steps": "7"})) == hashed
+    changed = override_config(cfg, {"eval.repeats": "3", "model.mood": "eager"})
+    assert config.config_hash(changed) != config.config_hash(cfg)
+    assert typed(changed).eval.repeats == 3
+    for name, text, words in (
+        ("eval.repeats", "0", "eval.repeats=0 must be at least 1"),
+        ("eval.repeats", "10", "at most 9"),
+        ("model.mood", "calmer", "must be one of calm, eager; did you mean calm?"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(words)):
+            override_config(cfg, {name: text})
+    assert free_on_resume("eval.repeats")  # as its section says
+    assert not free_on_resume("model.mood")
+    assert sections.rules()["model.mood"].place
+    page = load_module(str(ROOT / "scripts" / "reference.py")).config_page()
+    assert "| `eval.repeats` | `2` | integer, 1 to 9 | yes | times that it is measured |\n" in page
+    assert '| `model.mood` | `"calm"` | `calm`, `eager` |  | how it feels |\n' in page
+    others = {"model.gain": "2", "eval.repeats": "3", "model.mood": "eager"}
+    keys = [plan.program_key(override_config(cfg, {n: text})) for n, text in others.items()]
+    assert [key == plan.program_key(cfg) for key in keys] == [True, False, False]
+
+
+def test_typed_is_the_config_and_hashable():
+    cfg = override(model__windows="64,0", optim__learning_rate="1", train__trackers="'wandb',")
+    found = typed(cfg)
+    assert list(fields(found)) == list(fields(cfg))
+    assert found == typed(cfg)
+    assert found != typed(base_config()) == Config()
+    assert len({found, typed(cfg), Config()}) == 2
+    assert (to_json(found), config.config_hash(found)) == (to_json(cfg), config.config_hash(cfg))
+    assert differences(base_config(), found) == differences(base_config(), cfg)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        found.train.seed = 6
+
+
+def test_typed_takes_an_integer_for_a_number_and_no_other_type():
+    cfg = base_config()
+    with cfg.ignore_type():
+        cfg.optim.learning_rate = 1
+    assert type(typed(cfg).optim.learning_rate) is float
+    with cfg.ignore_type():
+        cfg.optim.learning_rate = "1"
+    with pytest.raises(ConfigError, match=r"optim\.learning_rate='1' is a string"):
+        typed(cfg)
+
+
+@pytest.mark.parametrize("make", [Config, base_config])
+def test_with_fields_changes_a_copy(make):
+    cfg = make()
+    found = with_fields(cfg, {"model.remat": "full", "optim.learning_rate": 1})
+    assert (found.model.remat, found.optim.learning_rate) == ("full", 1.0)
+    assert type(found) is type(cfg)
+    assert cfg == make()
+    assert with_fields(found, {"model.remat": "none", "optim.learning_rate": 1e-3}) == cfg
+    for changes, words in (
+        ({"model.n_layer": 2}, "did you mean model.num_layers"),
+        ({"model.num_heads": 3}, "not divisible by model.num_heads=3"),
+        ({"train.num_steps": 0}, "train.num_steps=0 must be at least 1"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(words)):
+            with_fields(cfg, changes)
+
+
+def test_a_program_depends_on_what_is_neither_traced_nor_the_hosts():
+    def key(name, text):
+        return plan.program_key(override_config(base_config(), {name: text}))
+
+    same = {
+        "optim.learning_rate": "0.5", "optim.independent_decay": "True", "train.num_steps": "7",
+        "train.z_loss": "0.1", "train.seed": "3", "model.embed_multiplier": "2",
+        "checkpoint.every_steps": "3", "sample.prompt": "a", "init.scale": "2", "init.step": "1",
+        "eval.every_steps": "7", "train.trackers": "'wandb',", "train.log_every_steps": "3",
+    }  # fmt: skip
+    others = {
+        "optim.optimizer": "lion", "optim.decay_pattern": "a", "optim.trainable": "('embed',)",
+        "optim.rate_multipliers": "('embed=1',)", "optim.ema_decay": "0.9", "eval.batch_size": "3",
+        "init.from_run": "a", "model.dropout": "0.1", "model.remat": "full", "mesh.fsdp": "2",
+    }  # fmt: skip
+    own = plan.program_key(base_config())
+    assert {key(name, text) for name, text in same.items()} == {own}
+    keys = {name: key(name, text) for name, text in others.items()}
+    assert len({own, *keys.values()}) == 1 + len(others)
+    # Of these two a part is traced: another factor, another decay, but the same program.
+    assert key("optim.rate_multipliers", "('embed=2',)") == keys["optim.rate_multipliers"]
+    assert key("optim.ema_decay", "0.5") == keys["optim.ema_decay"]
+
+
+def test_what_is_traced_are_the_numbers_that_the_step_takes():
+    traced = {name.split(".")[1] for name, rule in RULES.items() if rule.traced}
+    assert set(make_hyper(base_config())) - traced == {"decay_begin", "rate_multipliers"}
+    assert traced <= set(make_hyper(base_config()))
+
+
+def test_what_a_paper_may_set_is_where_the_data_and_the_devices_are():
+    places = {name for name, rule in RULES.items() if rule.place}
+    assert {name for name in places if not name.startswith("mesh.")} == {
+        "data.source", "data.sha256", "data.tfds_dir", "data.manual_dir", "data.cache_dir",
+        "data.num_workers", "data.prefetch_batches",
+        "model.attention", "model.unroll", "model.remat",
+    }  # fmt: skip
+    assert places >= {"mesh.slice", "mesh.data", "mesh.fsdp", "mesh.sequence", "mesh.tensor"}
 
 
 def test_what_is_free_on_resume_is_not_what_is_trained():
-    free = {name for name in DEFAULTS if FREE_ON_RESUME.fullmatch(name)}
+    free = {name for name in DEFAULTS if free_on_resume(name)}
     assert {name.split(".")[0] for name in free} == {
         "mesh", "eval", "checkpoint", "sample", "train", "data", "model"
     }  # fmt: skip
@@ -302,17 +448,6 @@ def test_json_brings_everything_back():
     assert config.config_hash(back) != config.config_hash(base_config())
     with pytest.raises(AttributeError):
         back.train.sed = 6
-
-
-def test_a_new_field_with_a_default_leaves_the_names_of_configs_alone(monkeypatch):
-    cfg, later = (override_config(base_config(), {"train.num_steps": "7"}) for _ in range(2))
-    named, defaults = config.config_hash(cfg), base_config().unlock()
-    for extended in (defaults, later.unlock()):
-        extended.train.new_field = 3
-    monkeypatch.setattr(config, "base_config", lambda: defaults)
-    assert config.config_hash(later) == named
-    later.train.new_field = 4
-    assert config.config_hash(later) != named
 
 
 @pytest.mark.parametrize(

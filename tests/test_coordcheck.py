@@ -1,6 +1,7 @@
 """The coordinate check: flat under muP, sloping without, and refusals."""
 
 import json
+import sys
 
 import pytest
 
@@ -23,6 +24,15 @@ def test_activations_stay_with_the_width_under_mup_alone(small_config, tmp_path)
     path = save(result, tmp_path / "check")
     assert path.stat().st_size > 10_000
     assert json.loads(path.with_suffix(".json").read_text())["base"] == 32
+
+
+def test_without_matplotlib_the_numbers_are_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    path = save({"sizes": {}}, tmp_path / "check")
+    assert path.name == "coordcheck.json"
+    assert json.loads(path.read_text()) == {"sizes": {}}
+    assert "no coordcheck.png: matplotlib is not installed" in capsys.readouterr().err
+    assert [one.name for one in path.parent.iterdir()] == ["coordcheck.json"]
 
 
 def test_slope_is_the_power_of_the_width():

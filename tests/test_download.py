@@ -10,9 +10,9 @@ import pytest
 from conftest import ROOT, SHARED, data_config
 
 from nanojaxgpt.__main__ import main
-from nanojaxgpt.config import load_config
+from nanojaxgpt.config import load_config, sections
 from nanojaxgpt.data import sources
-from nanojaxgpt.data.sources import DataConfig, download
+from nanojaxgpt.data.sources import download
 from nanojaxgpt.data.store import prepare
 from nanojaxgpt.errors import DataError
 from nanojaxgpt.papers.paper import load_paper
@@ -271,7 +271,7 @@ def test_tiny_shakespeare_downloaded_is_the_corpus_of_the_reproductions(server, 
         {"data.source": f"text:{server.url}/input.txt", "data.cache_dir": str(tmp_path)},
     )
     assert cfg.data.sha256 == hashlib.sha256(SHAKESPEARE.read_bytes()).hexdigest()
-    store = prepare(DataConfig(**cfg.data), tmp_path, lambda _: None).parts[0].store
+    store = prepare(sections.Data(**cfg.data), tmp_path, lambda _: None).parts[0].store
     local = data_config(source=f"text:{SHAKESPEARE}", tokenizer="chars")
     plain = prepare(local, tmp_path, lambda _: None).parts[0].store
     assert store.split(0.1) == plain.split(0.1) == ((0, 1_003_854), (1_003_854, 1_115_394))

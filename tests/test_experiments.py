@@ -9,7 +9,8 @@ from nanojaxgpt.config import check_config, load_config, load_module
 from nanojaxgpt.data.loader import open_task
 from nanojaxgpt.data.tasks import task_rows
 from nanojaxgpt.errors import ConfigError
-from nanojaxgpt.model import ModelConfig, count_params
+from nanojaxgpt.model.config import ModelConfig
+from nanojaxgpt.model.parameters import count_params
 from nanojaxgpt.papers.paper import load_paper
 from nanojaxgpt.sweep.plan import load_trials
 

@@ -90,6 +90,23 @@ def test_a_copied_run_is_still_finished(finished, tmp_path):
     assert finish.is_finished(cfg, tmp_path / "run", print)
 
 
+def test_without_matplotlib_a_run_has_no_plot_and_is_finished_all_the_same(
+    finished, tmp_path, monkeypatch
+):
+    run, said = tmp_path / "run", []
+    subprocess.run(["cp", "-a", finished[1], run], check=True)
+    (run / "loss.png").unlink()
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    finish.end_run(run, said.append)
+    assert said[0] == "no loss.png: matplotlib is not installed: pip install 'nanojaxgpt[plots]'"
+    assert not [line for line in said[1:] if line.startswith("  plot")]
+    assert not (run / "loss.png").exists()
+    cfg = rundir.load_run(run)
+    assert finish.is_finished(cfg, run, print)
+    monkeypatch.undo()
+    assert not finish.is_finished(cfg, run, print)  # the next `train` draws it
+
+
 def test_a_checkpoint_too_large_to_hash_is_read_instead(finished, tmp_path, monkeypatch):
     run = tmp_path / "run"
     subprocess.run(["cp", "-a", finished[1], run], check=True)

@@ -8,13 +8,12 @@ import pytest
 
 from nanojaxgpt import finish, train
 from nanojaxgpt.__main__ import main
-from nanojaxgpt.config import override_config
-from nanojaxgpt.data.loader import prepare_data
+from nanojaxgpt.config import override_config, typed
+from nanojaxgpt.data.loader import prepare_data, resolve
 from nanojaxgpt.data.tokenizers import load_tokenizer, train_tokenizer
 from nanojaxgpt.errors import ConfigError, DataError
 from nanojaxgpt.rundir import load_run
 from nanojaxgpt.sweep.plan import program_key
-from nanojaxgpt.train import resolve
 
 
 @pytest.fixture
@@ -56,6 +55,7 @@ def test_unset_tokenizer_without_a_parent_is_bytes(child):
     data = quiet(cfg)
     assert data.tokenizer.kind == "bytes"
     assert resolve(cfg, data).data.tokenizer == "bytes"  # as the configs of older runs say
+    assert resolve(typed(cfg), data) == typed(resolve(cfg, data))
 
 
 @pytest.mark.parametrize(

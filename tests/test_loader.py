@@ -12,10 +12,9 @@ from conftest import assert_batches_equal
 
 from nanojaxgpt import sharding
 from nanojaxgpt.__main__ import main
-from nanojaxgpt.config import cache_dir
+from nanojaxgpt.config import cache_dir, sections
 from nanojaxgpt.data.loader import fetch_ahead, open_data, whole_weights
 from nanojaxgpt.data.rows import make_eval_batches, make_train_rows, take_rows
-from nanojaxgpt.data.sources import DataConfig
 from nanojaxgpt.data.tokenizers import load_tokenizer
 from nanojaxgpt.errors import ConfigError, DataError
 from nanojaxgpt.hosts import process
@@ -48,7 +47,7 @@ def open_kind(folders, small_config):
 
     def build(kind, **changes):
         cfg = small_config(**({"data.tokenizer": "bytes"} | kinds[kind] | changes))
-        return open_data(DataConfig(**cfg.data), cache_dir(cfg), report=lambda _: None)
+        return open_data(sections.Data(**cfg.data), cache_dir(cfg), report=lambda _: None)
 
     return build
 
@@ -202,6 +201,45 @@ def test_fetching_ahead_raises_what_went_wrong_in_its_place():
     assert [next(batches), next(batches)] == [0, 1]
     with pytest.raises(DataError, match="the store was altered"):
         next(batches)
+
+
+def test_fetching_ahead_stays_within_its_depth_and_ends_when_it_is_closed():
+    asked, thread = [], []
+
+    def fetch(step):
+        asked.append(step)
+        thread[:] = [threading.current_thread()]
+        return step
+
+    batches = fetch_ahead(fetch, 0, 100, 3)
+    assert not asked  # no thread before the first is wanted
+    for step in range(5):
+        assert next(batches) == step
+        assert max(asked) <= step + 3
+    batches.close()
+    thread[0].join(10)
+    assert not thread[0].is_alive()
+    assert max(asked) <= 4 + 3 + 1
+    assert list(fetch_ahead(fetch, 0, 9, 3)) == list(range(9))
+    thread[0].join(10)
+    assert not thread[0].is_alive()
+
+
+def test_an_iterator_that_is_dropped_does_not_wait_for_a_fetch_that_hangs():
+    hung, thread = threading.Event(), []
+
+    def fetch(step):
+        thread[:] = [threading.current_thread()]
+        return hung.wait(60) if step == 2 else step
+
+    batches = fetch_ahead(fetch, 0, 9, 2)
+    assert [next(batches), next(batches)] == [0, 1]
+    del batches
+    assert thread[0].daemon
+    assert thread[0].is_alive()
+    hung.set()
+    thread[0].join(10)
+    assert not thread[0].is_alive()
 
 
 def test_a_task_trains_and_eval_says_that_nothing_is_held_out(

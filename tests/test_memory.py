@@ -12,12 +12,13 @@ from conftest import ROOT, write_tiny
 
 from nanojaxgpt import memory, sharding
 from nanojaxgpt.__main__ import main
-from nanojaxgpt.attention import init_cache
+from nanojaxgpt.attention.cache import init_cache
 from nanojaxgpt.config import base_config, override_config
 from nanojaxgpt.errors import MemoryExceeded
 from nanojaxgpt.hosts import process
 from nanojaxgpt.memory import cache_bytes, explained, group_bytes, host_bytes, readable
-from nanojaxgpt.model import ModelConfig, count_params
+from nanojaxgpt.model.config import ModelConfig
+from nanojaxgpt.model.parameters import count_params
 from nanojaxgpt.step import make_step
 
 TOO_LARGE = 6
@@ -56,10 +57,10 @@ def test_the_bytes_are_those_of_adam_by_hand(limit):
     needed = 4 * 4 * count + 2 * 4 + 3 * 4 * cfg.train.batch_size * cfg.model.seq_len
     abstract = state(cfg, mesh)
     limit(needed)
-    memory.check_state(cfg, mesh, abstract)
+    memory.check_state(cfg, mesh, abstract, {})
     limit(needed - 1)
     with pytest.raises(MemoryExceeded, match=re.escape(readable(needed))):
-        memory.check_state(cfg, mesh, abstract)
+        memory.check_state(cfg, mesh, abstract, {})
 
 
 @pytest.mark.parametrize(
@@ -73,7 +74,7 @@ def test_the_bytes_are_those_of_adam_by_hand(limit):
 def test_sizes_that_no_machine_has(overrides, words):
     cfg, mesh = config(**overrides), sharding.make_mesh({}, jax.devices()[:1])
     with pytest.raises(MemoryExceeded) as caught:
-        memory.check_state(cfg, mesh, state(cfg, mesh))
+        memory.check_state(cfg, mesh, state(cfg, mesh), {})
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
 

@@ -9,21 +9,16 @@ import numpy as np
 import pytest
 
 from nanojaxgpt import checkpoint, metrics, sharding
-from nanojaxgpt.attention import Mask, attend
+from nanojaxgpt.attention import attend
+from nanojaxgpt.attention.request import Mask
+from nanojaxgpt.data.loader import prepare_data, resolve
 from nanojaxgpt.data.rows import Batch
 from nanojaxgpt.errors import ConfigError
-from nanojaxgpt.model import ModelConfig, Transformer
-from nanojaxgpt.train import (
-    accumulate,
-    fit,
-    make_hyper,
-    make_init,
-    make_job,
-    make_loss,
-    prepare_data,
-    resolve,
-    start_state,
-)
+from nanojaxgpt.model.config import ModelConfig
+from nanojaxgpt.model.transformer import Transformer
+from nanojaxgpt.objectives.language import make_loss
+from nanojaxgpt.step import accumulate, make_hyper, make_init
+from nanojaxgpt.train import fit, make_job, start_state
 
 MESHES = {
     "one": dict(data=1, fsdp=1, tensor=1),
@@ -88,14 +83,15 @@ def one_step(build, sizes: dict, options: tuple) -> tuple[dict, set]:
     )
 
     def gradients(params, batch):
-        return accumulate(loss_fn, params, batch, hyper, jax.random.key(0), int(parts))
+        key = jax.random.key(0)
+        return accumulate(loss_fn, params, {}, batch, hyper, key, int(parts))[:2]
 
     with jax.set_mesh(mesh):
         batch = sharding.global_batch(
             lambda first, last: jax.tree.map(lambda x: x[first:last], rows), *shape, mesh
         )
-        init = jax.jit(lambda rng: sharding.unbox(make_init(cfg)(rng)), out_shardings=job.shardings)
-        state = init(jax.random.key(0))
+        init = jax.jit(make_init(cfg), out_shardings=(job.shardings, {}))
+        state, _ = init(jax.random.key(0))
         held = {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(state.params)}
         loss, grads = jax.jit(gradients)(state.params, batch)
         state, _ = job.train_step(state, batch, hyper)
@@ -187,7 +183,7 @@ def test_a_checkpoint_of_one_mesh_is_the_same_on_every_other(cfg, on_mesh, tmp_p
         mesh = on_mesh(name)
         job = make_job(resolve(cfg, store), store, mesh)
         with jax.set_mesh(mesh):
-            state = start_state(job, tmp_path / "run", lambda _: None)
+            state, _ = start_state(job, tmp_path / "run", lambda _: None)
         for a, b, s in zip(*map(jax.tree.leaves, (saved, state, job.shardings)), strict=True):
             np.testing.assert_array_equal(a, b)
             assert b.sharding.is_equivalent_to(s, b.ndim)

@@ -9,16 +9,12 @@ import numpy as np
 import pytest
 from conftest import allocates_at_most, random_tokens, small_model
 
-from nanojaxgpt.attention import Mask, attend, init_cache
-from nanojaxgpt.model import (
-    ModelConfig,
-    Multipliers,
-    Transformer,
-    count_params,
-    init_params,
-    sinusoids,
-)
-from nanojaxgpt.sharding import unbox
+from nanojaxgpt.attention.cache import init_cache
+from nanojaxgpt.errors import ConfigError
+from nanojaxgpt.model.config import ModelConfig, Multipliers
+from nanojaxgpt.model.parameters import count_params
+from nanojaxgpt.model.rotary import sinusoids
+from nanojaxgpt.model.transformer import Transformer, init_params
 
 VARIANTS = {
     "gpt2": {},
@@ -36,7 +32,7 @@ VARIANTS = {
 @functools.partial(jax.jit, static_argnums=0)
 def fresh(cfg: ModelConfig) -> dict:
     """Return the initial parameters."""
-    return unbox(init_params(cfg, jax.random.key(0)))
+    return init_params(cfg, jax.random.key(0))
 
 
 @pytest.mark.parametrize(
@@ -164,25 +160,9 @@ def test_parameters_have_one_layout_whatever_is_unrolled():
     assert shapes[0] == shapes[1]
 
 
-@pytest.mark.parametrize("kernel", ["plain", "xla", "splash"])
-def test_kernels_agree_with_the_formula(kernel):
-    """Splash runs interpreted here; cuDNN needs a GPU."""
-    long = dict(seq_len=256, head_dim=128, num_heads=2, num_layers=1, positions="rotary")
-    tokens_BT = random_tokens(1, 256)
-    segments_BT = np.where(np.arange(256) < 100, 1, 2)[None]
-    for changes in ({}, {"windows": (70,)}):
-        for segments in (None, segments_BT):
-            cfg, params = build(**long, **changes)
-            plain = small_model(**long, **changes, attention="plain")
-            this = small_model(**long, **changes, attention=kernel)
-            a_BTV = forward(plain, params, tokens_BT, segments_BT=segments)
-            b_BTV = forward(this, params, tokens_BT, segments_BT=segments)
-            np.testing.assert_allclose(a_BTV, b_BTV, atol=1e-3, rtol=1e-3)
-
-
 def test_a_kernel_asked_for_by_name_is_not_replaced_silently():
     cfg, params = build(attention="splash")
-    with pytest.raises(ValueError, match="divisible by 128"):
+    with pytest.raises(ConfigError, match="divisible by 128"):
         forward(cfg, params, random_tokens(1, 12))
 
 
@@ -199,16 +179,6 @@ def test_dropout_acts_only_when_training_and_by_its_rng():
     np.testing.assert_array_equal(
         forward(cfg, params, tokens_BT), forward(still, params, tokens_BT)
     )
-
-
-def test_attention_dropout_keeps_the_mean():
-    q_BTNH = jax.random.normal(jax.random.key(0), (1, 8, 2, 4))
-    mask = Mask(jnp.arange(8)[None], jnp.arange(8)[None])
-    exact = attend(q_BTNH, q_BTNH, q_BTNH, mask, scale=0.5)
-    draw = lambda rng: attend(q_BTNH, q_BTNH, q_BTNH, mask, scale=0.5, dropout=0.2, rng=rng)
-    draws = jax.vmap(draw)(jax.random.split(jax.random.key(1), 4000))
-    assert np.abs(draws - exact).max() > 0.1
-    np.testing.assert_allclose(draws.mean(0), exact, atol=0.05)
 
 
 def test_soft_cap_bounds_the_logits():

@@ -16,8 +16,9 @@ from conftest import ROOT, write_tiny
 from test_hosts import free_address
 
 from nanojaxgpt import checkpoint, rundir, sharding
+from nanojaxgpt.data.loader import prepare_data
 from nanojaxgpt.metrics import read_metrics
-from nanojaxgpt.train import make_job, prepare_data
+from nanojaxgpt.train import make_job
 
 NUM_STEPS = 12
 # float32 sums over another number of devices round otherwise, as in test_meshes.

@@ -5,13 +5,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import small_model
 
-from nanojaxgpt.checks import CHOICES
 from nanojaxgpt.config import base_config
+from nanojaxgpt.config.sections import rules
 from nanojaxgpt.errors import ConfigError
+from nanojaxgpt.model.parameters import parameters
 from nanojaxgpt.optim import (
     NORMS_NEEDED,
     OPTIMIZERS,
+    check_pattern,
     clip_factor,
     frozen_gradients,
     gradient_point,
@@ -23,6 +26,7 @@ from nanojaxgpt.optim import (
 from nanojaxgpt.schedules import SCHEDULES, learning_rate
 from nanojaxgpt.step import make_hyper
 
+TABLE = parameters(small_model())
 HYPER = dict(
     learning_rate=1.0, num_steps=100.0, warmup_steps=9.0, final_fraction=0.1, decay_begin=80.0,
     beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, independent_decay=0.0, ema_decay=0.0,
@@ -94,7 +98,7 @@ def test_cosine_is_nanogpts():
 
 def test_adamw_is_its_formula():
     params = {"w_DF": jnp.array([[1.0, -2.0]]), "bias": jnp.array([3.0])}
-    optimizer = make_optimizer("adamw", HYPER, 0.01, r"_[A-Z]{2,}$")
+    optimizer = make_optimizer("adamw", TABLE, HYPER, 0.01, r"_[A-Z]{2,}$")
     state = optimizer.init(params)
     m = v = np.zeros(3)
     p = np.array([1.0, -2.0, 3.0])
@@ -117,7 +121,7 @@ def test_independent_decay_follows_the_schedule_and_not_the_rate():
     def decayed(independent, peak, factor=0.25):
         numbers = {"independent_decay": independent, "learning_rate": peak}
         hyper = HYPER | {name: jnp.float32(value) for name, value in numbers.items()}
-        optimizer = make_optimizer("adamw", hyper, peak * factor, r"_[A-Z]{2,}$")
+        optimizer = make_optimizer("adamw", TABLE, hyper, peak * factor, r"_[A-Z]{2,}$")
         updates, _ = optimizer.update(grads, optimizer.init(params), params)
         return updates
 
@@ -126,7 +130,7 @@ def test_independent_decay_follows_the_schedule_and_not_the_rate():
         hyper = HYPER | {"independent_decay": jnp.float32(independent)}
         tree = {name: jnp.array([[1.0, -2.0]]) for name in ("w_DF", "up_DF", "q_DF")}
         multipliers = [("w_", jnp.float32(0.1)), ("q_", jnp.float32(0))]
-        optimizer = make_optimizer("adamw", hyper, 0.5, "_DF", multipliers)
+        optimizer = make_optimizer("adamw", TABLE, hyper, 0.5, "_DF", multipliers)
         zeros = jax.tree.map(jnp.zeros_like, tree)
         return optimizer.update(zeros, optimizer.init(tree), tree)[0]
 
@@ -145,10 +149,10 @@ def test_independent_decay_follows_the_schedule_and_not_the_rate():
 
 def test_patterns_that_match_nothing_are_refused():
     tree = {"layers": {"q_DNH": 0, "q_bias": 0}}
-    assert path_mask(tree, "q_D", "f") == {"layers": {"q_DNH": True, "q_bias": False}}
-    assert path_mask(tree, "", "f") == {"layers": {"q_DNH": False, "q_bias": False}}
+    assert path_mask(tree, "q_D") == {"layers": {"q_DNH": True, "q_bias": False}}
+    assert path_mask(tree, "") == {"layers": {"q_DNH": False, "q_bias": False}}
     with pytest.raises(ConfigError, match=r"optim.decay_pattern='gate' matches no parameter"):
-        path_mask(tree, "gate", "optim.decay_pattern")
+        check_pattern("optim.decay_pattern", "gate", TABLE)
 
 
 def test_clipping_shrinks_only_what_is_too_long():
@@ -158,8 +162,8 @@ def test_clipping_shrinks_only_what_is_too_long():
 
 
 def test_the_config_knows_every_name():
-    assert CHOICES["optim.optimizer"] == tuple(OPTIMIZERS)
-    assert CHOICES["optim.schedule"] == tuple(SCHEDULES)
+    assert rules()["optim.optimizer"].choices == tuple(OPTIMIZERS)
+    assert rules()["optim.schedule"].choices == tuple(SCHEDULES)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -171,7 +175,7 @@ def test_every_optimizer_goes_downhill(name):
         square = jnp.sum((params["layers"]["up_DF"] - target) ** 2)
         return square + jnp.sum((params["scale"] - 1) ** 2)
 
-    optimizer = make_optimizer(name, HYPER | {"weight_decay": jnp.float32(0)}, 0.02, "")
+    optimizer = make_optimizer(name, TABLE, HYPER | {"weight_decay": jnp.float32(0)}, 0.02, "")
     state = optimizer.init(params)
     update = jax.jit(lambda state, params: optimizer.update(jax.grad(loss)(params), state, params))
     for _ in range(60):
@@ -186,7 +190,7 @@ def test_muon_turns_each_layers_kernel_into_an_orthogonal_matrix_and_leaves_the_
     params["layers"]["q_bias"] = jnp.zeros((3, 2, 4))
     keys = iter(jax.random.split(jax.random.key(0), 9))
     grads = jax.tree.map(lambda p: jax.random.normal(next(keys), p.shape), params)
-    muon = OPTIMIZERS["muon"](HYPER)
+    muon = OPTIMIZERS["muon"](HYPER, TABLE)
     found, _ = jax.jit(muon.update)(grads, muon.init(params), params)
     matrices = {"q_DNH": (3, 8, 8), "o_NHD": (3, 8, 8), "up_DF": (3, 8, 16), "down_DF": (3, 8, 16)}
     for name, shape in matrices.items():
@@ -194,7 +198,7 @@ def test_muon_turns_each_layers_kernel_into_an_orthogonal_matrix_and_leaves_the_
         sizes /= 0.2 * np.sqrt(max(shape[1:]))
         assert sizes.max() < 1.25  # five Newton-Schulz steps bring most near 1
         assert np.median(sizes) > 0.7
-    adam = OPTIMIZERS["adamw"](HYPER)
+    adam = OPTIMIZERS["adamw"](HYPER, TABLE)
     rest = {"embed_VD": grads["embed_VD"], "q_bias": grads["layers"]["q_bias"]}
     expected, _ = adam.update(rest, adam.init(rest), rest)
     np.testing.assert_allclose(found["embed_VD"], expected["embed_VD"], rtol=1e-6)
@@ -277,7 +281,7 @@ def test_adafactor_takes_each_layers_kernel_as_a_matrix(oracle):
             leaf[1] *= 30  # a spike of one layer must not shrink the other's update
     params, state = as_tree(first), None
     for grads in steps:
-        optimizer = make_optimizer("adafactor", HYPER, 0.1, ".")
+        optimizer = make_optimizer("adafactor", TABLE, HYPER, 0.1, ".")
         state = state or optimizer.init(params)
         updates, state = optimizer.update(as_tree(grads), state, params)
         params = optax.apply_updates(params, updates)
@@ -291,22 +295,24 @@ def test_adafactor_takes_each_layers_kernel_as_a_matrix(oracle):
 
 def test_adafactors_state_is_a_row_and_a_column_for_each_matrix():
     params = as_tree({name: np.zeros(shape) for name, (shape, _) in LEAVES.items()})
-    state = OPTIMIZERS["adafactor"](HYPER).init(params)
+    state = OPTIMIZERS["adafactor"](HYPER, TABLE).init(params)
     sizes = {name: np.prod(shape) for name, (shape, _) in LEAVES.items()}
     sizes |= {"layers/q_DNH": 2 * (6 + 8), "layers/o_NHD": 2 * (8 + 6)}
     sizes |= {"layers/down_DF": 2 * (6 + 16), "embed_VD": 9 + 6}
     assert sum(leaf.size for leaf in jax.tree.leaves(state)) == 1 + sum(sizes.values())
     largest = as_tree({"layers/q_DNH": np.zeros((2, 160, 4, 40))})
-    sizes = [leaf.size for leaf in jax.tree.leaves(OPTIMIZERS["adafactor"](HYPER).init(largest))]
+    sizes = [
+        leaf.size for leaf in jax.tree.leaves(OPTIMIZERS["adafactor"](HYPER, TABLE).init(largest))
+    ]
     assert sorted(sizes) == [1, 2 * 160, 2 * 160]
 
 
 def test_multipliers_scale_and_freeze_paths():
     params = {"embed_VD": jnp.ones(2), "layers": {"up_DF": jnp.ones(2), "q_DNH": jnp.ones(2)}}
-    multipliers = rate_multipliers(("embed_=0", "q_DNH=0.5"), "adamw", 1)
+    multipliers = rate_multipliers(("embed_=0", "q_DNH=0.5"), "adamw", 1, TABLE)
 
     def updates(multipliers):
-        optimizer = make_optimizer("adamw", HYPER, 0.1, "up_DF", multipliers)
+        optimizer = make_optimizer("adamw", TABLE, HYPER, 0.1, "up_DF", multipliers)
         return optimizer.update(params, optimizer.init(params), params)[0]
 
     plain, found = updates([]), updates(multipliers)
@@ -318,18 +324,18 @@ def test_multipliers_scale_and_freeze_paths():
     np.testing.assert_array_equal(clean["layers"]["q_DNH"], 1)
     for entries in (("embed",), ("embed=x",)):
         with pytest.raises(ConfigError, match="is not PATTERN=FACTOR"):
-            rate_multipliers(entries, "adamw", 1)
+            rate_multipliers(entries, "adamw", 1, TABLE)
     with pytest.raises(ConfigError, match=r"optim.rate_multipliers='gate' matches no parameter"):
-        updates(rate_multipliers(("gate=2",), "adamw", 1))
+        check_pattern("optim.rate_multipliers", "gate", TABLE)
 
 
 def test_mup_divides_the_rate_of_hidden_kernels_alone():
-    (pattern, factor), *rest = rate_multipliers((), "adamw", 4)
+    (pattern, factor), *rest = rate_multipliers((), "adamw", 4, TABLE)
     assert (factor, rest) == (0.25, [])
-    assert rate_multipliers((), "muon", 4)[0][1] == 0.5
-    assert rate_multipliers((), "adamw", 1) == []
+    assert rate_multipliers((), "muon", 4, TABLE)[0][1] == 0.5
+    assert rate_multipliers((), "adamw", 1, TABLE) == []
     tree = {"layers": {"q_DNH": 0, "down_DF": 0, "up_bias": 0}, "embed_VD": 0, "head_VD": 0}
-    mask = path_mask(tree, pattern, "f")
+    mask = path_mask(tree, pattern)
     hidden = {"q_DNH": True, "down_DF": True, "up_bias": False}
     assert mask == {"layers": hidden, "embed_VD": False, "head_VD": False}
 
@@ -339,9 +345,9 @@ def noisy_steps(name, rates, ema=False, decay=0.0, **numbers):
     hyper = HYPER | {key: jnp.float32(value) for key, value in numbers.items()}
     hyper |= {"weight_decay": jnp.float32(decay)}
     params = {"w_DF": jnp.array([[1.0, -2.0, 0.5]])}
-    state = make_optimizer(name, hyper, 0.0, "", ema=ema).init(params)
+    state = make_optimizer(name, TABLE, hyper, 0.0, "", ema=ema).init(params)
     for step, rate in enumerate(rates):
-        optimizer = make_optimizer(name, hyper, jnp.float32(rate), "w_DF", ema=ema)
+        optimizer = make_optimizer(name, TABLE, hyper, jnp.float32(rate), "w_DF", ema=ema)
         point = gradient_point(name, hyper, params, state)
         noise = jax.random.normal(jax.random.key(step), (1, 3))
         grads = jax.tree.map(lambda p, noise=noise: p + noise, point)
@@ -396,7 +402,7 @@ def test_what_is_frozen_stays_where_it_is_in_an_average(name, ema):
     state, start = None, params
     for _ in range(5):
         hyper = HYPER | {"ema_decay": jnp.float32(0.9)}
-        optimizer = make_optimizer(name, hyper, jnp.float32(0.1), "", [("w_", 0.0)], ema)
+        optimizer = make_optimizer(name, TABLE, hyper, jnp.float32(0.1), "", [("w_", 0.0)], ema)
         state = state or optimizer.init(params)
         updates, state = optimizer.update(params, state, params)
         params = optax.apply_updates(params, updates)

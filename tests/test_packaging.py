@@ -4,27 +4,27 @@ import ast
 import configparser
 import importlib
 import re
+import sys
 
 import pytest
 from conftest import ROOT
 
 SETUP = configparser.ConfigParser()
 SETUP.read(ROOT / "setup.cfg")
-REQUIRED = [
-    line.strip()
-    for section in ("options", "options.extras_require")
-    for field, text in SETUP[section].items()
-    if field == "install_requires" or section.endswith("require")
-    for line in text.strip().splitlines()
-]
+CORE, EXTRAS = SETUP["options"]["install_requires"], SETUP["options.extras_require"]
+REQUIRED = [line.strip() for text in (CORE, *EXTRAS.values()) for line in text.strip().splitlines()]
 # Names that other packages do not promise to keep: package, module, what leads to it.
 PRIVATE = {
     "auto_detect_unset_distributed_params": ("jax", "jax._src.clusters", "ClusterEnv"),
     "_make_sbatch_string": ("submitit", "submitit.slurm.slurm", ""),
     "submitit_main": ("submitit", "submitit.core._submit", ""),
-    "_trial_id": ("optuna", "optuna.trial", "create_trial(value=0.0)"),
     "_fingerprint": ("datasets", "datasets", "Dataset.from_dict({})"),
 }
+# Packages without which text is trained on, evaluated and sampled, and the extra that has them.
+OPTIONAL = {"matplotlib": "plots", "tensorflow-datasets": "tfds", "array_record": "tfds"}
+# Modules that nothing imports but where an optional package is there: file, what it may import.
+LATE = {("builders.py", "tensorflow_datasets"), ("builders.py", "absl"), ("search.py", "optuna")}
+WITH_JAX = {"scipy", "jaxlib"}  # jax requires them
 PUBLIC = {"_replace", "_asdict", "_fields", "_exit", "_actions"}  # Python's own
 
 
@@ -51,5 +51,46 @@ def test_every_private_name_that_is_used_is_in_the_table():
                 used.add(node.attr)
         elif isinstance(node, ast.ImportFrom) and re.search(r"\._[a-z]", node.module or ""):
             assert node.module in modules
-    assert {"_trial_id", "_make_sbatch_string"} <= used
+    assert {"_make_sbatch_string", "_fingerprint"} <= used
     assert not used - PRIVATE.keys() - PUBLIC - own
+
+
+def test_a_private_name_is_used_in_one_module():
+    texts = [path.read_text() for path in (ROOT / "nanojaxgpt").rglob("*.py")]
+    for word in (
+        "jax._src",
+        "._make_sbatch_string",
+        "submitit.core._submit",
+        "dataset._fingerprint",
+    ):
+        assert len([text for text in texts if word in text]) == 1, word
+
+
+def names_of(lines: str) -> set[str]:
+    """Return the names of required packages as they are imported."""
+    found = {re.match(r"[\w-]+", line)[0] for line in lines.split("\n") if line.strip()}
+    return {name.lower().replace("-", "_").removesuffix("_checkpoint") for name in found}
+
+
+def test_what_is_optional_is_an_extra_and_the_tests_have_it():
+    core = names_of(CORE)
+    for package, extra in OPTIONAL.items():
+        assert package.replace("-", "_") in names_of(EXTRAS[extra]) - core
+        assert extra in re.search(r"nanojaxgpt\[(.*)\]", EXTRAS["test"])[1].split(",")
+
+
+def test_what_every_module_imports_is_required():
+    known = names_of(CORE) | WITH_JAX | {"nanojaxgpt"} | set(sys.stdlib_module_names)
+    for path in (ROOT / "nanojaxgpt").rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        inside = {
+            node
+            for function in ast.walk(tree)
+            if isinstance(function, ast.FunctionDef)
+            for node in ast.walk(function)
+        }
+        for node in set(ast.walk(tree)) - inside:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) else []
+            for package in {name.split(".")[0] for name in names} - known:
+                assert (path.name, package) in LATE, path

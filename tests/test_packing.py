@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 
 from nanojaxgpt.data.packing import cover_rows, packed_rows, plan_rows, wrap_rows
 from nanojaxgpt.data.rows import Source, make_eval_batches, make_train_rows
-from nanojaxgpt.model import Transformer, init_params
-from nanojaxgpt.sharding import unbox
+from nanojaxgpt.model.transformer import Transformer, init_params
 
 
 class ArrayStore(NamedTuple):
@@ -176,7 +175,7 @@ def test_packed_losses_are_those_of_the_documents_alone():
     batch = read_all(packed_rows(store, (0, int(ends[-1])), 16))
     assert batch.segments_BT.max() > 1
     cfg = small_model(num_layers=1)
-    model, params = Transformer(cfg), unbox(init_params(cfg, jax.random.key(0)))
+    model, params = Transformer(cfg), init_params(cfg, jax.random.key(0))
 
     def losses(tokens_BT, targets_BT, *context):
         logits_BTV, _ = jax.jit(model.apply)({"params": params}, tokens_BT, *context)

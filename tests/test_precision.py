@@ -10,10 +10,12 @@ import pytest
 from nanojaxgpt import sharding
 from nanojaxgpt import train as train_module
 from nanojaxgpt.config import base_config, override_config
+from nanojaxgpt.data.loader import prepare_data, resolve
 from nanojaxgpt.data.rows import Batch
+from nanojaxgpt.model.config import ModelConfig
 from nanojaxgpt.optim import OPTIMIZERS
 from nanojaxgpt.step import accumulate, first_state, make_hyper, make_step, make_train_step
-from nanojaxgpt.train import fit, make_job, prepare_data, resolve
+from nanojaxgpt.train import fit, make_job
 
 make_mesh = sharding.make_mesh
 CASES = [(name, 0.0) for name in OPTIMIZERS]
@@ -79,14 +81,17 @@ def follow(pulls: np.ndarray, **optim: str) -> np.ndarray:
     """Return the parameter, 1.0 in bfloat16 at first, that SGD moves by -1 x these gradients."""
     base = {"optim.optimizer": "sgd", "optim.beta1": "0", "optim.learning_rate": "1",
             "optim.weight_decay": "0", "optim.clip_norm": "0", "optim.schedule": "constant",
-            "optim.warmup_steps": "0", "optim.decay_pattern": ""}  # fmt: skip
+            "optim.warmup_steps": "0", "optim.decay_pattern": "",
+            "model.vocab_size": "257"}  # fmt: skip
     cfg = override_config(base_config(), base | optim)
 
-    def loss(params, batch, hyper, rng):
-        return batch.tokens_BT[0, 0] * params["w"].astype(jnp.float32)[0]
+    def loss(params, frozen, batch, hyper, rng):
+        pull = batch.tokens_BT[0, 0] * params["w"].astype(jnp.float32)[0]
+        return pull, jnp.sum(batch.weights_BT), {}
 
-    step, hyper = make_train_step(loss, cfg.optim), make_hyper(cfg)
-    state = first_state(cfg, {"w": jnp.ones(1, jnp.bfloat16)})
+    step = make_train_step(loss, cfg.optim, ModelConfig(**cfg.model))
+    hyper = make_hyper(cfg)
+    state, _ = first_state(cfg, {"w": jnp.ones(1, jnp.bfloat16)})
 
     def body(state, size):
         one = jnp.ones((1, 1))

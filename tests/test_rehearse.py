@@ -9,15 +9,17 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from nanojaxgpt import attention, sharding
+from nanojaxgpt import sharding
 from nanojaxgpt.__main__ import main
+from nanojaxgpt.attention import choose_kernel, make_request
+from nanojaxgpt.attention.request import Mask
 from nanojaxgpt.chips import CHIPS, GIB, parse_topology
 from nanojaxgpt.config import base_config, load_config, override_config
 from nanojaxgpt.errors import ConfigError
 from nanojaxgpt.flops import forward_flops
 from nanojaxgpt.hosts import process
 from nanojaxgpt.memory import Memory, device_tokens
-from nanojaxgpt.model import ModelConfig
+from nanojaxgpt.model.config import ModelConfig
 from nanojaxgpt.rehearse import estimate, report, search, step, targets
 from nanojaxgpt.rehearse.collectives import (
     array_bytes,
@@ -33,7 +35,7 @@ from nanojaxgpt.rehearse.step import (
     temporaries_wanted,
     trace,
 )
-from nanojaxgpt.train import make_step
+from nanojaxgpt.step import make_step
 
 
 def config(**changes):
@@ -333,17 +335,18 @@ def test_without_libtpu_the_title_says_so(monkeypatch):
 
 def test_the_kernel_follows_the_devices_of_the_mesh():
     q_BTNH = jax.ShapeDtypeStruct((1, 128, 2, 128), jax.numpy.bfloat16)
+    mask = Mask(jax.numpy.arange(128)[None], jax.numpy.arange(128)[None])
 
     def chosen(platform):
         device = jax.sharding.AbstractDevice("some chip", 1, platform)
         with jax.sharding.use_abstract_mesh(
             jax.sharding.AbstractMesh((2,), ("data",), abstract_device=device)
         ):
-            return sharding.platform(), attention.choose_kernel(q_BTNH, False, 0.0, "auto")
+            return sharding.platform(), choose_kernel(make_request(q_BTNH, q_BTNH, mask))
 
     assert chosen("tpu") == ("tpu", "splash")
     assert chosen("gpu") == ("gpu", "cudnn")
-    assert chosen("cpu") == ("cpu", "xla")
+    assert chosen("cpu") == ("cpu", "blocked")
     assert sharding.platform() == jax.default_backend()
 
 

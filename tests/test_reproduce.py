@@ -161,6 +161,13 @@ def test_a_reproduction_that_was_stopped_goes_on(tiny, tmp_path):
     assert (tmp_path / "out" / "curves.png").stat().st_size > 10_000
 
 
+def test_without_matplotlib_nothing_is_trained(tiny, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ConfigError, match=r"a report has figures: .*'nanojaxgpt\[plots\]'"):
+        reproduce(tiny, tmp_path / "out", print)
+    assert not (tmp_path / "out").exists()
+
+
 def test_arms_share_programs_and_one_that_diverges_is_kept(tiny, tmp_path, monkeypatch):
     opened, open_job = [], run.open_job
     monkeypatch.setattr(

@@ -16,10 +16,12 @@ from conftest import ROOT, write_tiny
 from nanojaxgpt import checkpoint, rundir, sharding
 from nanojaxgpt import train as train_module
 from nanojaxgpt.config import override_config
+from nanojaxgpt.data.loader import prepare_data
 from nanojaxgpt.errors import INTERRUPTED, PREEMPTED, Stopped
 from nanojaxgpt.metrics import read_metrics
-from nanojaxgpt.model import ModelConfig, Transformer
-from nanojaxgpt.train import fit, make_evaluation, make_job, prepare_data
+from nanojaxgpt.model.config import ModelConfig
+from nanojaxgpt.model.transformer import Transformer
+from nanojaxgpt.train import fit, make_evaluation, make_job
 
 NUM_STEPS = 20
 KILL, TERM, INT = signal.SIGKILL, signal.SIGTERM, signal.SIGINT
@@ -91,7 +93,7 @@ def leaves(run) -> dict[str, np.ndarray]:
     """Return the arrays of the last step's checkpoint by their paths."""
     cfg = rundir.load_run(run)
     job = make_job(cfg, prepare_data(cfg, print), one_device_mesh())
-    step, items = checkpoint.restore(run / "checkpoints", job.abstract.items(), NUM_STEPS)
+    step, items = checkpoint.restore(run / "checkpoints", job.abstract.items({}), NUM_STEPS)
     assert step == NUM_STEPS
     found = jax.tree_util.tree_leaves_with_path(items)
     return {checkpoint.path_name(path): np.asarray(leaf) for path, leaf in found}
@@ -201,11 +203,11 @@ def share(job, monkeypatch) -> None:
 def interrupt_at(job, step, monkeypatch, asked) -> None:
     """Have SIGTERM arrive while `step` is dispatched."""
 
-    def train_step(state, batch, hyper):
+    def train_step(state, *arguments):
         asked.append(int(state.step))
         if asked[-1] == step - 1:
             os.kill(os.getpid(), TERM)
-        return job.train_step(state, batch, hyper)
+        return job.train_step(state, *arguments)
 
     share(job._replace(train_step=train_step), monkeypatch)
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from conftest import random_tokens, small_model
 
-from nanojaxgpt.attention import init_cache
-from nanojaxgpt.model import Transformer, init_params
-from nanojaxgpt.projection import decoding_params
+from nanojaxgpt.attention.cache import init_cache
+from nanojaxgpt.model.projection import decoding_params
+from nanojaxgpt.model.transformer import Transformer, init_params
 from nanojaxgpt.sample import (
     Decoding,
     Sampling,
@@ -20,7 +20,6 @@ from nanojaxgpt.sample import (
     row_keys,
     stream,
 )
-from nanojaxgpt.sharding import unbox
 
 CFG = small_model(seq_len=32)
 
@@ -28,7 +27,7 @@ CFG = small_model(seq_len=32)
 @functools.cache
 def params() -> dict:
     """Return parameters large enough that greedy choices differ from step to step."""
-    fresh = jax.jit(lambda: unbox(init_params(CFG, jax.random.key(0))))()
+    fresh = jax.jit(lambda: init_params(CFG, jax.random.key(0)))()
     return jax.tree.map(lambda x: x * 12 if x.ndim > 1 else x, fresh)
 
 
@@ -75,7 +74,7 @@ def test_parameters_laid_out_for_decoding_sample_the_same():
         generate, Transformer(CFG), prompts_BT=prompts_BT, lengths_B=lengths_B,
         rng=jax.random.key(0), max_tokens=8, how=Sampling(temperature=0.0),
     )  # fmt: skip
-    np.testing.assert_array_equal(run(params()), run(decoding_params(params(), 1)))
+    np.testing.assert_array_equal(run(params()), run(decoding_params(CFG, params(), 1)))
 
 
 @pytest.mark.parametrize("how", [Sampling(), Sampling(temperature=0.7, top_k=5, top_p=0.9)])
@@ -97,11 +96,11 @@ def test_a_stream_gives_what_generate_gives_and_only_by_its_seed(how):
 def test_decoding_in_blocks_is_the_full_forward():
     """Eight rows of a model 256 wide: kernels turned over and read by blocks."""
     cfg = small_model(embed_dim=256, num_heads=2, mlp_dim=512, num_layers=1)
-    weights = jax.jit(lambda: unbox(init_params(cfg, jax.random.key(0))))()
+    weights = jax.jit(lambda: init_params(cfg, jax.random.key(0)))()
     ids_BT = random_tokens(8, 6)
     full_BTV = jax.jit(Transformer(cfg).apply)({"params": weights}, ids_BT)[0]
     cache = init_cache(1, 8, 8, 2, 128, "float32")
-    laid_out = decoding_params(weights, 8)
+    laid_out = decoding_params(cfg, weights, 8)
     assert laid_out["layers"][0]["down_DF"].blocks_GIO.shape == (1, 512, 256)
     step = jax.jit(Transformer(cfg).apply)
     for at in range(6):
@@ -180,7 +179,7 @@ def test_a_row_ends_at_any_of_the_end_ids_and_repeats_it():
 
 def test_bfloat16_parameters_and_a_padded_vocabulary():
     cfg = small_model(param_dtype="bfloat16", compute_dtype="bfloat16", seq_len=8)
-    fresh = jax.jit(lambda: unbox(init_params(cfg, jax.random.key(0))))()
+    fresh = jax.jit(lambda: init_params(cfg, jax.random.key(0)))()
     how = Sampling(temperature=1e30, vocab_size=5)
     ids_BT, again_BT = (
         np.concatenate(

@@ -11,8 +11,7 @@ from nanojaxgpt.commands.sample import sample
 from nanojaxgpt.config import base_config, override_config, to_json
 from nanojaxgpt.data.tokenizers import ByteTokenizer, CharTokenizer, WordTokenizer
 from nanojaxgpt.errors import ConfigError, MemoryExceeded
-from nanojaxgpt.model import init_params
-from nanojaxgpt.sharding import unbox
+from nanojaxgpt.model.transformer import init_params
 
 
 @pytest.fixture
@@ -20,7 +19,7 @@ def run_of(tmp_path, monkeypatch):
     """Return a function of a tokenizer that gives a run with a padded vocabulary."""
 
     def load_params(run, cfg, mesh, step, log):
-        fresh = jax.jit(lambda: unbox(init_params(cfg, jax.random.key(0))))()
+        fresh = jax.jit(lambda: init_params(cfg, jax.random.key(0)))()
         return 1, jax.tree.map(lambda x: x * 5, fresh)
 
     def build(tokenizer, seq_len=16):

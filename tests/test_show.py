@@ -6,11 +6,10 @@ import sys
 import pytest
 from conftest import ROOT, command
 
-from nanojaxgpt.config import cache_dir
+from nanojaxgpt.config import cache_dir, sections
 from nanojaxgpt.data.loader import open_data
 from nanojaxgpt.data.rows import make_ramp
 from nanojaxgpt.data.show import show_step
-from nanojaxgpt.data.sources import DataConfig
 from nanojaxgpt.errors import DataError
 
 
@@ -26,7 +25,7 @@ def show(small_config, tmp_path):
         text = {"data.tokenizer": "bytes", "data.source": f"text:{tmp_path / 'a'}"}
         changes = {name: value.format(folder=tmp_path) for name, value in changes.items()}
         cfg = small_config(**(text | changes))
-        data = open_data(DataConfig(**cfg.data), cache_dir(cfg), report=lambda _: None)
+        data = open_data(sections.Data(**cfg.data), cache_dir(cfg), report=lambda _: None)
         sizes = make_ramp(batch_size, *ramp)
         return list(show_step(data, split, step, cfg.model.seq_len, sizes, 0, rows))
 

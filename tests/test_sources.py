@@ -445,6 +445,16 @@ def test_unprepared_dataset_is_refused_at_once(tmp_path, name):
     assert time.monotonic() - began < 60  # and not after 204 s of retried downloads
 
 
+def test_without_tensorflow_datasets_a_source_is_refused_before_it_is_read(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
+    words = r"tfds:lm1b: tensorflow_datasets is not installed: pip install 'nanojaxgpt\[tfds\]'"
+    for check in (read_documents, source_identity):
+        with pytest.raises(ConfigError, match=words):
+            list(check("tfds:lm1b", tfds_dir=str(tmp_path)))
+    with pytest.raises(ConfigError, match=words):
+        sources.check_sources(data_config(mixture=("1 tfds:lm1b", "1 stdlib:")))
+
+
 def test_own_builders_read_the_files_in_manual_dir(tmp_path):
     manual = tmp_path / "manual"
     manual.mkdir()

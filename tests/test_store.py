@@ -160,9 +160,8 @@ def test_only_some_shards_are_open_at_once(ten_documents, tmp_path, monkeypatch,
 CHILD = """
 import os, signal, sys, time
 from pathlib import Path
-from nanojaxgpt.config import base_config
+from nanojaxgpt.config import base_config, sections
 from nanojaxgpt.data import shards, tokenizers
-from nanojaxgpt.data.sources import DataConfig
 from nanojaxgpt.data.store import prepare
 
 source, cache, mode, flag = sys.argv[1:]
@@ -182,7 +181,7 @@ def interrupted(self, text):
     return encode(self, text)
 
 tokenizers.ByteTokenizer.encode = interrupted
-data = DataConfig(**base_config().data.to_dict() | dict(source=source, num_workers=1))
+data = sections.Data(**base_config().data.to_dict() | dict(source=source, num_workers=1))
 store = prepare(data, Path(cache), report=lambda line: print(line, flush=True)).parts[0].store
 print(len(calls), store.identity()["tokens"])
 """
@@ -252,9 +251,8 @@ def alive(pid):
 PARALLEL = """
 import multiprocessing, sys, threading, time
 from pathlib import Path
-from nanojaxgpt.config import base_config
+from nanojaxgpt.config import base_config, sections
 from nanojaxgpt.data import shards
-from nanojaxgpt.data.sources import DataConfig
 from nanojaxgpt.data.store import prepare
 
 if __name__ == "__main__":
@@ -265,7 +263,7 @@ if __name__ == "__main__":
         print(*(child.pid for child in multiprocessing.active_children()), flush=True)
     threading.Thread(target=tell, daemon=True).start()
     data = base_config().data.to_dict() | dict(source=sys.argv[1], num_workers=2)
-    prepare(DataConfig(**data), Path(sys.argv[2]))
+    prepare(sections.Data(**data), Path(sys.argv[2]))
 """
 
 

@@ -11,9 +11,11 @@ from conftest import ROOT, write_tiny, write_trial
 
 from nanojaxgpt import checkpoint, config, rundir, sharding
 from nanojaxgpt.__main__ import main
+from nanojaxgpt.data.loader import prepare_data, resolve
 from nanojaxgpt.errors import ConfigError, NonFiniteError, Stopped
 from nanojaxgpt.hosts import process
 from nanojaxgpt.metrics import read_metrics
+from nanojaxgpt.step import make_hyper
 from nanojaxgpt.sweep import run, together
 from nanojaxgpt.sweep.claims import read_outcome, run_path
 from nanojaxgpt.sweep.plan import (
@@ -32,7 +34,7 @@ from nanojaxgpt.sweep.space import (
     uniform,
     zip_,
 )
-from nanojaxgpt.train import fit, make_hyper, make_job, prepare_data, resolve, share_job
+from nanojaxgpt.train import fit, make_job, share_job
 
 RATE, SEED = "optim.learning_rate", "train.seed"
 
@@ -352,13 +354,13 @@ def test_vmap_spreads_the_trials_over_the_devices(write_experiment, fsdp):
     stack = together.Stack(job, len(jobs))
     with jax.set_mesh(job.mesh):
         first = [own.init(jax.random.key(own.cfg.train.seed)) for own in jobs]
-    states, step = stack.place(first, stack.states), stack.make_step()
+    (states, frozen), step = stack.place(first, (stack.states, stack.frozen)), stack.make_step()
     batches = together.make_batches(jobs, [0] * 7, stack)
     hypers = stack.place([make_hyper(own.cfg) for own in jobs], stack.numbers)
     going = stack.place([np.True_] * 7, stack.numbers)
     found = []
     for number in range(2):
-        states, metrics, going = step(states, batches(number), hypers, going)
+        states, metrics, going = step(states, batches(number), hypers, frozen, going)
         found.append(np.asarray(metrics["loss"])[:7])
     leaf = states.params["embed_VD"]
     assert {shard.device for shard in leaf.addressable_shards} == set(jax.devices())
@@ -367,11 +369,11 @@ def test_vmap_spreads_the_trials_over_the_devices(write_experiment, fsdp):
     assert len(set(found[1])) == 7
     with jax.set_mesh(job.mesh):
         for index, own in enumerate(jobs):
-            state = own.init(jax.random.key(own.cfg.train.seed))
+            state, _ = own.init(jax.random.key(own.cfg.train.seed))
             for number in range(2):
                 state, alone = own.train_step(state, own.train_batch(number), make_hyper(own.cfg))
                 np.testing.assert_allclose(found[number][index], alone["loss"], rtol=1e-5)
-            kept = stack.take(states, index)
+            kept, _ = stack.take((states, frozen), index)
             assert kept.params["embed_VD"].sharding == state.params["embed_VD"].sharding
             np.testing.assert_allclose(
                 kept.params["embed_VD"], state.params["embed_VD"], rtol=1e-3, atol=1e-4

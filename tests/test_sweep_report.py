@@ -3,6 +3,7 @@
 import csv
 import math
 import random
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,17 @@ def write_experiment(tmp_path):
         return str(write_tiny(tmp_path, "train.num_steps = 6", more))
 
     return write
+
+
+def test_without_matplotlib_a_report_has_no_plots(write_experiment, tmp_path, monkeypatch):
+    trials = load_trials(write_experiment(f"choice('{RATE}', 1e-3, 1e-2)"), {})
+    for trial in trials:
+        write_trial(tmp_path / "s", trial, 2.0)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    lines = write_report(tmp_path / "s", trials, "validation_loss", False)
+    assert lines[-1] == "no plots: matplotlib is not installed: pip install 'nanojaxgpt[plots]'"
+    names = {path.name for path in (tmp_path / "s" / "report").iterdir()}
+    assert names == {"best.py", "report.txt", "trials.csv"}
 
 
 def test_a_report_has_a_table_the_best_and_plots(write_experiment, tmp_path, capsys):

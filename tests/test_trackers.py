@@ -11,8 +11,9 @@ import time
 import pytest
 from conftest import ROOT, write_tiny
 
-from nanojaxgpt import checks, rundir, trackers
+from nanojaxgpt import rundir, trackers
 from nanojaxgpt.__main__ import main
+from nanojaxgpt.config import sections
 from nanojaxgpt.errors import ConfigError
 from nanojaxgpt.hosts import process
 from nanojaxgpt.trackers import Background, check_installed, close_all, open_trackers
@@ -139,7 +140,7 @@ def test_a_missing_package_is_named_before_anything_starts(tiny, monkeypatch, ca
 
 def test_names_of_trackers(tiny, monkeypatch, capsys):
     monkeypatch.setattr(process, "keep_freed_memory", lambda: None)
-    assert set(checks.TRACKERS) == {"jsonl", *trackers.TRACKERS}
+    assert set(sections.rules()["train.trackers"].choices) == {"jsonl", *trackers.TRACKERS}
     assert main(["train", f"--config={tiny}", "--config.train.trackers=('wanbd',)"]) == 2
     assert "train.trackers='wanbd' must be one of jsonl, tensorboard" in capsys.readouterr().err
 

@@ -14,24 +14,17 @@ from nanojaxgpt import metrics, sharding
 from nanojaxgpt import train as train_module
 from nanojaxgpt.__main__ import main
 from nanojaxgpt.config import override_config
+from nanojaxgpt.data.loader import prepare_data, resolve
 from nanojaxgpt.data.rows import Batch
 from nanojaxgpt.errors import CheckpointError, ConfigError, NonFiniteError
 from nanojaxgpt.metrics import read_metrics
-from nanojaxgpt.model import ModelConfig, Transformer
+from nanojaxgpt.model.config import ModelConfig
+from nanojaxgpt.model.transformer import Transformer
+from nanojaxgpt.objectives.language import make_loss
 from nanojaxgpt.optim import OPTIMIZERS
 from nanojaxgpt.rundir import check_data, saved_steps
-from nanojaxgpt.sharding import unbox
-from nanojaxgpt.train import (
-    fit,
-    make_hyper,
-    make_init,
-    make_job,
-    make_loss,
-    make_train_step,
-    prepare_data,
-    resolve,
-    share_job,
-)  # fmt: skip
+from nanojaxgpt.step import make_hyper, make_init, make_train_step
+from nanojaxgpt.train import fit, make_job, share_job  # fmt: skip
 
 make_mesh = sharding.make_mesh
 
@@ -50,9 +43,10 @@ def batch(seed: int = 0, weights=None) -> Batch:
 
 def step_of(cfg, accumulation_steps=1, chunks=1):
     """Return (state, jitted train_step)."""
-    state = jax.jit(lambda rng: unbox(make_init(cfg)(rng)))(jax.random.key(0))
-    loss = make_loss(Transformer(ModelConfig(**cfg.model)), chunks)
-    return state, jax.jit(make_train_step(loss, cfg.optim, accumulation_steps))
+    state, _ = jax.jit(make_init(cfg))(jax.random.key(0))
+    model = Transformer(ModelConfig(**cfg.model))
+    loss = make_loss(model, chunks)
+    return state, jax.jit(make_train_step(loss, cfg.optim, model.cfg, accumulation_steps))
 
 
 def assert_close(a, b, bound=1e-5):
@@ -120,7 +114,7 @@ def test_the_scale_of_the_start_is_of_the_matrices_alone(cfg):
     twice = cfg.copy_and_resolve_references().unlock()
     twice.init.scale = 2.0
     one, other = (
-        share_job(job, resolve(c, data)).init(jax.random.key(0)).params for c in (cfg, twice)
+        share_job(job, resolve(c, data)).init(jax.random.key(0))[0].params for c in (cfg, twice)
     )
     for name, factor in (("embed_VD", 2), ("position_TD", 2), ("final_norm_scale", 1)):
         np.testing.assert_array_equal(other[name], factor * one[name])
@@ -176,9 +170,10 @@ def test_a_run_goes_on_over_as_many_bad_updates_as_it_may(
     seed = jax.random.key(cfg.train.seed)
     bad = [jax.random.key_data(jax.random.fold_in(seed, step)) for step in (21, 22)]
 
-    def bad_twice(params, batch, hyper, rng):
+    def bad_twice(params, frozen, batch, hyper, rng):
         now = jnp.any(jnp.all(jax.random.key_data(rng) == jnp.stack(bad), axis=1))
-        return real(params, batch, hyper, rng) * jnp.where(now, factor, 1)
+        total, *rest = real(params, frozen, batch, hyper, rng)
+        return total * jnp.where(now, factor, 1), *rest
 
     def train(run):
         return fit(cfg, tmp_path / run, report=lambda _: None)
@@ -263,7 +258,7 @@ def test_mup_at_its_base_width_is_the_standard_one(cfg):
         changed.model.update(attention_scale=0.25, **changes)
         state, _ = step_of(changed)
         loss = make_loss(Transformer(model := ModelConfig(**changed.model)), 1)
-        step = jax.jit(make_train_step(loss, changed.optim, 1, model.width))
+        step = jax.jit(make_train_step(loss, changed.optim, model))
         return step(state, batch(), make_hyper(changed))
 
     standard = after()

@@ -48,7 +48,8 @@ def loss_at(run: Run, length: int) -> float:
     """Return the loss over the validation split, read in windows of `length` tokens."""
     import jax
 
-    from nanojaxgpt.model import ModelConfig, Transformer
+    from nanojaxgpt.model.config import ModelConfig
+    from nanojaxgpt.model.transformer import Transformer
     from nanojaxgpt.papers.reproduce import open_run
     from nanojaxgpt.train import make_evaluation
 

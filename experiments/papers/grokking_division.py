@@ -59,7 +59,8 @@ def accuracies(path: str, step: int) -> tuple[float, float]:
 
     from nanojaxgpt import rundir
     from nanojaxgpt.evaluate import exact_match
-    from nanojaxgpt.model import ModelConfig, Transformer
+    from nanojaxgpt.model.config import ModelConfig
+    from nanojaxgpt.model.transformer import Transformer
     from nanojaxgpt.papers.reproduce import first_rows, open_run
 
     run = Run(Path(path), rundir.load_run(Path(path)), [])

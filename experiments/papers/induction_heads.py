@@ -23,7 +23,7 @@ from nanojaxgpt.config import base_config
 from nanojaxgpt.papers.paper import Arm, Claim, Paper, Run
 
 if TYPE_CHECKING:
-    from nanojaxgpt.model import ModelConfig
+    from nanojaxgpt.model.config import ModelConfig
 
 SOURCE = "Olsson et al. 2022, argument 1 (the phase change) and its figures"
 SMEARED = "Olsson et al. 2022, argument 2 (smeared keys)"
@@ -64,7 +64,7 @@ def repeat_accuracy(run: Run) -> float:
     import jax
     import jax.numpy as jnp
 
-    from nanojaxgpt.model import Transformer
+    from nanojaxgpt.model.transformer import Transformer
 
     model_cfg, params, batch = validation_batch(run)
 
@@ -79,7 +79,7 @@ def repeat_accuracy(run: Run) -> float:
 
 def validation_batch(run: Run) -> tuple["ModelConfig", Any, Any]:
     """Return the model's config, a run's last parameters and its first 250 validation rows."""
-    from nanojaxgpt.model import ModelConfig
+    from nanojaxgpt.model.config import ModelConfig
     from nanojaxgpt.papers.reproduce import first_rows, open_run
 
     job, params = open_run(run)

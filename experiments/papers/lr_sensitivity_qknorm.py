@@ -93,7 +93,7 @@ def largest_logit(run: Run) -> float:
     Of a run that diverged that of its last checkpoint, NaN where there is none.
     """
     from nanojaxgpt.errors import CheckpointError
-    from nanojaxgpt.model import ModelConfig
+    from nanojaxgpt.model.config import ModelConfig
     from nanojaxgpt.papers.probe import largest_logits
     from nanojaxgpt.papers.reproduce import first_rows, open_run
 

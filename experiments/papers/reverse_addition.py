@@ -46,7 +46,8 @@ def get_config(variant: str = "plain") -> ConfigDict:
 def accuracy(run: Run, unseen: bool = True) -> float:
     """Return the percentage of unseen pairs, or of those trained on, whose sum is right."""
     from nanojaxgpt.evaluate import exact_match
-    from nanojaxgpt.model import ModelConfig, Transformer
+    from nanojaxgpt.model.config import ModelConfig
+    from nanojaxgpt.model.transformer import Transformer
     from nanojaxgpt.papers.reproduce import first_rows, open_run
 
     job, params = open_run(run)
@@ -61,7 +62,8 @@ def decoded_accuracy(run: Run) -> float:
     import jax
     import jax.numpy as jnp
 
-    from nanojaxgpt.model import ModelConfig, Transformer
+    from nanojaxgpt.model.config import ModelConfig
+    from nanojaxgpt.model.transformer import Transformer
     from nanojaxgpt.papers.reproduce import first_rows, open_run
     from nanojaxgpt.sample import Sampling, generate
 

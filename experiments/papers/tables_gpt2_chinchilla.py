@@ -25,7 +25,7 @@ from nanojaxgpt.config import base_config, load_experiment
 from nanojaxgpt.papers.paper import Claim, Paper
 
 if TYPE_CHECKING:
-    from nanojaxgpt.model import ModelConfig
+    from nanojaxgpt.model.config import ModelConfig
 
 GPT2 = Path(__file__).parents[1] / "gpt2.py"
 GPT2_SOURCE = "Radford et al. 2019 in OpenAI's corrected sizes (openai/gpt-2, README and weights)"
@@ -108,7 +108,7 @@ A9 = (  # millions of parameters: width, mlp, head, heads, layers
 
 def gpt2(size: str, bias: bool = True) -> "ModelConfig":
     """Return the model of experiments/gpt2.py at one size."""
-    from nanojaxgpt.model import ModelConfig
+    from nanojaxgpt.model.config import ModelConfig
 
     model = load_experiment(f"{GPT2}:{size}").model.to_dict()
     return ModelConfig(**(model | {"bias": bias, "norm_bias": bias}))
@@ -116,7 +116,7 @@ def gpt2(size: str, bias: bool = True) -> "ModelConfig":
 
 def chinchilla(width: int, mlp: int, head: int, heads: int, layers: int) -> "ModelConfig":
     """Return the model of a row, but for its relative positions."""
-    from nanojaxgpt.model import ModelConfig
+    from nanojaxgpt.model.config import ModelConfig
 
     shape = dict(embed_dim=width, mlp_dim=mlp, head_dim=head, num_heads=heads, num_layers=layers)
     shape |= dict(vocab_size=CHINCHILLA_VOCAB, seq_len=CHINCHILLA_CONTEXT, positions="none")
@@ -126,7 +126,7 @@ def chinchilla(width: int, mlp: int, head: int, heads: int, layers: int) -> "Mod
 @functools.cache  # most models stand in more than one claim
 def count(cfg: "ModelConfig") -> int:
     """Return the parameters of the model as it is built."""
-    from nanojaxgpt.model import count_params
+    from nanojaxgpt.model.parameters import count_params
 
     return count_params(cfg)
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from nanojaxgpt import config, rundir
 from nanojaxgpt.arguments import Command, chosen_step, open_run
+from nanojaxgpt.config.sections import Data
 from nanojaxgpt.console import warn
-from nanojaxgpt.data.sources import DataConfig
 from nanojaxgpt.errors import ConfigError, DataError
 
 
@@ -22,8 +22,10 @@ def evaluate(arguments: list[str]) -> None:
 
     from nanojaxgpt import memory, sharding
     from nanojaxgpt.checkpoint import abstract_params, load_params
-    from nanojaxgpt.model import ModelConfig, Transformer
-    from nanojaxgpt.train import make_evaluation, prepare_data
+    from nanojaxgpt.data.loader import prepare_data
+    from nanojaxgpt.model.config import ModelConfig
+    from nanojaxgpt.model.transformer import Transformer
+    from nanojaxgpt.train import make_evaluation
 
     if parsed.data:
         cfg, data = open_other_data(cfg, parsed)
@@ -62,7 +64,7 @@ def open_other_data(cfg: Any, parsed: Any) -> tuple[Any, Any]:
     own = {"data.sha256": "", "eval.num_batches": "0"}
     cfg = config.override_config(cfg, own | parsed.overrides)
     tokenizer = load_run_tokenizer(Path(parsed.run), warn)
-    data = DataConfig(**cfg.data)
+    data = Data(**cfg.data)
     return cfg, open_source(parsed.data, tokenizer, data, config.cache_dir(cfg), warn)
 
 

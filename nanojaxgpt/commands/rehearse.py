@@ -30,8 +30,8 @@ def rehearse(arguments: list[str]) -> None:
     if parsed.json:
         rundir.check_file("--json", Path(parsed.json))
     topology = parse_topology(parsed.topology, parsed.slices)
+    from nanojaxgpt.data.loader import prepare_data, resolve
     from nanojaxgpt.rehearse import report, search, step, targets
-    from nanojaxgpt.train import prepare_data, resolve
 
     target = targets.open_target(topology)
     if not cfg.model.vocab_size:

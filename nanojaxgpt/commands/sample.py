@@ -56,7 +56,7 @@ def sample(arguments: list[str]) -> None:
 
     from nanojaxgpt import memory, sharding
     from nanojaxgpt.checkpoint import load_params
-    from nanojaxgpt.model import ModelConfig
+    from nanojaxgpt.model.config import ModelConfig
     from nanojaxgpt.sample import Sampling, stream
 
     mesh, model_cfg = sharding.make_mesh({}, jax.devices()[:1]), ModelConfig(**cfg.model)

@@ -4,9 +4,9 @@ from pathlib import Path
 
 from nanojaxgpt import rundir
 from nanojaxgpt.arguments import Command, integer, number, open_experiment
+from nanojaxgpt.config.sections import Data
 from nanojaxgpt.console import explain
 from nanojaxgpt.data.loader import check_data
-from nanojaxgpt.data.sources import DataConfig
 from nanojaxgpt.errors import ConfigError
 from nanojaxgpt.trackers import check_installed
 
@@ -53,7 +53,7 @@ def train(arguments: list[str]) -> None:
         if finish.is_finished(cfg, run, print):
             finish.report_end(run, print)
             return
-    check_data(DataConfig(**cfg.data))
+    check_data(Data(**cfg.data))
     from nanojaxgpt.hosts.joining import joined
     from nanojaxgpt.train import fit
 

@@ -5,18 +5,19 @@ Text and generated tasks stand behind the same few functions.
 
 import inspect
 import math
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from fractions import Fraction
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, NamedTuple, TypeVar
 
-from ml_collections import ConfigDict
-
 from nanojaxgpt.checks import kind_of, read_float, read_int, show
-from nanojaxgpt.config import cache_dir, unknown_name
+from nanojaxgpt.config import AnyConfig, Either, cache_dir, sections, typed, with_fields
 from nanojaxgpt.data.packing import cover_rows, packed_rows, wrap_rows
 from nanojaxgpt.data.rows import Rows, Source, chain
-from nanojaxgpt.data.sources import DataConfig, check_sources, source_identity
+from nanojaxgpt.data.sources import check_sources, source_identity
 from nanojaxgpt.data.store import (
     Corpus,
     Part,
@@ -29,6 +30,7 @@ from nanojaxgpt.data.store import (
 from nanojaxgpt.data.tasks import TASKS, Task, task_rows
 from nanojaxgpt.data.tokenizers import Tokenizer, WordTokenizer, load_tokenizer
 from nanojaxgpt.errors import ConfigError, DataError
+from nanojaxgpt.names import unknown_name
 from nanojaxgpt.rundir import load_run, read_identity
 
 Fetched = TypeVar("Fetched")
@@ -45,18 +47,18 @@ class Data(NamedTuple):
     validation: Callable[[int], Rows]  # of no row where nothing is held out
 
 
-def prepare_data(cfg: ConfigDict, report: Callable[[str], object], run: Path | None = None) -> Data:
+def prepare_data(cfg: AnyConfig, report: Callable[[str], object], run: Path | None = None) -> Data:
     """Return the data of a config, tokenized now where it is not there yet.
 
     `run` is the run directory that it is for, where there is one. Raises as `open_data` and
     `inherited_tokenizer` do.
     """
     inherited = inherited_tokenizer(cfg, report, run)
-    return open_data(DataConfig(**cfg.data), cache_dir(cfg), report, inherited)
+    return open_data(typed(cfg).data, cache_dir(cfg), report, inherited)
 
 
 def inherited_tokenizer(
-    cfg: ConfigDict, report: Callable[[str], object], run: Path | None = None
+    cfg: AnyConfig, report: Callable[[str], object], run: Path | None = None
 ) -> Tokenizer | None:
     """Return the tokenizer of the parameters that a config starts from; None from scratch.
 
@@ -96,7 +98,7 @@ def load_run_tokenizer(run: Path, report: Callable[[str], object]) -> Tokenizer:
 
 
 def open_data(
-    data: DataConfig,
+    data: sections.Data,
     folder: Path,
     report: Callable[[str], object] = print,
     inherited: Tokenizer | None = None,
@@ -116,12 +118,12 @@ def open_data(
     return text_data(prepare(data, folder, report, inherited), data)
 
 
-def is_task(data: DataConfig) -> bool:
+def is_task(data: sections.Data) -> bool:
     """Return whether the data are generated, not read."""
     return not data.mixture and data.source.startswith("task:")
 
 
-def check_data(data: DataConfig) -> None:
+def check_data(data: sections.Data) -> None:
     """Raise ConfigError or DataError where a source can't be used; nothing is read.
 
     Cheap, so that a typo fails before jax is imported.
@@ -136,22 +138,22 @@ def check_data(data: DataConfig) -> None:
     check_sources(data)
 
 
-def resolve(cfg: ConfigDict, data: Data) -> ConfigDict:
+def resolve(cfg: Either, data: Data) -> Either:
     """Return the config with the tokenizer and its vocabulary. Raises ConfigError.
 
     data.tokenizer stays "" where the tokenizer of init.from_run is inherited, unless that is bytes.
     """
-    cfg, size = cfg.copy_and_resolve_references(), data.tokenizer.vocab_size
+    tokenizer, size = cfg.data.tokenizer, data.tokenizer.vocab_size
     if not cfg.init.from_run or data.tokenizer.kind in ("bytes", "words"):
-        cfg.data.tokenizer = cfg.data.tokenizer or "bytes"
+        tokenizer = tokenizer or "bytes"
     if 0 < cfg.model.vocab_size < size:
         raise ConfigError(f"model.vocab_size={cfg.model.vocab_size}, but the tokenizer has {size}")
-    cfg.model.vocab_size = cfg.model.vocab_size or size
-    return cfg.lock()
+    vocab_size = cfg.model.vocab_size or size
+    return with_fields(cfg, {"data.tokenizer": tokenizer, "model.vocab_size": vocab_size})
 
 
 def open_source(
-    source: str, tokenizer: Tokenizer, data: DataConfig, folder: Path, report: Report = print
+    source: str, tokenizer: Tokenizer, data: sections.Data, folder: Path, report: Report = print
 ) -> Data:
     """Return the data of one source by a tokenizer that is there: all of it is for validation.
 
@@ -171,7 +173,7 @@ def open_source(
     return text_data(Corpus((Part(source, Fraction(1), store),), store), data)
 
 
-def text_data(corpus: Corpus, data: DataConfig) -> Data:
+def text_data(corpus: Corpus, data: sections.Data) -> Data:
     """Return the data of a corpus: each part's own split, unless validation is a source."""
     if corpus.validation is None:
         spans = [
@@ -259,10 +261,31 @@ def fetch_ahead(
 ) -> Iterator[Fetched]:
     """Yield fetch(step) for the steps [first, stop), made by a thread `ahead` of their use.
 
-    An exception of `fetch` is raised where its result would have come. Imports jax.
+    An exception of `fetch` is raised where its result would have come, and is the end. The thread
+    ends with the iterator, as soon as the fetch in progress returns.
     """
-    import grain
+    fetched: SimpleQueue[Future[Fetched]] = SimpleQueue()
+    room, closed = threading.Semaphore(ahead), threading.Event()
 
-    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=ahead)
-    steps = grain.MapDataset.range(first, stop).map(fetch)
-    return iter(steps.to_iter_dataset(options))
+    def work() -> None:
+        for step in range(first, stop):
+            room.acquire()
+            if closed.is_set():
+                return
+            future: Future[Fetched] = Future()
+            try:
+                future.set_result(fetch(step))
+            except BaseException as error:
+                future.set_exception(error)
+            fetched.put(future)
+
+    # A daemon, so that a fetch that hangs does not keep a process that wants to end.
+    threading.Thread(target=work, name="fetch ahead", daemon=True).start()
+    try:
+        for _ in range(first, stop):
+            batch = fetched.get().result()
+            room.release()
+            yield batch
+    finally:
+        closed.set()
+        room.release()

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from nanojaxgpt.config import sections
 from nanojaxgpt.data import shards
 from nanojaxgpt.data.exactness import Loss, find_loss
 from nanojaxgpt.data.manifests import (
@@ -23,7 +24,7 @@ from nanojaxgpt.data.manifests import (
     write_manifest,
 )
 from nanojaxgpt.data.shards import content_hash, token_dtype, write_shards
-from nanojaxgpt.data.sources import DataConfig, read_documents, source_identity, weighted_sources
+from nanojaxgpt.data.sources import read_documents, source_identity, weighted_sources
 from nanojaxgpt.data.sources.download import hold_lock
 from nanojaxgpt.data.tokenizers import (
     TRAINED,
@@ -169,7 +170,7 @@ class Shards(Sequence):
 
 
 def prepare(
-    data: DataConfig,
+    data: sections.Data,
     cache_dir: Path,
     report: Report = print,
     inherited: Tokenizer | None = None,
@@ -232,7 +233,7 @@ def describe(corpus: Corpus) -> list[tuple[str, ...]]:
     return table
 
 
-def check_exact(tokenizer: Tokenizer, data: DataConfig, cache_dir: Path) -> bool:
+def check_exact(tokenizer: Tokenizer, data: sections.Data, cache_dir: Path) -> bool:
     """Return whether the tokenizer is lossy. Raises DataError if so and `data` won't have it."""
     loss = find_loss(tokenizer)
     if loss and not data.lossy_tokenizer:
@@ -259,7 +260,7 @@ def check_inherited(
 
 
 def prepare_tokenizer(
-    data: DataConfig, contents: list[dict[str, Any]], cache_dir: Path, report: Report
+    data: sections.Data, contents: list[dict[str, Any]], cache_dir: Path, report: Report
 ) -> Tokenizer:
     """Return the tokenizer of `data`; one that learns does so once for the same sources."""
     if data.tokenizer not in TRAINED:
@@ -288,7 +289,7 @@ def prepare_store(
     content: dict[str, Any],
     tokenizer: Tokenizer,
     lossy: bool,
-    data: DataConfig,
+    data: sections.Data,
     cache_dir: Path,
     report: Report,
 ) -> Store:

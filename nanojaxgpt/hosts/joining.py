@@ -11,8 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ml_collections import ConfigDict
-
 from nanojaxgpt import config, rundir
 from nanojaxgpt.errors import ConfigError, Stopped, UserError
 from nanojaxgpt.hosts.lifeline import GRACE_SECONDS, Lifeline, connect
@@ -106,7 +104,7 @@ def end(line: Lifeline, error: BaseException, explain: Callable[[BaseException],
     os._exit(code)  # jax would wait for the others at the interpreter's end
 
 
-def facts(cfg: ConfigDict) -> dict[str, Any]:
+def facts(cfg: config.AnyConfig) -> dict[str, Any]:
     """Return what must be the same on all hosts."""
     import jax
 
@@ -120,7 +118,7 @@ def facts(cfg: ConfigDict) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def preflight(team: Team, cfg: ConfigDict, run: Path) -> None:
+def preflight(team: Team, cfg: config.AnyConfig, run: Path) -> None:
     """Compare all hosts with process 0 before the first step.
 
     Config, code, versions, devices, the one run directory, its free space. Raises ConfigError

@@ -16,10 +16,16 @@ from ml_collections import ConfigDict
 
 from nanojaxgpt import memory, sharding
 from nanojaxgpt.config import check_config
+from nanojaxgpt.console import warn
+from nanojaxgpt.data.loader import prepare_data, resolve
 from nanojaxgpt.data.rows import Batch
 from nanojaxgpt.errors import ConfigError
-from nanojaxgpt.model import ModelConfig, Transformer
-from nanojaxgpt.train import make_hyper, make_job, prepare_data, resolve
+from nanojaxgpt.extras import plots_advice
+from nanojaxgpt.model.config import ModelConfig
+from nanojaxgpt.model.transformer import Transformer
+from nanojaxgpt.step import make_hyper
+from nanojaxgpt.train import make_job
+from nanojaxgpt.trainable import merge_params
 
 PARAMETRIZATIONS = ("mup", "standard")
 
@@ -76,11 +82,13 @@ def measure(
     sizes = make_sizes(ModelConfig(**cfg.model))
     hyper = make_hyper(cfg)
     with memory.training_explained(cfg, mesh), jax.set_mesh(mesh):
-        first, state = job.train_batch(0), job.init(jax.random.key(cfg.train.seed))
+        first = job.train_batch(0)
+        state, frozen = job.init(jax.random.key(cfg.train.seed))
         for step in range(num_steps + 1):
-            found.append({k: float(v) for k, v in sizes(state.params, first).items()})
+            params = merge_params(state.params, frozen)
+            found.append({k: float(v) for k, v in sizes(params, first).items()})
             if step < num_steps:
-                state, _ = job.train_step(state, job.train_batch(step), hyper)
+                state, _ = job.train_step(state, job.train_batch(step), hyper, frozen)
     return found
 
 
@@ -129,14 +137,20 @@ def table(result: dict[str, Any]) -> Iterator[str]:
 
 
 def save(result: dict[str, Any], folder: Path) -> Path:
-    """Write coordcheck.json and coordcheck.png (a line for each step) into `folder`."""
+    """Write coordcheck.json and coordcheck.png (a line for each step); return the last written.
+
+    Without matplotlib there is no plot, and a warning says so.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "coordcheck.json").write_text(json.dumps(result, indent=2) + "\n")
+    if missing := plots_advice():
+        warn(f"no coordcheck.png: {missing}")
+        return folder / "coordcheck.json"
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "coordcheck.json").write_text(json.dumps(result, indent=2) + "\n")
     layers = list(result["sizes"]["mup"])
     figure, axes = plt.subplots(
         len(PARAMETRIZATIONS), len(layers), figsize=(3 * len(layers), 5),

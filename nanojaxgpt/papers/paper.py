@@ -13,17 +13,13 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from nanojaxgpt import config
+from nanojaxgpt.config import sections
 from nanojaxgpt.errors import ConfigError
+from nanojaxgpt.names import unknown_name
 from nanojaxgpt.sweep.plan import SEED, Trial, set_point, show_point
 from nanojaxgpt.sweep.space import Space
 
 PASS, FAIL, NOT_RUN = "PASS", "FAIL", "NOT-RUN"
-
-# What the command line may set: the location of the data and the devices, never the recipe.
-FREE = re.compile(
-    r"data\.(source|sha256|tfds_dir|manual_dir|cache_dir|num_workers|prefetch_batches)"
-    r"|mesh\..*|model\.(attention|unroll|remat)"
-)
 
 
 @dataclass(frozen=True)
@@ -159,7 +155,9 @@ def load_paper(path: str, overrides: dict[str, str] | None = None) -> Paper:
         paper = module.get_paper()
     if not isinstance(paper, Paper):
         raise ConfigError(f"{path}: get_paper returns a {type(paper).__name__}, not a Paper")
-    fixed = [name for name in overrides or {} if not FREE.fullmatch(name)]
+    # The command line may set the location of the data and the devices, never the recipe.
+    places = {name for name, rule in sections.rules().items() if rule.place}
+    fixed = [name for name in overrides or {} if name not in places]
     if fixed:
         raise ConfigError(
             f"{fixed[0]} is part of the recipe in {path}; only the location of the data and the "
@@ -253,7 +251,7 @@ def branch_problems(arm: Arm, arms: tuple[Arm, ...]) -> list[str]:
 def unknown_arms(what: str, named: tuple[str, ...], known: list[str]) -> list[str]:
     """Return a sentence for each arm that `what` names and that is not there."""
     return [
-        f"{what}: {config.unknown_name('arm', name, known)}; "
+        f"{what}: {unknown_name('arm', name, known)}; "
         f"add an Arm, or name one of {', '.join(known) or 'none'}"
         for name in named
         if name not in known

@@ -6,9 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from nanojaxgpt.attention import Mask, alibi_bias, dense_mask
+from nanojaxgpt.attention.request import Mask, alibi_bias, dense_mask, soft_cap
 from nanojaxgpt.data.rows import Batch
-from nanojaxgpt.model import ModelConfig, Transformer
+from nanojaxgpt.model.config import ModelConfig
+from nanojaxgpt.model.transformer import Transformer
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -18,16 +19,19 @@ def attention_logits(cfg: ModelConfig, params: dict, batch: Batch) -> jax.Array:
         {"params": params}, batch.tokens_BT, batch.positions_BT, batch.segments_BT,
         logits=False, mutable="intermediates",
     )[1]  # fmt: skip
-    q_LBTNH, k_LBSKH = kept["intermediates"]["layers"]["heads"]
+    q_LBTNH, k_LBSKH = jax.tree.map(
+        lambda *heads: jnp.stack(heads), *kept["intermediates"]["heads"]
+    )
     k_LBSNH = jnp.repeat(k_LBSKH, cfg.num_heads // cfg.num_kv_heads, axis=3)
     logits_LBNTS = cfg.attention_scale * jnp.einsum(
         "LBTNH,LBSNH->LBNTS", q_LBTNH, k_LBSNH, preferred_element_type=jnp.float32
     )
+    logits_LBNTS = soft_cap(logits_LBNTS, cfg.attention_softcap)
     order_1T = jnp.arange(batch.tokens_BT.shape[1])[None]
     mask = Mask(order_1T, order_1T, batch.segments_BT, batch.segments_BT)
     if cfg.positions == "alibi":
         logits_LBNTS += alibi_bias(mask, cfg.num_heads)
-    windows = [cfg.windows[layer % len(cfg.windows)] for layer in range(cfg.num_layers)]
+    windows = [cfg.layer(index).window for index in range(cfg.num_layers)]
     seen = [dense_mask(mask._replace(window=window)) for window in windows]
     return jnp.where(jnp.stack(seen), logits_LBNTS, -jnp.inf)
 

@@ -13,16 +13,19 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from nanojaxgpt import checkpoint, metrics, rundir, sharding
+from nanojaxgpt import checkpoint, extras, metrics, rundir, sharding
+from nanojaxgpt.data.loader import prepare_data, resolve
 from nanojaxgpt.data.rows import Batch, Rows
 from nanojaxgpt.errors import DataError, NonFiniteError
-from nanojaxgpt.model import ModelConfig
+from nanojaxgpt.model.config import ModelConfig
 from nanojaxgpt.papers.paper import FAIL, NOT_RUN, PASS, Arm, Claim, Paper, Plot, Run, Runs, verdict
+from nanojaxgpt.recorder import Job
 from nanojaxgpt.sweep.claims import read_outcome, run_path
 from nanojaxgpt.sweep.plan import Trial, set_point, show_point
 from nanojaxgpt.sweep.plots import draw_band, fit_axis, make_band
 from nanojaxgpt.sweep.run import run_trials
-from nanojaxgpt.train import Job, make_job, prepare_data, resolve
+from nanojaxgpt.train import make_job
+from nanojaxgpt.trainable import merge_params
 
 Report = Callable[[str], None]
 
@@ -61,6 +64,7 @@ def reproduce(paper: Paper, folder: Path, report: Report = print) -> Reproductio
     What needs data or hardware that is not there is NOT-RUN. Raises a UserError for anything else
     that the user can mend, Stopped after a signal; the same call then resumes.
     """
+    extras.require("matplotlib", "plots", "a report has figures")
     began, missing = time.monotonic(), {}
     for arm in paper.arms:
         try:
@@ -191,7 +195,8 @@ def initial_loss(run: Run) -> float:
     """Return the validation loss of a run's parameters before its first step, as `open_run`."""
     job, _ = open_run(run)
     with jax.set_mesh(job.mesh):
-        return job.evaluate(job.init(jax.random.key(run.cfg.train.seed)).params)["loss"]
+        state, frozen = job.init(jax.random.key(run.cfg.train.seed))
+        return job.evaluate(merge_params(state.params, frozen))["loss"]
 
 
 def number(value: float | str) -> str:

@@ -8,7 +8,7 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-from scipy.optimize import minimize
+from scipy.optimize import minimize  # comes with jax
 
 DELTA = 1e-3  # of log loss, where the Huber loss turns linear
 # Hoffmann's grid of starts: log A, log B, log E, alpha, beta.

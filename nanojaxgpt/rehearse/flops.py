@@ -8,7 +8,7 @@ import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr  # pyright: ignore[reportPrivateImportUsage]
 
 from nanojaxgpt.flops import attention_flops, train_flops
-from nanojaxgpt.model import ModelConfig
+from nanojaxgpt.model.config import ModelConfig
 
 
 class Matmuls(NamedTuple):

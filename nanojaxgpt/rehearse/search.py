@@ -17,6 +17,8 @@ from nanojaxgpt.memory import (
     readable,
     state_memory,
 )
+from nanojaxgpt.model.config import ModelConfig
+from nanojaxgpt.model.parameters import parameters
 from nanojaxgpt.rehearse.report import mesh_name
 from nanojaxgpt.rehearse.step import (
     Rehearsal,
@@ -25,7 +27,7 @@ from nanojaxgpt.rehearse.step import (
     rehearse_step,
 )
 from nanojaxgpt.rehearse.targets import Target
-from nanojaxgpt.train import make_step
+from nanojaxgpt.step import make_step
 
 MAX_COMPILES = 8  # at one to three minutes each
 SEARCHED = ("data", "fsdp", "tensor")  # other axes stay as the config has them
@@ -65,12 +67,9 @@ def exact_memory(cfg: ConfigDict, target: Target) -> Memory:
     """Return what a device holds without temporaries. Raises ConfigError."""
     cfg, mesh = make_mesh(cfg, target)
     with jax.set_mesh(mesh):
-        return state_memory(
-            cfg,
-            make_step(cfg, mesh).abstract,
-            abstract_batch(cfg, mesh),
-            target.topology.chip.memory,
-        )
+        step, available = make_step(cfg, mesh), target.topology.chip.memory
+        batch = abstract_batch(cfg, mesh)
+        return state_memory(cfg, step.abstract, step.frozen, batch, available)
 
 
 def expected_seconds(cfg: ConfigDict, chip: Chip) -> float:
@@ -80,8 +79,8 @@ def expected_seconds(cfg: ConfigDict, chip: Chip) -> float:
     and over tensor four sums of the activations a layer.
     """
     mesh, model, train = cfg.mesh, cfg.model, cfg.train
-    layer = 4 * model.embed_dim**2 + 3 * model.embed_dim * (model.mlp_dim or 4 * model.embed_dim)
-    weights = 2 * model.num_layers * layer / mesh.tensor
+    rows = parameters(ModelConfig(**model)).values()
+    weights = 2 * sum(row.size for row in rows if row.kind == "kernel") / mesh.tensor
     tokens = device_tokens(cfg) * train.accumulation_steps
     sent = 3 * train.accumulation_steps * weights * (1 - 1 / mesh.fsdp)
     sent += 4 * weights / mesh.fsdp * (1 - 1 / mesh.data)

@@ -11,13 +11,14 @@ from ml_collections import ConfigDict
 from nanojaxgpt import sharding
 from nanojaxgpt.flops import attention_flops, train_flops
 from nanojaxgpt.memory import Memory, abstract_batch, state_memory
-from nanojaxgpt.model import ModelConfig, count_params
+from nanojaxgpt.model.config import ModelConfig
+from nanojaxgpt.model.parameters import count_params
 from nanojaxgpt.rehearse import estimate
 from nanojaxgpt.rehearse.collectives import Program, read_collectives
 from nanojaxgpt.rehearse.estimate import Roofline, Traffic
 from nanojaxgpt.rehearse.flops import count_matmuls, weight_flops
 from nanojaxgpt.rehearse.targets import Target
-from nanojaxgpt.train import Step, make_hyper, make_step
+from nanojaxgpt.step import Step, make_hyper, make_step
 
 NONE = Program((), 0)
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -78,7 +79,7 @@ def trace(cfg: ConfigDict, mesh: Mesh) -> tuple[Step, Any]:
     """Return the step of a config and its trace. Raises ConfigError."""
     step = make_step(cfg, mesh)
     batch = abstract_batch(cfg, mesh)
-    return step, step.train_step.trace(step.abstract, batch, make_hyper(cfg))
+    return step, step.train_step.trace(step.abstract, batch, make_hyper(cfg), step.frozen)
 
 
 def count_flops(cfg: ConfigDict, mesh: Mesh, traced: Any) -> Flops:
@@ -143,7 +144,8 @@ def rehearse_step(cfg: ConfigDict, target: Target) -> Rehearsal:
     with jax.set_mesh(mesh):
         step, traced = trace(cfg, mesh)
         flops = count_flops(cfg, mesh, traced)
-        memory = state_memory(cfg, step.abstract, abstract_batch(cfg, mesh), chip.memory)
+        batch = abstract_batch(cfg, mesh)
+        memory = state_memory(cfg, step.abstract, step.frozen, batch, chip.memory)
         began = time.monotonic()
         memory, program = compile_step(traced, memory)
         seconds = time.monotonic() - began

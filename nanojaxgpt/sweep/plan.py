@@ -5,7 +5,6 @@ No jax before `describe`: a wrong field is answered before a backend starts.
 
 import inspect
 import json
-import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +12,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from nanojaxgpt import config
+from nanojaxgpt.config import sections
 from nanojaxgpt.errors import ConfigError
 from nanojaxgpt.rundir import write_text
 from nanojaxgpt.sweep.space import Point, Space, Tpe, choice, draws
@@ -20,16 +20,6 @@ from nanojaxgpt.sweep.space import Point, Space, Tpe, choice, draws
 SEED = "train.seed"
 EXAMPLES = 16  # points of a search that are checked ahead
 PLAN_FILE = "sweep.json"
-
-# What the compiled programs take as arguments (step.make_hyper), and what they never see.
-TRACED = re.compile(
-    r"train\.(num_steps|z_loss|seed)|model\.(embed|attention|logit)_multiplier|optim\..*"
-)
-# The tokenizer, and with it the data, may be that of init.from_run.
-UNSEEN = re.compile(
-    r"(checkpoint|sample)\..*|init\.(?!from_run$).*|eval\.every_steps"
-    r"|train\.(log_every_steps|trackers)"
-)
 
 
 class Trial(NamedTuple):
@@ -152,14 +142,9 @@ def make_trial(base: ConfigDict, point: Point) -> Trial:
 
 def set_point(base: ConfigDict, point: Point) -> ConfigDict:
     """Return a copy of `base` with the values of a point, checked. Raises ConfigError."""
-    cfg = base.copy_and_resolve_references()
-    known = dict(config.fields(cfg))
-    for name, value in point.items():
-        if name not in known:
-            raise ConfigError(config.unknown_name("config field", name, list(known)))
-        config.set_field(cfg, name, plain_value(value, known[name]))
-    config.check_config(cfg)
-    return cfg.lock()
+    known = dict(config.fields(base))
+    plain = {name: plain_value(value, known.get(name)) for name, value in point.items()}
+    return config.with_fields(base, plain)
 
 
 def plain_value(value: Any, default: Any) -> Any:
@@ -179,16 +164,13 @@ def show_point(point: Point) -> str:
 
 def program_key(cfg: ConfigDict) -> str:
     """Return the hash of all that is compiled: trials with the same key share their programs."""
-    cfg = cfg.copy_and_resolve_references().unlock()
-    for name, value in list(config.fields(cfg)):
-        section, field = name.split(".")
-        if name == "optim.ema_decay":
-            cfg.optim.ema_decay = float(value > 0)  # an average is in the state, or there is none
-        elif name == "optim.rate_multipliers":
-            cfg.optim.rate_multipliers = tuple(entry.rpartition("=")[0] for entry in value)
-        elif UNSEEN.fullmatch(name) or (TRACED.fullmatch(name) and not isinstance(value, str)):
-            del cfg[section][field]
-    return config.config_hash(cfg)
+    rules, values = sections.rules(), dict(config.fields(cfg))
+    compiled = {n: v for n, v in values.items() if not (rules[n].traced or rules[n].host_only)}
+    # Of these two a part is compiled: whether the state has an average, and the patterns.
+    compiled["optim.ema_decay"] = float(cfg.optim.ema_decay > 0)
+    patterns = (entry.rpartition("=")[0] for entry in cfg.optim.rate_multipliers)
+    compiled["optim.rate_multipliers"] = tuple(patterns)
+    return config.hash_fields(compiled)
 
 
 def group_trials(trials: Iterable[Trial]) -> list[list[Trial]]:
@@ -219,9 +201,11 @@ def describe(trials: list[Trial], report: Callable[[str], None]) -> list[str]:
 
     The data is opened for its vocabulary, and made where it is not there yet.
     """
+    from nanojaxgpt.data.loader import prepare_data, resolve
     from nanojaxgpt.flops import train_flops
-    from nanojaxgpt.model import ModelConfig, count_params
-    from nanojaxgpt.train import prepare_data, resolve, train_ramp
+    from nanojaxgpt.model.config import ModelConfig
+    from nanojaxgpt.model.parameters import count_params
+    from nanojaxgpt.recorder import train_ramp
 
     groups, lines, total, data = group_trials(trials), [], 0, {}
     for number, group in enumerate(groups, 1):

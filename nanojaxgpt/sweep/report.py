@@ -10,6 +10,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from nanojaxgpt import config, console, metrics
+from nanojaxgpt.extras import plots_advice
 from nanojaxgpt.rundir import write_text
 from nanojaxgpt.sweep.claims import is_running, read_outcome, run_path
 from nanojaxgpt.sweep.plan import SEED, Trial, count, show_point, swept_fields
@@ -60,7 +61,8 @@ def write_report(folder: Path, trials: list[Trial], metric: str, maximize: bool)
     """Write FOLDER/report/; return the text of it in lines. Raises ConfigError.
 
     trials.csv, report.txt, best.py (an experiment file), curves.png, and a plot for each swept
-    field but the seed, and each pair of them. The best has the best mean over its seeds, and the
+    field but the seed, and each pair of them; without matplotlib no plots, as the last line says.
+    The best has the best mean over its seeds, and the
     first of them: the luckiest would promise too much.
     """
     results = read_results(folder, trials, metric)
@@ -80,6 +82,8 @@ def write_report(folder: Path, trials: list[Trial], metric: str, maximize: bool)
     write_text(target / "report.txt", "\n".join(lines) + "\n")
     for old in target.glob("*.png"):  # perhaps of a field that is no longer swept
         old.unlink()
+    if missing := plots_advice():
+        return [*lines, "", f"no plots: {missing}"]
     fields = [field for field in swept_fields(trials) if field != SEED]
     plot_curves(target / "curves.png", groups, fields, metric, maximize)
     for field in fields:

@@ -117,10 +117,10 @@ class Search:
             pruner = optuna.pruners.SuccessiveHalvingPruner(first, self.tpe.reduction)
         journal = Journal(str(self.journal), Lock(str(self.journal)))
         try:
+            self.storage = optuna.storages.JournalStorage(journal)
             return optuna.create_study(
                 study_name=f"{config.config_hash(self.base)} {direction} {self.tpe.metric}",
-                storage=optuna.storages.JournalStorage(journal),
-                pruner=pruner, direction=direction, load_if_exists=True,
+                storage=self.storage, pruner=pruner, direction=direction, load_if_exists=True,
             )  # fmt: skip
         except DAMAGED as error:
             raise DataError(
@@ -197,6 +197,13 @@ class Search:
         (curve,) = read_curves([run_path(self.folder, trial.name)], self.tpe.metric)
         return curve[-1][1]
 
+    def reopen(self, asked: FrozenTrial) -> optuna.Trial:
+        """Return a trial that perhaps another process drew, to report to it."""
+        study = self.study  # opens the storage, too
+        study_id = self.storage.get_study_id_from_name(study.study_name)
+        trial_id = self.storage.get_trial_id_from_study_id_trial_number(study_id, asked.number)
+        return optuna.Trial(study, trial_id)
+
     def watch(self, trial: Trial) -> Callable[[int], None]:
         """Return what is to be called after each evaluation of a trial; it raises Pruned.
 
@@ -205,7 +212,7 @@ class Search:
         asked = next(asked for asked, ours in self.drawn() if ours.name == trial.name)
         if asked.state.is_finished():
             return lambda step: None
-        own, known = optuna.Trial(self.study, asked._trial_id), set(asked.intermediate_values)
+        own, known = self.reopen(asked), set(asked.intermediate_values)
 
         def look(step: int) -> None:
             value = self.last_value(trial)

@@ -20,16 +20,18 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from nanojaxgpt import checkpoint, memory, metrics, sharding
-from nanojaxgpt.console import warn
-from nanojaxgpt.data.loader import fetch_ahead
+from nanojaxgpt import checkpoint, memory, sharding
+from nanojaxgpt.data.loader import fetch_ahead, prepare_data, resolve
 from nanojaxgpt.errors import ConfigError
 from nanojaxgpt.hosts.process import StopRequest
-from nanojaxgpt.loop import Job, due, train_ramp, why_left_out
-from nanojaxgpt.model import ModelConfig, Transformer
+from nanojaxgpt.model.config import ModelConfig
+from nanojaxgpt.model.transformer import Transformer
+from nanojaxgpt.objectives import language
+from nanojaxgpt.recorder import Job, Recorder, due, train_ramp
 from nanojaxgpt.rundir import own_run
-from nanojaxgpt.step import TrainState, make_hyper, make_loss, make_train_step
-from nanojaxgpt.train import begin_run, make_job, prepare_data, resolve, start_state
+from nanojaxgpt.step import TrainState, make_hyper, make_train_step
+from nanojaxgpt.train import begin_run, make_job, start_state
+from nanojaxgpt.trainable import merge_params
 
 MEASURED_STEPS = 5
 
@@ -61,10 +63,12 @@ class Stack:
         kinds = (AxisType.Auto,) * (1 + len(names))
         self.job, self.mesh = job, Mesh(devices, ("trial", *names), axis_types=kinds)
         self.states = jax.tree.map(self.spread, job.shardings)
+        self.frozen = jax.tree.map(lambda leaf: self.spread(leaf.sharding), job.frozen)
         self.batches = self.spread(sharding.batch_sharding(job.mesh))
         self.numbers = self.spread(NamedSharding(job.mesh, PartitionSpec()))
         self.copies = -count % len(devices)
-        memory.check_state(job.cfg, job.mesh, job.abstract, (count + self.copies) // len(devices))
+        copies = (count + self.copies) // len(devices)
+        memory.check_state(job.cfg, job.mesh, job.abstract, job.frozen, copies)
 
     def spread(self, one: NamedSharding) -> NamedSharding:
         """Return the layout of many trials' arrays that each have the layout `one`."""
@@ -75,8 +79,8 @@ class Stack:
         trees = jax.device_get([*trees, *[trees[-1]] * self.copies])
         return jax.device_put(jax.tree.map(lambda *leaves: np.stack(leaves), *trees), layout)
 
-    def take(self, states: TrainState, index: int) -> TrainState:
-        """Return the state of one trial, where its job has it.
+    def take(self, states: Any, index: int) -> tuple[TrainState, Any]:
+        """Return the state and the frozen parameters of one trial, where its job has them.
 
         It is read from the devices that hold it: to index a stacked array is a collective of all
         devices for each leaf, and so many at once can exceed XLA's timeout on a busy CPU.
@@ -91,21 +95,25 @@ class Stack:
                     leaf[tuple(place)] = np.asarray(shard.data)[at]
             return leaf
 
-        return jax.device_put(jax.tree.map(one, states), self.job.shardings)
+        frozen = jax.tree.map(lambda leaf: leaf.sharding, self.job.frozen)
+        return jax.device_put(jax.tree.map(one, states), (self.job.shardings, frozen))
 
     def make_step(self) -> Callable:
-        """Return step(states, batches, hypers, going) -> states, metrics, going; it compiles late.
+        """Return step(states, batches, hypers, frozen, going) -> states, metrics, going.
 
-        `going` [trials] tells who trains; one ends at its last step, or where it leaves out too
-        many.
+        It compiles late. `going` [trials] tells who trains; one ends at its last step, or where it
+        leaves out too many.
         """
         shape = self.job.cfg.train
         model = Transformer(ModelConfig(**self.job.cfg.model))
-        loss = make_loss(model, shape.loss_chunks)
-        alone = make_train_step(loss, self.job.cfg.optim, shape.accumulation_steps, model.cfg.width)
+        loss = language.make_loss(model, shape.loss_chunks)
+        alone = make_train_step(loss, self.job.cfg.optim, model.cfg, shape.accumulation_steps)
 
-        def step(states: TrainState, batches: Any, hypers: Any, going: jax.Array) -> tuple:
-            after, numbers = jax.vmap(alone, spmd_axis_name="trial")(states, batches, hypers)
+        def step(
+            states: TrainState, batches: Any, hypers: Any, frozen: Any, going: jax.Array
+        ) -> tuple:
+            every = jax.vmap(alone, spmd_axis_name="trial")
+            after, numbers = every(states, batches, hypers, frozen)
 
             def chosen(new: jax.Array, old: jax.Array) -> jax.Array:
                 return jnp.where(going.reshape(-1, *[1] * (new.ndim - 1)), new, old)
@@ -142,11 +150,11 @@ def make_batches(jobs: list[Job], starts: list[int], stack: Stack) -> Callable[[
 def measure_alone(job: Job, width: int) -> float:
     """Return the seconds of one step of `width` trials one after the other, without compiling."""
     with memory.training_explained(job.cfg, job.mesh), jax.set_mesh(job.mesh):
-        state, batch = job.init(jax.random.key(0)), job.train_batch(0)
+        (state, frozen), batch = job.init(jax.random.key(0)), job.train_batch(0)
         hyper, seconds = make_hyper(job.cfg), []
         for _ in range(1 + MEASURED_STEPS):
             began = time.perf_counter()
-            state, numbers = job.train_step(state, batch, hyper)
+            state, numbers = job.train_step(state, batch, hyper, frozen)
             jax.block_until_ready(numbers)
             seconds.append(time.perf_counter() - began)
     return width * min(seconds[1:])
@@ -162,20 +170,21 @@ def time_stack(job: Job, stack: Stack, width: int) -> float:
     """Return the seconds of one step of `width` copies of a job in `stack`."""
     seconds = []
     with jax.set_mesh(job.mesh):
-        states = stack.place([job.init(jax.random.key(0))] * width, stack.states)
+        first = [job.init(jax.random.key(0))] * width
+        states, frozen = stack.place(first, (stack.states, stack.frozen))
         batches = stack.place([job.train_batch(0)] * width, stack.batches)
     hypers = stack.place([make_hyper(job.cfg)] * width, stack.numbers)
     going, step = stack.place([np.True_] * width, stack.numbers), stack.make_step()
     for _ in range(1 + MEASURED_STEPS):
         began = time.perf_counter()
-        states, numbers, _ = step(states, batches, hypers, going)
+        states, numbers, _ = step(states, batches, hypers, frozen, going)
         jax.block_until_ready(numbers)
         seconds.append(time.perf_counter() - began)
     return min(seconds[1:])
 
 
 class Follower:
-    """The run directory of one trial among others: its metrics, its checkpoints, its end."""
+    """The run directory of one trial among others: its record, its end."""
 
     def __init__(self, job: Job, run: Path) -> None:
         self.job, self.run, self.message, self.ended = job, run, "", False
@@ -187,39 +196,28 @@ class Follower:
             begin_run(job, run, print)
             first = start_state(job, run, print)
         self.first = jax.device_get(first)  # one device may not hold all of them
-        self.start, self.ramp = int(first.step), train_ramp(job.cfg)
-        self.writer = metrics.MetricsWriter(run, self.start, job.cfg, warn)
-        self.losses = metrics.validation_losses(run)
-        kept = job.cfg.checkpoint
-        keep = checkpoint.Keep(
-            kept.keep_last, kept.keep_every_steps, kept.keep_best, lambda: self.losses
-        )
-        self.checkpoints = checkpoint.Checkpoints(run / "checkpoints", keep)
-        if self.start and self.start not in self.losses:  # stopped between saving and evaluating
+        self.start = int(first[0].step)
+        self.recorder = Recorder(job, run, self.start, self.say)
+        if self.start and self.start not in self.recorder.losses:  # stopped before evaluating
             self.validate(self.start, lambda: first)
         if self.start >= job.cfg.train.num_steps:
             self.close()
 
-    def read(self, step: int, numbers: dict[str, float], seconds: float) -> None:
-        """Write the numbers of a step, `seconds` after the first; too many left out end it."""
-        train = self.job.cfg.train
-        skipped, why = numbers.pop("skipped"), why_left_out(numbers, numbers.pop("norm_limit"))
-        if skipped > self.job.cfg.optim.max_skipped_steps:
-            self.message = (
-                f"step {step}: {why}; loss {numbers['loss']}, gradient norm "
-                f"{numbers['grad_norm']}, at learning rate {numbers['learning_rate']:.2e}; "
-                "frozen there, not saved"
-            )
-            self.close()
-        elif skipped:
-            with open(self.run / "log.txt", "a") as log:
-                print(f"step {step}: {why}; its update was skipped", file=log)
-        elif due(step, train.log_every_steps) or step == train.num_steps:
-            rows = self.ramp.before(step) - self.ramp.before(self.start + 1)
-            rate = rows * self.job.cfg.model.seq_len / max(seconds, 1e-9)
-            self.writer.write(step, **numbers, tokens_per_second=round(rate, 1))
+    def say(self, text: str) -> None:
+        """Write a line to the trial's log."""
+        with open(self.run / "log.txt", "a") as log:
+            print(text, file=log)
 
-    def between(self, step: int, state: Callable[[], TrainState], stopping: bool) -> None:
+    def read(self, step: int, numbers: dict[str, float]) -> None:
+        """Write the numbers of a step; too many updates left out end the trial."""
+        problem, _ = self.recorder.read(step, numbers)
+        if problem:
+            self.message = f"{problem}; frozen there, not saved"
+            self.close()
+
+    def between(
+        self, step: int, state: Callable[[], tuple[TrainState, Any]], stopping: bool
+    ) -> None:
         """Evaluate and save where it is time; end at the last step, or where all are stopping."""
         cfg = self.job.cfg
         last = step == cfg.train.num_steps
@@ -227,31 +225,26 @@ class Follower:
         self.validate(step, state)
         if last or stopping or due(step, cfg.checkpoint.every_steps):
             with jax.set_mesh(self.job.mesh):
-                self.checkpoints.save(step, state().items())
+                self.recorder.save(step, *state())
         if last or stopping:
             self.close()
 
-    def validate(self, step: int, state: Callable[[], TrainState]) -> None:
+    def validate(self, step: int, state: Callable[[], tuple[TrainState, Any]]) -> None:
         """Evaluate at the last step, and where it is time."""
         cfg = self.job.cfg
         if step < cfg.train.num_steps and not due(step, cfg.eval.every_steps):
             return
+        trained, frozen = state()
         with jax.set_mesh(self.job.mesh):
-            found = self.job.evaluate(state().params)
-        if found["tokens"]:
-            self.losses[step] = found["loss"]
-            self.writer.write(
-                step,
-                validation_loss=found["loss"],
-                validation_bits_per_byte=found["bits_per_byte"],
-            )
+            params = merge_params(trained.params, frozen)
+            self.recorder.validate(step, params, trained.opt_state)
 
     def close(self) -> None:
         """End the trial; what is being saved is waited for."""
         if not self.ended:
             self.ended = True
-            self.writer.close()
-            self.checkpoints.close()
+            self.recorder.writer.close()
+            self.recorder.checkpoints.close()
 
 
 def align(jobs: list[Job], runs: list[Path]) -> None:
@@ -283,28 +276,28 @@ def train_together(jobs: list[Job], runs: list[Path], stop: StopRequest) -> list
         owned.callback(setattr, stop, "deferred", False)
         stop.deferred = True
         stack = Stack(first, len(jobs))
-        states = stack.place([follower.first for follower in followers], stack.states)
+        first_states = [follower.first for follower in followers]
+        states, frozen = stack.place(first_states, (stack.states, stack.frozen))
         hypers = stack.place([make_hyper(job.cfg) for job in jobs], stack.numbers)
         going = stack.place([np.bool_(not f.ended) for f in followers], stack.numbers)
         starts = [follower.start for follower in followers]
         rounds = max(
             job.cfg.train.num_steps - start for job, start in zip(jobs, starts, strict=True)
         )
-        step, began = stack.make_step(), 0.0
+        step = stack.make_step()
         fetch = make_batches(jobs, starts, stack)
         for number, batches in enumerate(
             fetch_ahead(fetch, 0, rounds, first.cfg.data.prefetch_batches), 1
         ):
-            states, numbers, going = step(states, batches, hypers, going)
+            states, numbers, going = step(states, batches, hypers, frozen, going)
             read = {name: np.asarray(values).tolist() for name, values in numbers.items()}
-            began = began or time.monotonic()  # what compiling took is no measure
-            seconds, stopping = time.monotonic() - began, bool(stop.signal)
+            stopping = bool(stop.signal)
             for index, follower in enumerate(followers):
                 own = follower.start + number
                 if not follower.ended:
-                    follower.read(own, {name: v[index] for name, v in read.items()}, seconds)
+                    follower.read(own, {name: v[index] for name, v in read.items()})
                 if not follower.ended:
-                    take = functools.partial(stack.take, states, index)
+                    take = functools.partial(stack.take, (states, frozen), index)
                     follower.between(own, take, stopping)
             if stopping:
                 raise stop.stopped(

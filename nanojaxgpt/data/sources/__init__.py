@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from nanojaxgpt.checks import show
-from nanojaxgpt.data.sources.documents import BadTexts, DataConfig, Document, Source
+from nanojaxgpt.config import sections
+from nanojaxgpt.data.sources.documents import BadTexts, Document, Source
 from nanojaxgpt.data.sources.download import check_digest, fetch, is_url
 from nanojaxgpt.data.sources.files import (
     check_location,
@@ -21,12 +22,12 @@ from nanojaxgpt.data.sources.files import (
 from nanojaxgpt.data.sources.hub import identify_hub, read_hub
 from nanojaxgpt.data.sources.parquet import identify_parquet, read_parquet
 from nanojaxgpt.data.sources.stdlib import identify_stdlib, read_stdlib
-from nanojaxgpt.data.sources.tfds import identify_tfds, read_tfds
+from nanojaxgpt.data.sources.tfds import check_tfds, identify_tfds, read_tfds
 from nanojaxgpt.errors import ConfigError, DataError
 from nanojaxgpt.names import nearest
 
 __all__ = [
-    "DataConfig", "Document", "check_sources", "read_documents", "source_identity",
+    "Document", "check_sources", "read_documents", "source_identity",
     "weighted_sources",
 ]  # fmt: skip
 
@@ -45,7 +46,7 @@ DOWNLOADED = ("text", "blocks", "jsonl", "parquet")  # whose location may be a U
 
 
 def read_documents(
-    source: str, data: DataConfig, report: Callable[[str], object] = print
+    source: str, data: sections.Data, report: Callable[[str], object] = print
 ) -> Iterator[Document]:
     """Yield the documents of `source` in an order that is the same on every machine.
 
@@ -57,7 +58,7 @@ def read_documents(
 
 
 def drop_bad(
-    read: Callable, location: str, source: str, bad: BadTexts, data: DataConfig
+    read: Callable, location: str, source: str, bad: BadTexts, data: sections.Data
 ) -> Iterator[Document]:
     """Yield what `read` does. Raises DataError where that is nothing."""
     empty = True
@@ -69,7 +70,7 @@ def drop_bad(
         raise DataError(f"{source} has no text; correct data.source")
 
 
-def source_identity(source: str, data: DataConfig) -> dict[str, Any]:
+def source_identity(source: str, data: sections.Data) -> dict[str, Any]:
     """Return what tells this content from any other, ready for JSON. Raises as `read_documents`."""
     reader, location = find_source(source, data, verify=True)
     kind, _, named = source.partition(":")
@@ -80,7 +81,7 @@ def source_identity(source: str, data: DataConfig) -> dict[str, Any]:
     return identity
 
 
-def weighted_sources(data: DataConfig) -> list[tuple[Fraction, str]]:
+def weighted_sources(data: sections.Data) -> list[tuple[Fraction, str]]:
     """Return (weight, source) of all that is trained on. Raises ConfigError."""
     weighted = []
     for item in data.mixture or (f"1 {data.source}",):
@@ -95,7 +96,7 @@ def weighted_sources(data: DataConfig) -> list[tuple[Fraction, str]]:
     return weighted
 
 
-def find_source(source: str, data: DataConfig, verify: bool = False) -> tuple[Source, str]:
+def find_source(source: str, data: sections.Data, verify: bool = False) -> tuple[Source, str]:
     """Return the functions of "KIND:LOCATION" and the location, a URL's file by its path.
 
     With `verify`, a damaged download is replaced. Raises ConfigError, and DataError for a URL that
@@ -131,8 +132,11 @@ def names_a_path(source: str) -> bool:
         return False
 
 
-def check_sources(data: DataConfig) -> None:
-    """Raise ConfigError or DataError where a source has no kind or no file; nothing is read."""
+def check_sources(data: sections.Data) -> None:
+    """Raise ConfigError or DataError where a source has no kind, no file or no package to read it.
+
+    Nothing is read.
+    """
     sources = [source for _, source in weighted_sources(data)]
     for source in [*sources, data.validation_source]:
         if source:
@@ -140,3 +144,5 @@ def check_sources(data: DataConfig) -> None:
             kind = source.partition(":")[0]
             if kind in DOWNLOADED and not is_url(location):
                 check_location(kind, location)
+            elif kind == "tfds":
+                check_tfds(location)

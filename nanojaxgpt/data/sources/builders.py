@@ -16,7 +16,8 @@ import tensorflow_datasets as tfds
 from absl import logging
 from etils import epath
 
-from nanojaxgpt.data.sources.documents import BadTexts, DataConfig
+from nanojaxgpt.config import sections
+from nanojaxgpt.data.sources.documents import BadTexts
 from nanojaxgpt.data.sources.files import identify_text, read_text
 from nanojaxgpt.errors import DataError
 
@@ -30,7 +31,7 @@ with tfds.core.registered.skip_registration():  # pyright: ignore[reportAttribut
 
         VERSION = tfds.core.Version("1.0.0")
 
-        def __init__(self, data: DataConfig, **settings: Any) -> None:
+        def __init__(self, data: sections.Data, **settings: Any) -> None:
             self.location, self.data = location_of(self.name, data), data
             super().__init__(**settings)
 
@@ -60,12 +61,12 @@ with tfds.core.registered.skip_registration():  # pyright: ignore[reportAttribut
 BUILDERS = {builder.name: builder for builder in (TinyShakespeare, LocalText)}
 
 
-def location_of(name: str, data: DataConfig) -> str:
+def location_of(name: str, data: sections.Data) -> str:
     """Return the glob of the files that a builder reads."""
     return f"{data.manual_dir}/{FILES[name]}"
 
 
-def prepare_own(name: str, folder: epath.Path, data: DataConfig) -> epath.Path:
+def prepare_own(name: str, folder: epath.Path, data: sections.Data) -> epath.Path:
     """Return the folder of the dataset, prepared now where it is not there. Raises DataError."""
     content = json.dumps(identify_text(location_of(name, data), data))
     config = tfds.core.BuilderConfig(name=hashlib.sha256(content.encode()).hexdigest()[:16])

@@ -1,33 +1,11 @@
-"""What every kind of source shares: the config's section `data`, a document, what is refused."""
+"""What every kind of source shares: a document, its functions, what is refused."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from nanojaxgpt.checks import kind_of
+from nanojaxgpt.config import sections
 from nanojaxgpt.errors import ConfigError, DataError
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Which corpus, and how it becomes tokens: the fields of the config's section `data`."""
-
-    source: str
-    sha256: str
-    mixture: tuple[str, ...]
-    tokenizer: str
-    tokenizer_vocab_size: int
-    lossy_tokenizer: bool
-    packing: str
-    validation_fraction: float
-    validation_documents: int
-    validation_source: str
-    bad_text: str
-    tfds_dir: str
-    manual_dir: str
-    num_workers: int
-    prefetch_batches: int
-    cache_dir: str
 
 
 class Document(NamedTuple):
@@ -66,8 +44,8 @@ class BadTexts:
 class Source(NamedTuple):
     """The two functions of a kind of source; LOCATION is what follows the colon in its name."""
 
-    read: Callable[[str, DataConfig, Refuse], Iterator[Document]]
-    identify: Callable[[str, DataConfig], dict[str, Any]]
+    read: Callable[[str, sections.Data, Refuse], Iterator[Document]]
+    identify: Callable[[str, sections.Data], dict[str, Any]]
 
 
 def find_field(record: dict[str, Any], field: str, default: Any = None) -> Any:

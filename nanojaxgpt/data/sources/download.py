@@ -22,9 +22,8 @@ from http.client import HTTPException, HTTPResponse
 from pathlib import Path
 from typing import Any
 
-from nanojaxgpt.config import cache_path
+from nanojaxgpt.config import cache_path, sections
 from nanojaxgpt.console import warn
-from nanojaxgpt.data.sources.documents import DataConfig
 from nanojaxgpt.errors import ConfigError, DataError
 
 SECONDS = 15.0  # until a server answers, and until it sends more of the file
@@ -37,7 +36,7 @@ def is_url(location: str) -> bool:
     return bool(URL.match(location))
 
 
-def fetch(url: str, data: DataConfig, verify: bool = False) -> Path:
+def fetch(url: str, data: sections.Data, verify: bool = False) -> Path:
     """Return the file that `url` names, downloaded into the cache where it is not there yet.
 
     With `verify`, a file that is not as it came is downloaded again. Of several processes one
@@ -66,7 +65,7 @@ def fetch(url: str, data: DataConfig, verify: bool = False) -> Path:
     return target
 
 
-def place_of(url: str, data: DataConfig) -> tuple[Path, str]:
+def place_of(url: str, data: sections.Data) -> tuple[Path, str]:
     """Return the folder of a download and the name of its file. Raises ConfigError."""
     key = hashlib.sha256(url.encode()).hexdigest()[:16]
     try:

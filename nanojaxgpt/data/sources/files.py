@@ -22,8 +22,8 @@ from etils import epath
 
 from nanojaxgpt import regular
 from nanojaxgpt.checks import show
+from nanojaxgpt.config import sections
 from nanojaxgpt.data.sources.documents import (
-    DataConfig,
     Document,
     Refuse,
     check_text,
@@ -41,7 +41,7 @@ JSON_KINDS = {list: "an array", str: "a string", int: "a number", float: "a numb
               bool: "true or false", type(None): "null"}  # fmt: skip
 
 
-def read_text(location: str, data: DataConfig, refuse: Refuse) -> Iterator[Document]:
+def read_text(location: str, data: sections.Data, refuse: Refuse) -> Iterator[Document]:
     """Yield one document per file of `location`: a file, a folder of *.txt, or a glob.
 
     A byte order mark is dropped; every other byte is kept, `\\r\\n` too.
@@ -55,7 +55,7 @@ def read_text(location: str, data: DataConfig, refuse: Refuse) -> Iterator[Docum
             yield Document(name, text)
 
 
-def read_blocks(location: str, data: DataConfig, refuse: Refuse) -> Iterator[Document]:
+def read_blocks(location: str, data: sections.Data, refuse: Refuse) -> Iterator[Document]:
     """Yield one document per block of lines; blank lines part the blocks and belong to none."""
     for name, path in find_files("blocks", location, TEXT_ENDINGS):
         block, start, end = [], 0, 0
@@ -80,7 +80,7 @@ def make_block(
         yield Document(f"{name}:{line}", text)
 
 
-def read_jsonl(location: str, data: DataConfig, refuse: Refuse) -> Iterator[Document]:
+def read_jsonl(location: str, data: sections.Data, refuse: Refuse) -> Iterator[Document]:
     """Yield one document per line: the field FIELD of its JSON object, PATH[#FIELD], else `text`.
 
     `a.b` is the field b of the object a. Blank lines and empty texts are passed over.
@@ -115,17 +115,17 @@ def read_jsonl(location: str, data: DataConfig, refuse: Refuse) -> Iterator[Docu
                 yield Document(f"{name}:{number}", text)
 
 
-def identify_text(location: str, data: DataConfig) -> dict[str, Any]:
+def identify_text(location: str, data: sections.Data) -> dict[str, Any]:
     """Return the name, size and hash of every file."""
     return identify_files("text", location, TEXT_ENDINGS)
 
 
-def identify_blocks(location: str, data: DataConfig) -> dict[str, Any]:
+def identify_blocks(location: str, data: sections.Data) -> dict[str, Any]:
     """Return the name, size and hash of every file."""
     return identify_files("blocks", location, TEXT_ENDINGS)
 
 
-def identify_jsonl(location: str, data: DataConfig) -> dict[str, Any]:
+def identify_jsonl(location: str, data: sections.Data) -> dict[str, Any]:
     """Return the field, and the name, size and hash of every file."""
     location, field = split_field(location, "text")
     return dict(field=field, **identify_files("jsonl", location, JSON_ENDINGS))

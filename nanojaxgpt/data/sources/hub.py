@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from nanojaxgpt.config import sections
 from nanojaxgpt.data.sources.documents import (
-    DataConfig,
     Document,
     Refuse,
     check_text,
@@ -19,7 +19,7 @@ from nanojaxgpt.errors import ConfigError, DataError
 NAME = re.compile(r"([^@#]+)(?:@([^#]+))?(?:#(.+))?")
 
 
-def read_hub(location: str, data: DataConfig, refuse: Refuse) -> Iterator[Document]:
+def read_hub(location: str, data: sections.Data, refuse: Refuse) -> Iterator[Document]:
     """Yield one document per row that has any text, in the dataset's order."""
     dataset, split, field = open_dataset(location)
     column = field if field in dataset.features else field.partition(".")[0]
@@ -29,7 +29,7 @@ def read_hub(location: str, data: DataConfig, refuse: Refuse) -> Iterator[Docume
             yield Document(name, text)
 
 
-def identify_hub(location: str, data: DataConfig) -> dict[str, Any]:
+def identify_hub(location: str, data: sections.Data) -> dict[str, Any]:
     """Return the name, what is read of it, and the fingerprint that `datasets` gives it."""
     dataset, split, field = open_dataset(location)
     return dict(

@@ -8,8 +8,8 @@ from typing import Any
 
 from etils import epath
 
+from nanojaxgpt.config import sections
 from nanojaxgpt.data.sources.documents import (
-    DataConfig,
     Document,
     Refuse,
     check_text,
@@ -24,7 +24,7 @@ READ_AT_ONCE = 256  # rows
 BUFFER_BYTES = 1 << 20  # without it pyarrow holds the whole column of a row group
 
 
-def read_parquet(location: str, data: DataConfig, refuse: Refuse) -> Iterator[Document]:
+def read_parquet(location: str, data: sections.Data, refuse: Refuse) -> Iterator[Document]:
     """Yield one document per row that has any text: the field FIELD of PATH[#FIELD].
 
     Without FIELD it is `text`, or the only column that holds text.
@@ -44,7 +44,7 @@ def read_parquet(location: str, data: DataConfig, refuse: Refuse) -> Iterator[Do
                     yield Document(f"{name}:{number}", text)
 
 
-def identify_parquet(location: str, data: DataConfig) -> dict[str, Any]:
+def identify_parquet(location: str, data: sections.Data) -> dict[str, Any]:
     """Return the field, and the name, size and hash of every file."""
     path, field = split_field(location, "")
     files = find_files("parquet", path, ENDINGS)

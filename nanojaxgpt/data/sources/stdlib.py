@@ -9,11 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from nanojaxgpt.data.sources.documents import DataConfig, Document, Refuse
+from nanojaxgpt.config import sections
+from nanojaxgpt.data.sources.documents import Document, Refuse
 from nanojaxgpt.errors import ConfigError, DataError
 
 
-def read_stdlib(location: str, data: DataConfig, refuse: Refuse) -> Iterator[Document]:
+def read_stdlib(location: str, data: sections.Data, refuse: Refuse) -> Iterator[Document]:
     """Yield the standard library's own source files and the topics of the language reference.
 
     Ordered by a hash of the name, so that a tail of the corpus is a random choice of documents.
@@ -29,7 +30,7 @@ def read_stdlib(location: str, data: DataConfig, refuse: Refuse) -> Iterator[Doc
     yield from sorted(documents, key=lambda d: hashlib.sha256(d.name.encode()).digest())
 
 
-def identify_stdlib(location: str, data: DataConfig) -> dict[str, Any]:
+def identify_stdlib(location: str, data: sections.Data) -> dict[str, Any]:
     """Return the Python version and a hash of every name and text."""
     content, num_documents = hashlib.sha256(), 0
     for name, text in read_stdlib(location, data, print):

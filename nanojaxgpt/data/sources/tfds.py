@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
+from nanojaxgpt.config import sections
 from nanojaxgpt.data.sources.documents import (
-    DataConfig,
     Document,
     Refuse,
     check_text,
@@ -20,6 +20,7 @@ from nanojaxgpt.data.sources.documents import (
 )
 from nanojaxgpt.data.sources.files import check_scheme
 from nanojaxgpt.errors import ConfigError, DataError
+from nanojaxgpt.extras import require
 
 NAME = re.compile(r"(\w+)(?:/([^:@#]+))?(?::([\d.]+))?(?:@([^#]+))?(?:#(\w+))?")
 OWN_BUILDERS = ("tiny_shakespeare", "local_text")
@@ -34,7 +35,12 @@ class Prepared(NamedTuple):
     field: str
 
 
-def read_tfds(location: str, data: DataConfig, refuse: Refuse) -> Iterator[Document]:
+def check_tfds(location: str) -> None:
+    """Raise ConfigError where TensorFlow Datasets is not installed; nothing is imported."""
+    require("tensorflow_datasets", "tfds", f"tfds:{location}")
+
+
+def read_tfds(location: str, data: sections.Data, refuse: Refuse) -> Iterator[Document]:
     """Yield one document per example that has any text, in the order of the files."""
     builder, split, field = open_dataset(location, data)
     if not builder.info.splits[split].num_examples:
@@ -55,7 +61,7 @@ def read_tfds(location: str, data: DataConfig, refuse: Refuse) -> Iterator[Docum
         raise DataError(f"{builder.data_path} can't be read: {error}") from error
 
 
-def identify_tfds(location: str, data: DataConfig) -> dict[str, Any]:
+def identify_tfds(location: str, data: sections.Data) -> dict[str, Any]:
     """Return the dataset's full name, what is read of it, and what its files are.
 
     `info` is the hash of dataset_info.json, where TFDS counts examples and bytes of each file: the
@@ -83,13 +89,14 @@ def decode(name: str, value: bytes, refuse: Refuse) -> str:
         return ""
 
 
-def open_dataset(location: str, data: DataConfig) -> Prepared:
+def open_dataset(location: str, data: sections.Data) -> Prepared:
     """Return the dataset that `location` names. Raises ConfigError, DataError: not prepared."""
     parts = NAME.fullmatch(location)
     if not parts:
         raise ConfigError(
             f"data.source=tfds:{location} is not tfds:NAME[/CONFIG][:VERSION][@SPLIT][#FIELD]"
         )
+    check_tfds(location)
     name, config, version, split, field = (part or "" for part in parts.groups())
     check_scheme(f"data.tfds_dir={data.tfds_dir}", data.tfds_dir)
     folder = epath.Path(data.tfds_dir or "~/tensorflow_datasets").expanduser()

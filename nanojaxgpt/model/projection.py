@@ -10,11 +10,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from nanojaxgpt.model.config import ModelConfig
+from nanojaxgpt.model.parameters import Parameter, layer_rows
+
 COLUMNS = 256  # of a block; with 128 or 512 it is read up to a third slower
 MOST_ROWS = 64  # above, XLA's own matmul is as fast
-
-# A layer's kernels, and how many of their first dimensions are summed over; 0: stored [out, in].
-INPUTS = {"q_DNH": 1, "k_DKH": 1, "v_DKH": 1, "o_NHD": 2, "gate_DF": 1, "up_DF": 1, "down_DF": 0}
 
 
 @jax.tree_util.register_dataclass
@@ -50,26 +50,33 @@ def project(
     return y_TO.reshape(*x_BTI.shape[:-1], -1)
 
 
-def decoding_params(params: Any, rows: int) -> Any:
+def as_matrix(kernel: jax.Array, row: Parameter) -> jax.Array:
+    """Return a kernel of one layer as a matrix [in, out]."""
+    kernel = jnp.moveaxis(kernel, row.summed, range(len(row.summed)))
+    inputs = [row.shape[axis] for axis in row.summed]
+    return kernel.reshape(math.prod(inputs), -1)
+
+
+def decoding_params(cfg: ModelConfig, params: Any, rows: int) -> Any:
     """Return the parameters laid out for decoding `rows` rows; those that are come back as given.
 
     The layers become a tuple: a decoding loop reads each in place, where from a stack it would
     copy every layer at every token (2x of the time on CPU). A few rows times a kernel are bound by
     reading the kernel, which XLA's CPU matmul does at 4 to 6 GB/s, and at 7 to 9 in blocks.
     """
-    layers = params["layers"]
-    if isinstance(layers, tuple):
+    if isinstance(params.get("layers"), tuple):
         return params
-    count = len(jax.tree.leaves(layers)[0])
-    layers = [jax.tree.map(lambda w, i=i: w[i], dict(layers)) for i in range(count)]
-    params = {**params, "layers": layers}
+    rest = {name: leaf for name, leaf in params.items() if name not in cfg.stacks}
+    layers = [
+        jax.tree.map(lambda w, row=row: w[row], dict(params[stack])) for stack, row in cfg.places
+    ]
     is_float32 = params["embed_VD"].dtype == jnp.float32
-    if jax.default_backend() == "cpu" and is_float32 and rows <= MOST_ROWS:
-        head_VD = params.pop("head_VD", params["embed_VD"])
-        params["head_VD"] = cut(head_VD.T, COLUMNS if rows > 1 else len(head_VD))
-        for layer in layers if rows > 1 else []:
-            for name in INPUTS.keys() & layer.keys():
-                kernel, summed = layer[name], INPUTS[name]
-                inputs = math.prod(kernel.shape[:summed])
-                layer[name] = cut(kernel.reshape(inputs, -1) if summed else kernel.T, COLUMNS)
-    return {**params, "layers": tuple(layers)}
+    alone = jax.sharding.get_abstract_mesh().size <= 1  # a block of a sharded kernel is no shard
+    if jax.default_backend() == "cpu" and is_float32 and rows <= MOST_ROWS and alone:
+        head_VD = rest.pop("head_VD", params["embed_VD"])
+        rest["head_VD"] = cut(head_VD.T, COLUMNS if rows > 1 else len(head_VD))
+        for index, layer in enumerate(layers if rows > 1 else []):
+            for name, row in layer_rows(cfg, cfg.layer(index)).items():
+                if row.kind == "kernel":
+                    layer[name] = cut(as_matrix(layer[name], row), COLUMNS)
+    return {**rest, "layers": tuple(layers)}

@@ -1,0 +1,217 @@
+"""One layer of the Transformer: attention and MLP around the residual stream."""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from nanojaxgpt.attention import attend
+from nanojaxgpt.attention.cache import Cache, attend_cache, update_cache
+from nanojaxgpt.attention.request import Mask
+from nanojaxgpt.model.config import GATED, LayerConfig, ModelConfig
+from nanojaxgpt.model.parameters import Parameter, layer_rows
+from nanojaxgpt.model.projection import Blocks, project
+from nanojaxgpt.model.rotary import rotate
+from nanojaxgpt.sharding import constrain
+
+
+class Context(NamedTuple):
+    """What every layer sees alike."""
+
+    mask: Mask
+    positions_BT: jax.Array
+    deterministic: bool
+    score_multiplier: jax.typing.ArrayLike
+    prefill: bool = False  # the cache is empty: what is read now is all there is to see
+
+
+# Flax numbers the keys that a module asks for, and its `scan`, by which the layers once ran, traced
+# them twice: with the second key of each, dropout keeps the bits of runs that began then.
+KEYS = 2
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "relu": jax.nn.relu,
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
+    "swiglu": jax.nn.silu,
+    "geglu": lambda x: jax.nn.gelu(x, approximate=True),
+}
+
+
+def scaled(x: jax.Array, factor: jax.typing.ArrayLike) -> jax.Array:
+    """Return `x` times a scalar, in the dtype of `x`."""
+    return x * jnp.asarray(factor, x.dtype)
+
+
+class Weights(nn.Module):
+    """A module that uses parameters of the table, in the compute dtype."""
+
+    cfg: ModelConfig
+
+    @property
+    def rows(self) -> dict[str, Parameter]:
+        """The rows of the table that belong to this module, by name."""
+        raise NotImplementedError
+
+    def weight(self, name: str) -> jax.Array:
+        """Return a parameter; it is stored as cfg.param_dtype."""
+        row = self.rows[name]
+        array: Any = self.param(name, row.init, row.shape, jnp.dtype(self.cfg.param_dtype))
+        return array.astype(self.cfg.compute_dtype)
+
+    def kernel(self, name: str) -> tuple[jax.Array | Blocks, str]:
+        """Return a kernel as a matrix, and the terms by which `project` multiplies with it."""
+        if self.has_variable("params", name):
+            stored = self.get_variable("params", name)
+            if isinstance(stored, Blocks):
+                return stored, ""
+        kernel, row = self.weight(name), self.rows[name]
+        if row.summed == (1,):
+            return kernel, "TI,OI->TO"
+        inputs = math.prod(row.shape[axis] for axis in row.summed)
+        return kernel.reshape(inputs, -1), "TI,IO->TO"
+
+    def project(self, x_BTI: jax.Array, name: str) -> jax.Array:
+        """Return x [B, T, in] times a kernel as a matrix, [B, T, out]."""
+        return project(x_BTI, *self.kernel(name))
+
+    def add_bias(self, y: jax.Array, name: str) -> jax.Array:
+        """Return `y` plus a bias, where the model has it."""
+        return y + self.weight(name) if name in self.rows else y
+
+    def normalize(self, x: jax.Array, name: str, axis: int | tuple[int, ...] = -1) -> jax.Array:
+        """Return LayerNorm or RMSNorm over the last axis or axes, computed in float32."""
+        cfg, y = self.cfg, x.astype(jnp.float32)
+        if cfg.norm == "layernorm":
+            y -= jnp.mean(y, axis, keepdims=True)
+        y *= jax.lax.rsqrt(jnp.mean(jnp.square(y), axis, keepdims=True) + cfg.norm_eps)
+        if f"{name}_scale" in self.rows:
+            y *= self.weight(f"{name}_scale")
+        return self.add_bias(y, f"{name}_bias").astype(cfg.compute_dtype)
+
+
+class Block(Weights):
+    """One layer: attention and MLP around the residual stream."""
+
+    layer: LayerConfig
+
+    @property
+    def rows(self) -> dict[str, Parameter]:
+        """The parameters of one layer."""
+        return layer_rows(self.cfg, self.layer)
+
+    @nn.compact
+    def __call__(
+        self, x_BTD: jax.Array, context: Context, cache: Cache | None = None
+    ) -> tuple[jax.Array, Cache | None]:
+        """Return the residual stream [B, T, D] after this layer, and its cache."""
+        cfg, place = self.cfg, self.cfg.norm_placement
+
+        def before(name: str) -> jax.Array:
+            return self.normalize(x_BTD, name) if place in ("pre", "sandwich") else x_BTD
+
+        def after(update_BTD: jax.Array, name: str) -> jax.Array:
+            return (
+                self.normalize(update_BTD, name) if place in ("sandwich", "output") else update_BTD
+            )
+
+        def add(update_BTD: jax.Array, name: str) -> jax.Array:
+            drop = nn.Dropout(cfg.dropout)
+            update_BTD = [drop(update_BTD, context.deterministic) for _ in range(KEYS)][-1]
+            if cfg.residual_multiplier != 1:
+                update_BTD = scaled(update_BTD, cfg.residual_multiplier)
+            sum_BTD = constrain(x_BTD + update_BTD, "batch", "sequence", "features")
+            return self.normalize(sum_BTD, name) if place == "post" else sum_BTD
+
+        y_BTD = before("attention_norm")
+        update_BTD, cache = self.attention(y_BTD, cache, context)
+        update_BTD = after(update_BTD, "attention_output_norm")
+        if cfg.mlp != "none" and cfg.parallel_block:
+            y_BTD = before("mlp_norm") if cfg.parallel_norms else y_BTD
+            update_BTD += after(self.feed_forward(y_BTD), "mlp_output_norm")
+            return add(update_BTD, "norm"), cache
+        x_BTD = add(update_BTD, "attention_norm")
+        if cfg.mlp != "none":
+            update_BTD = after(self.feed_forward(before("mlp_norm")), "mlp_output_norm")
+            x_BTD = add(update_BTD, "mlp_norm")
+        return x_BTD, cache
+
+    def attention(
+        self, x_BTD: jax.Array, cache: Cache | None, context: Context
+    ) -> tuple[jax.Array, Cache | None]:
+        """Return the attention's update [B, T, D] and the cache with this layer's keys."""
+        cfg, rotary = self.cfg, self.layer.rotary
+        q_BTNH = self.heads(x_BTD, "q_DNH", cfg.num_heads, "heads")
+        k_BTKH = self.heads(x_BTD, "k_DKH", cfg.num_kv_heads, "kv_heads")
+        v_BTKH = self.heads(x_BTD, "v_DKH", cfg.num_kv_heads, "kv_heads")
+        if cfg.qk_norm:
+            axis = -1 if cfg.qk_norm_over == "head" else (-2, -1)
+            q_BTNH = self.normalize(q_BTNH, "q_norm", axis)
+            k_BTKH = self.normalize(k_BTKH, "k_norm", axis)
+        # Parameters are counted, so that sizes that can't fit are refused, before tables are built.
+        starting = self.is_initializing()
+        if rotary and not starting:
+            q_BTNH = rotate(q_BTNH, context.positions_BT, rotary, cfg.seq_len)
+            k_BTKH = rotate(k_BTKH, context.positions_BT, rotary, cfg.seq_len)
+        q_BTNH = scaled(q_BTNH, context.score_multiplier)
+        gate_K = self.weight("smear_K") if cfg.smeared_keys else None
+        mask = context.mask._replace(window=self.layer.window)
+        scores: dict[str, Any] = dict(
+            scale=cfg.attention_scale, softcap=cfg.attention_softcap,
+            alibi=cfg.positions == "alibi" and not starting,
+        )  # fmt: skip
+        if cache is not None:
+            cache = update_cache(cache, k_BTKH, v_BTKH, context.positions_BT)
+        if cache is not None and not context.prefill:
+            seen = cache
+            if gate_K is not None:
+                k_BSKH = smear(jnp.swapaxes(cache.k_BKSH, 1, 2), gate_K, None)
+                seen = cache._replace(k_BKSH=jnp.swapaxes(k_BSKH, 1, 2))
+            out_BTNH = attend_cache(q_BTNH, seen, mask, **scores)
+        else:
+            if gate_K is not None:
+                k_BTKH = smear(k_BTKH, gate_K, mask.key_segments_BS)
+            # Kept only where `apply` is asked for intermediates, as papers/probe.py does.
+            heads: Any = (q_BTNH, k_BTKH)
+            self.sow("intermediates", "heads", heads, reduce_fn=lambda _, new: new)
+            dropping = cfg.dropout and not context.deterministic
+            rngs = [self.make_rng("dropout") for _ in range(KEYS)] if dropping else [None]
+            out_BTNH = attend(
+                q_BTNH, k_BTKH, v_BTKH, mask, **scores, kernel=cfg.attention, dropout=cfg.dropout,
+                rng=rngs[-1],
+            )  # fmt: skip
+        out_BTI = out_BTNH.reshape(*out_BTNH.shape[:2], -1)
+        return self.add_bias(self.project(out_BTI, "o_NHD"), "o_bias"), cache
+
+    def heads(self, x_BTD: jax.Array, name: str, heads: int, axis: str) -> jax.Array:
+        """Return the projection of `x` to `heads` heads [B, T, heads, H]."""
+        y_BTNH = self.project(x_BTD, name).reshape(*x_BTD.shape[:2], heads, self.cfg.head_dim)
+        y_BTNH = self.add_bias(y_BTNH, f"{name[0]}_bias")
+        return constrain(y_BTNH, "batch", "sequence", axis, "head_dim")
+
+    def feed_forward(self, x_BTD: jax.Array) -> jax.Array:
+        """Return the MLP's update [B, T, D]."""
+        cfg = self.cfg
+
+        def widen(name: str) -> jax.Array:
+            y_BTF = self.add_bias(self.project(x_BTD, f"{name}_DF"), f"{name}_bias")
+            return constrain(y_BTF, "batch", "sequence", "mlp")
+
+        y_BTF = ACTIVATIONS[cfg.mlp](widen("gate" if cfg.mlp in GATED else "up"))
+        if cfg.mlp in GATED:
+            y_BTF *= widen("up")
+        return self.add_bias(self.project(y_BTF, "down_DF"), "down_bias")
+
+
+def smear(k_BSKH: jax.Array, gate_K: jax.Array, segments_BS: jax.Array | None) -> jax.Array:
+    """Return keys mixed with the key before, sigmoid(gate) of their own (Olsson 2022)."""
+    before_BSKH = jnp.pad(k_BSKH[:, :-1], ((0, 0), (1, 0), (0, 0), (0, 0)))
+    if segments_BS is not None:
+        same_BS = jnp.pad(segments_BS[:, 1:] == segments_BS[:, :-1], ((0, 0), (1, 0)))
+        before_BSKH *= same_BS[..., None, None]
+    own_K1 = jax.nn.sigmoid(gate_K.astype(jnp.float32))[:, None].astype(k_BSKH.dtype)
+    return own_K1 * k_BSKH + (1 - own_K1) * before_BSKH

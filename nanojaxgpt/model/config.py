@@ -1,0 +1,106 @@
+"""The model's shape: the config's fields with their derived values, and its layers as a pattern.
+
+No jax here: a config is checked before any backend starts.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any, NamedTuple
+
+from nanojaxgpt.config.rotary import Rotary, parse_rotary
+from nanojaxgpt.config.sections import Model
+
+GATED = ("swiglu", "geglu")
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerConfig:
+    """What may differ from layer to layer; `mlp_dim` gives parameters another shape."""
+
+    window: int  # tokens that a query sees, itself included; 0: all
+    rotary: Rotary | None
+    mlp_dim: int
+
+
+class Multipliers(NamedTuple):
+    """Factors of the embeddings, of the attention's scores and of the logits; scalars."""
+
+    embed: Any
+    attention: Any
+    logit: Any
+
+
+# The config fields of `Multipliers`, in its order.
+MULTIPLIERS = ("embed_multiplier", "attention_multiplier", "logit_multiplier")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig(Model):
+    """The section `model` of a config, complete: `ModelConfig(**cfg.model)`.
+
+    Sizes given as 0 (num_kv_heads, head_dim, mlp_dim) are filled in. Raises ValueError where the
+    vocabulary has no size yet.
+    """
+
+    def __post_init__(self) -> None:
+        if self.vocab_size < 1:
+            raise ValueError("model.vocab_size is 0: it comes from the tokenizer")
+        head_dim = self.head_dim or self.embed_dim // self.num_heads
+        object.__setattr__(self, "head_dim", head_dim)
+        object.__setattr__(self, "num_kv_heads", self.num_kv_heads or self.num_heads)
+        object.__setattr__(self, "mlp_dim", self.mlp_dim or 4 * self.embed_dim)
+        power = 1 if self.mup_base_dim else 0.5
+        scale = self.attention_scale or head_dim**-power
+        object.__setattr__(self, "attention_scale", scale)
+
+    @property
+    def width(self) -> float:
+        """The width over that at which muP is the standard parametrization; 1 without muP."""
+        return self.embed_dim / self.mup_base_dim if self.mup_base_dim else 1.0
+
+    @property
+    def multipliers(self) -> "Multipliers":
+        """The numbers of the forward pass that can also be given traced."""
+        return Multipliers(self.embed_multiplier, self.attention_multiplier, self.logit_multiplier)
+
+    @functools.cached_property
+    def layers(self) -> tuple[LayerConfig, ...]:
+        """The shortest period of the layers; it repeats over all of them."""
+        kinds = [parse_rotary(entry, self.rotary_base) for entry in self.rotary]
+        rotary = kinds if self.positions == "rotary" else [None]
+        length = math.lcm(len(self.windows), len(rotary), len(self.mlp_dims))
+        every = [
+            LayerConfig(
+                self.windows[index % len(self.windows)],
+                rotary[index % len(rotary)],
+                self.mlp_dims[index % len(self.mlp_dims)] or self.mlp_dim,
+            )
+            for index in range(min(length, self.num_layers))
+        ]
+        shorter = [n for n in range(1, len(every)) if len(every) % n == 0]
+        repeats = [n for n in shorter if every == every[:n] * (len(every) // n)]
+        return tuple(every[: repeats[0]] if repeats else every)
+
+    @functools.cached_property
+    def stacks(self) -> dict[str, tuple[int, ...]]:
+        """The layers of each stack of parameters, by its name: layers of one shape are one."""
+        found: dict[int, list[int]] = {}
+        for index in range(self.num_layers):
+            found.setdefault(self.layer(index).mlp_dim, []).append(index)
+        alike = len(found) == 1
+        return {
+            "layers" if alike else f"layers_{number}": tuple(indices)
+            for number, indices in enumerate(found.values())
+        }
+
+    @functools.cached_property
+    def places(self) -> tuple[tuple[str, int], ...]:
+        """The stack of each layer, and its row in it."""
+        rows = {index: (name, row) for name, indices in self.stacks.items()
+                for row, index in enumerate(indices)}  # fmt: skip
+        return tuple(rows[index] for index in range(self.num_layers))
+
+    def layer(self, index: int) -> LayerConfig:
+        """Return the layer of this index, from 0."""
+        return self.layers[index % len(self.layers)]

@@ -1,0 +1,219 @@
+"""One Transformer from one frozen ModelConfig: tokens (and a cache) to logits (and the cache).
+
+Names end in their dimensions: B batch, T query length, S key length, D embed, N heads, K key
+heads, H head dim, F mlp, V vocab, L layers. Parameters are a plain nested dict; layers of one
+shape are stacked on a leading axis, whatever is scanned or unrolled (see parameters.py).
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from nanojaxgpt.attention.cache import Cache
+from nanojaxgpt.attention.request import Mask
+from nanojaxgpt.model.block import Block, Context, Weights, scaled
+from nanojaxgpt.model.config import LayerConfig, ModelConfig, Multipliers
+from nanojaxgpt.model.parameters import Parameter, model_rows
+from nanojaxgpt.model.projection import decoding_params, project
+from nanojaxgpt.model.rotary import sinusoids
+from nanojaxgpt.sharding import constrain, platform
+
+REMAT: dict[str, Callable | None] = {
+    "full": None,
+    "dots": jax.checkpoint_policies.dots_saveable,
+    "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+class Layer(nn.Module):
+    """A Block under the name of its stack: the keys of its dropout are derived from the name."""
+
+    cfg: ModelConfig
+    layer: LayerConfig
+    stack: str
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array, context: Context) -> jax.Array:
+        """Return the residual stream [B, T, D] after the layer."""
+        return Block(self.cfg, self.layer, name=self.stack)(x_BTD, context)[0]
+
+
+class Transformer(Weights):
+    """A decoder-only language model.
+
+    `model.apply({"params": params}, tokens_BT)` gives (logits_BTV float32, None). With a cache of
+    each layer, the new tokens are written at `positions_BT`, which count up from their first, and
+    the cache comes back filled.
+    """
+
+    @property
+    def rows(self) -> dict[str, Parameter]:
+        """The parameters outside the layers."""
+        return model_rows(self.cfg)
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array | None = None,
+        segments_BT: jax.Array | None = None,
+        cache: tuple[Cache, ...] | None = None,
+        deterministic: bool = True,
+        logits: bool = True,
+        multipliers: Multipliers | None = None,
+        prefill: bool = False,
+    ) -> tuple[Any, tuple[Cache, ...] | None]:
+        """Return (logits_BTV, cache), or, with `logits` off, ((x_BTD, head), cache).
+
+        head(x_BTD) gives float32 logits [B, T, V]: so a loss can make them in parts.
+        `positions_BT` (default: 0 to T - 1) count within a document, `segments_BT` number the
+        documents of a row: tokens see only their own. Dropout needs `deterministic=False` and
+        an rng named "dropout". `multipliers` (default: the config's) may be traced. With `prefill`
+        the cache is empty, and tokens see each other as without it, by the same kernels.
+        """
+        cfg, factors = self.cfg, multipliers or self.cfg.multipliers
+        if cfg.positions == "learned" and tokens_BT.shape[1] > cfg.seq_len:
+            raise ValueError(f"{tokens_BT.shape[1]} tokens, but {cfg.seq_len} learned positions")
+        if positions_BT is None:
+            positions_BT = jnp.arange(tokens_BT.shape[1])[None]
+        embed_VD = self.weight("embed_VD")
+        x_BTD = embed_VD[tokens_BT] + self.position_embedding(positions_BT)
+        x_BTD = scaled(x_BTD, factors.embed)
+        x_BTD = nn.Dropout(cfg.dropout)(x_BTD, deterministic)
+        x_BTD = constrain(x_BTD, "batch", "sequence", "features")
+
+        order_1T = jnp.arange(tokens_BT.shape[1])[None]
+        mask = Mask(order_1T, order_1T, segments_BT, segments_BT)
+        if cache is not None and not prefill:
+            mask = Mask(positions_BT, jnp.arange(cache[0].k_BKSH.shape[2])[None])
+        context = Context(mask, positions_BT, deterministic, factors.attention, prefill)
+        if self.is_initializing():
+            x_BTD = self.init_layers(x_BTD, context)
+        elif cache is None and not self.is_mutable_collection("intermediates"):
+            x_BTD = self.scan_layers(x_BTD, context)
+        else:
+            x_BTD, cache = self.loop_layers(x_BTD, context, cache)
+        if cfg.final_norm:
+            x_BTD = self.normalize(x_BTD, "final_norm")
+        # A head laid out for decoding stands beside a tied embedding, see decoding_params.
+        apart = not cfg.tied_head or self.has_variable("params", "head_VD")
+        kernel = self.kernel("head_VD") if apart else (embed_VD, "TI,OI->TO")
+        bias_V = self.weight("head_bias") if cfg.head_bias else None
+
+        def head(x_BTD: jax.Array) -> jax.Array:
+            x_BTD = scaled(x_BTD, factors.logit)
+            logits_BTV = project(x_BTD, *kernel, jnp.float32)
+            if bias_V is not None:
+                logits_BTV += bias_V.astype(jnp.float32)
+            if cfg.width != 1:
+                logits_BTV /= cfg.width
+            if cfg.logit_softcap:
+                logits_BTV = cfg.logit_softcap * jnp.tanh(logits_BTV / cfg.logit_softcap)
+            return constrain(logits_BTV, "batch", "sequence", "vocab")
+
+        return (head(x_BTD) if logits else (x_BTD, head)), cache
+
+    def position_embedding(self, positions_BT: jax.Array) -> jax.Array:
+        """Return what is added to the token embeddings: [B, T, D], or 0."""
+        cfg = self.cfg
+        if cfg.positions == "learned":
+            return self.weight("position_TD")[positions_BT]
+        if cfg.positions == "sinusoidal" and not self.is_initializing():
+            return sinusoids(positions_BT, cfg.embed_dim).astype(cfg.compute_dtype)
+        return jnp.zeros((), cfg.compute_dtype)
+
+    def init_layers(self, x_BTD: jax.Array, context: Context) -> jax.Array:
+        """Declare the parameters of all layers, one stack after the other."""
+        for stack, indices in self.cfg.stacks.items():
+            scan = nn.scan(
+                Block,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]
+                length=len(indices),
+            )
+            layer = self.cfg.layer(indices[0])
+            x_BTD = scan(self.cfg, layer, name=stack)(x_BTD, context)[0]
+        return x_BTD
+
+    def scan_layers(self, x_BTD: jax.Array, context: Context) -> jax.Array:
+        """Return the residual stream after all layers, a period of them at a time."""
+        cfg, period = self.cfg, len(self.cfg.layers)
+        whole = cfg.num_layers // period
+        # Slicing stacked weights costs 0.84x on CPU; deep models would compile for minutes.
+        shallow_on_cpu = platform() == "cpu" and cfg.num_layers <= 12
+        unroll = max(1, (cfg.unroll or (cfg.num_layers if shallow_on_cpu else 1)) // period)
+
+        def run_layer(index: int, params: Any, key: Any, x_BTD: jax.Array) -> jax.Array:
+            layer = Layer(cfg, cfg.layer(index), cfg.places[index][0], parent=None)
+            rngs = {} if key is None else {"dropout": key}
+            return layer.apply({"params": params}, x_BTD, context, rngs=rngs)  # pyright: ignore
+
+        if cfg.remat != "none":
+            run_layer = jax.checkpoint(
+                run_layer, policy=REMAT[cfg.remat], prevent_cse=unroll > 1, static_argnums=0
+            )
+
+        first, rest = range(period), range(whole * period, cfg.num_layers)
+        stacks = {stack: self.variables["params"][stack] for stack in cfg.stacks}
+        keys, in_period = self.layer_keys(context), [cfg.places[i][0] for i in first]
+
+        def run(x_BTD: jax.Array, part: tuple, indices: range) -> tuple[jax.Array, None]:
+            params, keys = part
+            for number, index in enumerate(indices):
+                stack, row = cfg.places[index]
+                one = {stack: take(params[stack], row)}
+                x_BTD = run_layer(index, one, None if keys is None else take(keys, number), x_BTD)
+            return x_BTD, None
+
+        def take(tree: Any, row: int) -> Any:
+            return jax.tree.map(lambda w: w[row], tree)
+
+        def periods(tree: Any, each: int) -> Any:
+            return jax.tree.map(
+                lambda w: w[: whole * each].reshape(whole, each, *w.shape[1:]), tree
+            )
+
+        if period == 1:  # without the axis of periods: another program would have other bits
+
+            def run_one(x_BTD: jax.Array, part: tuple) -> tuple[jax.Array, None]:
+                return run_layer(0, *part, x_BTD), None
+
+            return jax.lax.scan(run_one, x_BTD, (stacks, keys), length=whole, unroll=unroll)[0]
+        parts = {s: periods(params, in_period.count(s)) for s, params in stacks.items()}
+        parts = parts, None if keys is None else periods(keys, period)
+        body = functools.partial(run, indices=first)
+        x_BTD = jax.lax.scan(body, x_BTD, parts, length=whole, unroll=unroll)[0]
+        return run(x_BTD, (stacks, None if keys is None else keys[rest.start :]), rest)[0]
+
+    def layer_keys(self, context: Context) -> jax.Array | None:
+        """Return a key for the dropout of each layer [L]; None without dropout."""
+        if not self.cfg.dropout or context.deterministic or self.scope is None:
+            return None
+        return jax.random.split(self.scope.rngs["dropout"].rng, self.cfg.num_layers)
+
+    def loop_layers(
+        self, x_BTD: jax.Array, context: Context, cache: tuple[Cache, ...] | None
+    ) -> tuple[jax.Array, tuple[Cache, ...] | None]:
+        """Return the residual stream after all layers, and their caches."""
+        cfg, filled = self.cfg, list[Any]()
+        layers = decoding_params(cfg, self.variables["params"], 1)["layers"]
+        for index, params in enumerate(layers):
+            block = Block(cfg, cfg.layer(index), parent=None)
+            one = cache[index] if cache is not None else None
+            (x_BTD, one), kept = block.apply(
+                {"params": params}, x_BTD, context, one, mutable="intermediates"
+            )
+            if self.is_mutable_collection("intermediates"):
+                self.sow("intermediates", "heads", kept["intermediates"]["heads"])
+            filled.append(one)
+        return x_BTD, tuple(filled) if cache is not None else None
+
+
+def init_params(cfg: ModelConfig, rng: jax.Array) -> Any:
+    """Return new parameters, a nested dict of the paths of the table."""
+    return Transformer(cfg).init(rng, jnp.zeros((1, 1), jnp.int32))["params"]

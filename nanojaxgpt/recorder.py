@@ -1,0 +1,154 @@
+"""The record of one run: its steps are read, its states saved and validated, all is written.
+
+The loop has one, and of the trials that train together each has its own.
+"""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from nanojaxgpt import checkpoint, metrics
+from nanojaxgpt.data.loader import Data
+from nanojaxgpt.data.rows import Batch, Ramp, make_ramp
+from nanojaxgpt.hosts.team import ALONE, Team
+from nanojaxgpt.optim import is_average
+from nanojaxgpt.step import TrainState
+
+
+def ignore(step: int) -> None:
+    """Do nothing after an evaluation."""
+
+
+class Job(NamedTuple):
+    """What one run needs, built from its config; see step.Step for those of the state.
+
+    `evaluated` is called with the step of each evaluation that was written; what it raises ends
+    the training.
+    """
+
+    cfg: ConfigDict
+    mesh: Mesh
+    data: Data
+    shardings: TrainState
+    abstract: TrainState
+    frozen: Any
+    init: Callable[..., tuple[TrainState, Any]]
+    train_step: Callable
+    train_batch: Callable[[int], Batch]
+    evaluate: Callable[..., dict[str, float]]
+    evaluated: Callable[[int], None] = ignore
+
+
+class Recorder:
+    """Reads, saves, validates and writes one run, from the step `start` on.
+
+    `say` takes lines for people; only the first process of a team writes.
+    """
+
+    def __init__(
+        self, job: Job, run: Path, start: int, say: Callable[[str], None], team: Team = ALONE
+    ) -> None:
+        self.job, self.run, self.say = job, run, say
+        self.writer: Any = metrics.NoMetrics()
+        if team.first:
+            self.writer = metrics.MetricsWriter(run, start, job.cfg, say)
+        self.losses = dict(team.decide(lambda: list(metrics.validation_losses(run).items())))
+        kept = job.cfg.checkpoint
+        keep = checkpoint.Keep(
+            kept.keep_last, kept.keep_every_steps, kept.keep_best, lambda: self.losses
+        )
+        self.checkpoints = checkpoint.Checkpoints(run / "checkpoints", keep)
+        self.saved, self.ramp = start, train_ramp(job.cfg)
+        self.clock, self.clock_step = 0.0, start
+
+    def read(
+        self, step: int, numbers: dict[str, float], mfu_per_token: float = 0.0
+    ) -> tuple[str, dict[str, float]]:
+        """Write the numbers of a step where it is time.
+
+        Returns what is wrong where more updates in a row were left out than may be, else "", and
+        the numbers that were written, if any.
+        """
+        train, values = self.job.cfg.train, dict(numbers)
+        skipped, why = values.pop("skipped"), why_left_out(values, values.pop("norm_limit"))
+        if skipped > self.job.cfg.optim.max_skipped_steps:
+            return (
+                f"step {step}: {why}; loss {values['loss']}, gradient norm {values['grad_norm']}, "
+                f"at learning rate {values['learning_rate']:.2e}; bad updates in a row: "
+                f"{skipped:.0f}"
+            ), {}
+        if skipped:
+            self.say(f"step {step}: {why}; its update was skipped")
+            return "", {}
+        if not self.clock:  # what compiling took is no measure
+            self.clock, self.clock_step = time.monotonic(), step
+        if not due(step, train.log_every_steps) and step != train.num_steps:
+            return "", {}
+        rows = self.ramp.before(step) - self.ramp.before(self.clock_step)
+        tokens, seconds = rows * self.job.cfg.model.seq_len, time.monotonic() - self.clock
+        rate = tokens / max(seconds, 1e-9) if tokens else 0.0
+        values["tokens_per_second"] = round(rate, 1)
+        if mfu_per_token:
+            values["mfu"] = rate * mfu_per_token
+        self.checkpoints.check()
+        self.writer.write(step, **values)
+        self.reset_clock(step)
+        return "", values
+
+    def reset_clock(self, step: int) -> None:
+        """Begin a new stretch for tokens/s, so that saving and evaluating don't count in it."""
+        if self.clock:
+            self.clock, self.clock_step = time.monotonic(), step
+
+    def save(self, step: int, state: TrainState, frozen: Any) -> None:
+        """Start to save a state; its arrays may be donated as soon as this returns."""
+        self.checkpoints.save(step, state.items(frozen))
+        self.saved = step
+        self.reset_clock(step)
+
+    def validate(self, step: int, params: Any, opt_state: Any, *through: Any) -> bool:
+        """Evaluate parameters and write the numbers; return whether there was what to evaluate.
+
+        `through` is what the evaluation passes its batches through, see train.make_evaluation.
+        """
+        found = self.job.evaluate(params, *through)
+        if not found["tokens"]:
+            return False
+        self.losses[step] = found["loss"]
+        self.writer.write(
+            step,
+            validation_loss=found["loss"],
+            validation_bits_per_byte=found["bits_per_byte"],
+        )
+        average = " of the average" if is_average(opt_state) else ""
+        self.say(
+            f"step {step}: validation loss {found['loss']:.4f}{average}, "
+            f"{found['bits_per_byte']:.4f} bits per byte over {found['tokens']:,} tokens"
+        )
+        self.reset_clock(step)
+        self.job.evaluated(step)
+        return True
+
+
+def train_ramp(cfg: ConfigDict) -> Ramp:
+    """Return the sizes of the training batches."""
+    return make_ramp(cfg.train.batch_size, cfg.train.ramp_batch_size, cfg.train.ramp_steps)
+
+
+def why_left_out(values: dict[str, float], norm_limit: float) -> str:
+    """Return why the update with these numbers was left out, if it was."""
+    if values["grad_norm"] > norm_limit:
+        return (
+            f"its gradient norm {values['grad_norm']:.3g} is over {norm_limit:.3g}, "
+            "optim.spike_factor times the recent mean"
+        )
+    return "its update is not finite"
+
+
+def due(step: int, every: int) -> bool:
+    """Return whether something that happens every so many steps happens now; 0: never."""
+    return every > 0 and step % every == 0

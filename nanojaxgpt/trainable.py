@@ -1,0 +1,82 @@
+"""Which parameters train: the tree split by `optim.trainable`, and put together again."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from nanojaxgpt.checks import compile_pattern
+from nanojaxgpt.errors import ConfigError
+from nanojaxgpt.model.parameters import Table, row_of
+
+
+def is_trainable(path: str, patterns: Sequence[str]) -> bool:
+    """Return whether the parameter of this path trains.
+
+    The first pattern found in the path decides: `PATTERN` trains, `!PATTERN` freezes. What none is
+    found in is frozen; without patterns everything trains.
+    """
+    for pattern in patterns:
+        if compile_pattern(pattern.removeprefix("!")).search(path):
+            return not pattern.startswith("!")
+    return not patterns
+
+
+def check_trainable(patterns: Sequence[str], table: Table) -> None:
+    """Raise ConfigError where a pattern is found in no path, or nothing trains."""
+    for pattern in patterns:
+        if not any(map(compile_pattern(pattern.removeprefix("!")).search, table)):
+            raise ConfigError(
+                f"optim.trainable: {pattern!r} matches no parameter; the paths: {', '.join(table)}"
+            )
+    if not any(is_trainable(path, patterns) for path in table):
+        raise ConfigError(f"optim.trainable={tuple(patterns)} leaves no parameter to train")
+
+
+def split_params(params: Any, patterns: Sequence[str], prefix: str = "") -> tuple[Any, Any]:
+    """Return (trainable, frozen): the nested dict in two, without empty branches."""
+    trainable, frozen = {}, {}
+    for name, value in params.items():
+        path = f"{prefix}{name}"
+        if isinstance(value, dict):
+            parts = split_params(value, patterns, f"{path}/")
+        else:
+            parts = (value, {}) if is_trainable(path, patterns) else ({}, value)
+        for found, part in zip((trainable, frozen), parts, strict=True):
+            if not (isinstance(part, dict) and not part):
+                found[name] = part
+    return trainable, frozen
+
+
+def merge_params(trainable: Any, frozen: Any) -> Any:
+    """Return the nested dict of both; the reverse of `split_params`."""
+    merged = dict(trainable)
+    for name, value in (frozen or {}).items():
+        merged[name] = merge_params(merged[name], value) if name in merged else value
+    return merged
+
+
+def split_lines(trainable: Any, opt_state: Any, table: Table) -> list[str]:
+    """Return a table of the split: path, parameters, how many train, bytes of optimizer state."""
+    held = dict.fromkeys(table, 0)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(opt_state):
+        row = row_of(jax.tree_util.keystr(path, simple=True, separator="/"), table)
+        if row:
+            held[row.path] += math.prod(leaf.shape) * leaf.dtype.itemsize
+    rows = [("path", "parameters", "trainable", "frozen", "bytes of state")]
+    totals = [0, 0, 0, 0]
+    for path, row in table.items():
+        *parents, name = path.split("/")
+        branch = trainable
+        for parent in parents:
+            branch = branch.get(parent, {})
+        trains = row.size if name in branch else 0
+        numbers = (row.size, trains, row.size - trains, held[path])
+        totals = [total + number for total, number in zip(totals, numbers, strict=True)]
+        rows.append((path, *(f"{number:,}" for number in numbers)))
+    rows.append(("all", *(f"{number:,}" for number in totals)))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
+    ]
