@@ -12,7 +12,6 @@ from nanojaxgpt.checkpoint import (
     Keep,
     describe,
     restore,
-    saved_steps,
     set_aside,
     with_shardings,
 )  # fmt: skip
@@ -22,6 +21,7 @@ from nanojaxgpt.errors import CheckpointError
 def tree(seed: int) -> dict:
     """Return a small tree of several dtypes."""
     rng = np.random.default_rng(seed)
+from nanojaxgpt.rundir import saved_steps
     return {
         "w_DF": jnp.asarray(rng.standard_normal((4, 6)), jnp.float32),
         "half": jnp.asarray(rng.standard_normal(5), jnp.bfloat16),

@@ -450,7 +450,7 @@ def test_a_loss_that_is_no_number(folder, tmp_path):
     assert found.returncode == NON_FINITE, found.stderr
     assert "Traceback" not in found.stderr
     assert "Lower optim.learning_rate" in found.stderr
-    steps = checkpoint.saved_steps(run / "checkpoints")
+    steps = rundir.saved_steps(run / "checkpoints")
     assert steps
     assert f"step {steps[-1]} is saved" in found.stderr
     model_cfg = ModelConfig(**rundir.load_run(run).model)
@@ -464,7 +464,7 @@ def test_a_loss_that_is_no_number(folder, tmp_path):
 def test_names_that_only_look_like_steps_are_no_checkpoints(tmp_path):
     for name in ("2", "10", "²", "१", "007", "-1", "9" * 200, "5.tmp"):
         (tmp_path / name).mkdir()
-    assert checkpoint.saved_steps(tmp_path) == [2, 10]
+    assert rundir.saved_steps(tmp_path) == [2, 10]
 
 
 def test_run_whose_config_is_no_text(run, tmp_path, refused):

@@ -152,7 +152,7 @@ def test_two_processes_stopped_by_one_go_on_as_one_process(start, one, tmp_path)
     (saved,) = {line for text in outputs for line in text.split("\n") if "saved step" in line}
     step = int(saved.split()[2])
     assert 3 <= step < NUM_STEPS
-    assert checkpoint.saved_steps(run / "checkpoints")[-1] == step
+    assert rundir.saved_steps(run / "checkpoints")[-1] == step
     assert "step  1/" in outputs[0]
     assert "step  1/" not in outputs[1]  # process 0 alone reports
     (output,) = finish(start(run))
@@ -256,7 +256,7 @@ def test_a_signal_to_one_host_ends_all(fault, number, who, start, tmp_path):
         assert [code for code, *_ in ends] == [75, 75]
         assert len({line for *_, line in ends}) == 1
         step = int(line.split()[2])
-        assert checkpoint.saved_steps(run / "checkpoints")[-1] == step
+        assert rundir.saved_steps(run / "checkpoints")[-1] == step
     else:
         # When the coordinator dies, jax's own abort (SIGABRT) may come first.
         assert other == 70 or (who == 0 and other == -signal.SIGABRT)

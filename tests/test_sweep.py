@@ -391,7 +391,7 @@ def test_where_batches_grow_all_go_on_from_the_same_step(write_experiment, tmp_p
         cfg = load_trials(path, ramp)[0].cfg
         job = together.Job(cfg, *[None] * 8)
         together.align([job, job], runs)
-        newest = [checkpoint.saved_steps(run_folder / "checkpoints")[-1] for run_folder in runs]
+        newest = [rundir.saved_steps(run_folder / "checkpoints")[-1] for run_folder in runs]
         assert tuple(newest) == left
 
 

@@ -122,4 +122,11 @@ def columns(rows: Iterable[tuple[str, ...]]) -> list[str]:
     return ["  " + "  ".join(cell.ljust(width) for cell, width in row).rstrip() for row in padded]
 
 
-COMMANDS = {"diff": Command(diff, "RUN RUN", "what differs between two runs", order=10)}
+COMMANDS = {
+    "diff": Command(
+        diff,
+        "RUN RUN [--step=N] [--check] [--json]",
+        "what differs between two runs",
+        order=4,
+    )
+}

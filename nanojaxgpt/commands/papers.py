@@ -71,14 +71,14 @@ COMMANDS = {
         coordcheck,
         "--config=EXPERIMENT.py",
         "activations over widths, to check muP",
-        order=6,
+        order=7,
         writes_files=True,
     ),
     "reproduce": Command(
         reproduce,
         "experiments/papers/NAME.py [--dir=DIR]",
         "a paper's figures beside measured ones",
-        order=9,
+        order=10,
         writes_files=True,
     ),
 }

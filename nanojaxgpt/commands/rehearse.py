@@ -56,6 +56,6 @@ COMMANDS = {
         rehearse,
         "--config=EXPERIMENT.py --topology=v5e:4x4",
         "memory and speed on hardware you don't have",
-        order=7,
+        order=8,
     )
 }

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from nanojaxgpt.data.exactness import Loss, count_loss
-from nanojaxgpt.data.sources import Document
+from nanojaxgpt.data.sources.documents import Document
 from nanojaxgpt.data.tokenizers import Tokenizer, load_tokenizer
 
 SHARD_BYTES = 32 << 20  # of text: a few seconds' work, so that little is lost to a kill

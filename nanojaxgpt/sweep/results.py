@@ -5,8 +5,9 @@ import statistics
 from pathlib import Path
 from typing import NamedTuple
 
-from nanojaxgpt import config, metrics
+from nanojaxgpt import metrics
 from nanojaxgpt.errors import ConfigError
+from nanojaxgpt.names import unknown_name
 from nanojaxgpt.sweep.claims import read_outcome, run_path
 from nanojaxgpt.sweep.plan import SEED, Trial
 
@@ -54,7 +55,7 @@ def read_curves(runs: list[Path], metric: str) -> list[list[tuple[int, float]]]:
     if not any(curves):
         names = sorted({name for own in records for record in own for name in record} - {"step"})
         raise ConfigError(
-            f"{config.unknown_name('metric', metric, names)}; the trials logged {', '.join(names)}"
+            f"{unknown_name('metric', metric, names)}; the trials logged {', '.join(names)}"
             " (validation_loss needs data that is held out)"
         )
     return curves

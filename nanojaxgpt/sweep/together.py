@@ -20,7 +20,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from nanojaxgpt import checkpoint, memory, sharding
+from nanojaxgpt import checkpoint, memory, rundir, sharding
 from nanojaxgpt.data.loader import fetch_ahead, prepare_data, resolve
 from nanojaxgpt.errors import ConfigError
 from nanojaxgpt.hosts.process import StopRequest
@@ -253,7 +253,7 @@ def align(jobs: list[Job], runs: list[Path]) -> None:
     Then all must be at the same step; else each resumes from its own.
     """
     if train_ramp(jobs[0].cfg).steps:
-        saved = [set(checkpoint.saved_steps(run / "checkpoints")) for run in runs]
+        saved = [set(rundir.saved_steps(run / "checkpoints")) for run in runs]
         for run in runs:
             checkpoint.set_aside(run / "checkpoints", max({0} | set.intersection(*saved)))
 
