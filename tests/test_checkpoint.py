@@ -16,12 +16,12 @@ from nanojaxgpt.checkpoint import (
     with_shardings,
 )  # fmt: skip
 from nanojaxgpt.errors import CheckpointError
+from nanojaxgpt.rundir import saved_steps
 
 
 def tree(seed: int) -> dict:
     """Return a small tree of several dtypes."""
     rng = np.random.default_rng(seed)
-from nanojaxgpt.rundir import saved_steps
     return {
         "w_DF": jnp.asarray(rng.standard_normal((4, 6)), jnp.float32),
         "half": jnp.asarray(rng.standard_normal(5), jnp.bfloat16),
