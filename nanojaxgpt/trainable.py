@@ -64,7 +64,7 @@ def split_lines(trainable: Any, opt_state: Any, table: Table) -> list[str]:
         row = row_of(jax.tree_util.keystr(path, simple=True, separator="/"), table)
         if row:
             held[row.path] += math.prod(leaf.shape) * leaf.dtype.itemsize
-    rows = [("path", "parameters", "trainable", "frozen", "bytes of state")]
+    rows: list[tuple[str, ...]] = [("path", "parameters", "trainable", "frozen", "bytes of state")]
     totals = [0, 0, 0, 0]
     for path, row in table.items():
         *parents, name = path.split("/")

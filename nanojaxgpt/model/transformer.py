@@ -181,7 +181,8 @@ class Transformer(Weights):
         if period == 1:  # without the axis of periods: another program would have other bits
 
             def run_one(x_BTD: jax.Array, part: tuple) -> tuple[jax.Array, None]:
-                return run_layer(0, *part, x_BTD), None
+                params, key = part
+                return run_layer(0, params, key, x_BTD), None
 
             return jax.lax.scan(run_one, x_BTD, (stacks, keys), length=whole, unroll=unroll)[0]
         parts = {s: periods(params, in_period.count(s)) for s, params in stacks.items()}
@@ -194,7 +195,8 @@ class Transformer(Weights):
         """Return a key for the dropout of each layer [L]; None without dropout."""
         if not self.cfg.dropout or context.deterministic or self.scope is None:
             return None
-        return jax.random.split(self.scope.rngs["dropout"].rng, self.cfg.num_layers)
+        rng: Any = self.scope.rngs["dropout"]
+        return jax.random.split(rng.rng, self.cfg.num_layers)
 
     def loop_layers(
         self, x_BTD: jax.Array, context: Context, cache: tuple[Cache, ...] | None
