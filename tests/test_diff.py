@@ -15,7 +15,7 @@ from nanojaxgpt.commands.diff import describe
 from nanojaxgpt.config import load_config, override_config
 from nanojaxgpt.errors import CheckpointError, ConfigError, RunsDiffer
 from nanojaxgpt.hosts.process import stop_signals
-from nanojaxgpt.train import ignore, open_job, share_job, train_job
+from nanojaxgpt.training import ignore, open_job, share_job, train_job
 
 SECTIONS = ("config", "code", "packages", "python", "devices", "data", "loss", "validation_loss")
 

@@ -9,7 +9,7 @@ import pytest
 from conftest import write_tiny
 
 from nanojaxgpt import config, metrics, rundir, sharding
-from nanojaxgpt import train as train_module
+from nanojaxgpt import training as train_module
 from nanojaxgpt.__main__ import main
 from nanojaxgpt.data.loader import prepare_data, resolve
 from nanojaxgpt.hosts import process

@@ -23,13 +23,14 @@ LAYERS = {
     # Runs, data, hosts; parameters are read, evaluated, sampled.
     2: {"rundir", "arguments", "hosts.process", "hosts.lifeline", "hosts.team", "hosts.joining",
         "hosts.watchdog", "checkpoint", "rundiff", "metrics", "trackers", "finish", "sample",
-        "evaluate", "text_stream", "data.sources", "data.sources.documents", "data.sources.files",
+        "perplexity", "text_stream", "data.sources", "data.sources.documents", "data.sources.files",
         "data.sources.stdlib", "data.sources.download", "data.sources.parquet",
         "data.sources.tfds", "data.sources.builders", "data.sources.hub", "data.shards",
         "data.manifests", "data.exactness", "data.store", "data.packing", "data.loader",
         "data.show"},
     # Training.
-    3: {"step", "recorder", "loop", "train", "memory", "branch"},
+    3: {"step", "recorder", "loop", "training", "memory", "branch",
+        "language_model"},
     # Many runs, absent hardware, papers.
     4: {"sweep.plan", "sweep.claims", "sweep.launch", "sweep.together", "sweep.run",
         "sweep.report", "sweep.results", "sweep.plots", "sweep.search", "sweep.slurm",
@@ -131,7 +132,7 @@ def test_nothing_imports_a_command():
 
 def test_there_are_no_import_cycles():
     assert cycle({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}, "e": set()}) == list("abcd")
-    assert USES["train"] >= {"model.transformer", "checkpoint", "data.loader", "loop", "step"}
+    assert USES["training"] >= {"model.transformer", "checkpoint", "data.loader", "loop", "step"}
     assert cycle(USES) == []
 
 

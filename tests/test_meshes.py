@@ -18,7 +18,7 @@ from nanojaxgpt.model.config import ModelConfig
 from nanojaxgpt.model.transformer import Transformer
 from nanojaxgpt.objectives.language import make_loss
 from nanojaxgpt.step import accumulate, make_hyper, make_init
-from nanojaxgpt.train import fit, make_job, start_state
+from nanojaxgpt.training import fit, make_job, start_state
 
 MESHES = {
     "one": dict(data=1, fsdp=1, tensor=1),

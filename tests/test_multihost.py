@@ -18,7 +18,7 @@ from test_hosts import free_address
 from nanojaxgpt import checkpoint, rundir, sharding
 from nanojaxgpt.data.loader import prepare_data
 from nanojaxgpt.metrics import read_metrics
-from nanojaxgpt.train import make_job
+from nanojaxgpt.training import make_job
 
 NUM_STEPS = 12
 # float32 sums over another number of devices round otherwise, as in test_meshes.
@@ -27,7 +27,7 @@ LOSS_BOUND = 2e-5
 # A process in which something happens at step 5, where FAULT and the process's number say so.
 FAULTY = """
 import os, sys, time
-from nanojaxgpt import train
+from nanojaxgpt import training
 from nanojaxgpt.__main__ import main
 between = train.Loop.between
 def fault(self, step, state):

@@ -14,14 +14,14 @@ import pytest
 from conftest import ROOT, write_tiny
 
 from nanojaxgpt import checkpoint, rundir, sharding
-from nanojaxgpt import train as train_module
+from nanojaxgpt import training as train_module
 from nanojaxgpt.config import override_config
 from nanojaxgpt.data.loader import prepare_data
 from nanojaxgpt.errors import INTERRUPTED, PREEMPTED, Stopped
 from nanojaxgpt.metrics import read_metrics
 from nanojaxgpt.model.config import ModelConfig
 from nanojaxgpt.model.transformer import Transformer
-from nanojaxgpt.train import fit, make_evaluation, make_job
+from nanojaxgpt.training import fit, make_evaluation, make_job
 
 NUM_STEPS = 20
 KILL, TERM, INT = signal.SIGKILL, signal.SIGTERM, signal.SIGINT

@@ -11,7 +11,7 @@ import pytest
 from conftest import random_tokens
 
 from nanojaxgpt import metrics, sharding
-from nanojaxgpt import train as train_module
+from nanojaxgpt import training as train_module
 from nanojaxgpt.__main__ import main
 from nanojaxgpt.config import override_config
 from nanojaxgpt.data.loader import prepare_data, resolve
@@ -24,7 +24,7 @@ from nanojaxgpt.objectives.language import make_loss
 from nanojaxgpt.optim import OPTIMIZERS
 from nanojaxgpt.rundir import check_data, saved_steps
 from nanojaxgpt.step import make_hyper, make_init, make_train_step
-from nanojaxgpt.train import fit, make_job, share_job  # fmt: skip
+from nanojaxgpt.training import fit, make_job, share_job  # fmt: skip
 
 make_mesh = sharding.make_mesh
 

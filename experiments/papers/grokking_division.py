@@ -58,10 +58,10 @@ def accuracies(path: str, step: int) -> tuple[float, float]:
     from pathlib import Path
 
     from nanojaxgpt import rundir
-    from nanojaxgpt.evaluate import exact_match
     from nanojaxgpt.model.config import ModelConfig
     from nanojaxgpt.model.transformer import Transformer
     from nanojaxgpt.papers.reproduce import first_rows, open_run
+    from nanojaxgpt.perplexity import exact_match
 
     run = Run(Path(path), rundir.load_run(Path(path)), [])
     job, params = open_run(run, step)

@@ -45,10 +45,10 @@ def get_config(variant: str = "plain") -> ConfigDict:
 
 def accuracy(run: Run, unseen: bool = True) -> float:
     """Return the percentage of unseen pairs, or of those trained on, whose sum is right."""
-    from nanojaxgpt.evaluate import exact_match
     from nanojaxgpt.model.config import ModelConfig
     from nanojaxgpt.model.transformer import Transformer
     from nanojaxgpt.papers.reproduce import first_rows, open_run
+    from nanojaxgpt.perplexity import exact_match
 
     job, params = open_run(run)
     length = run.cfg.model.seq_len

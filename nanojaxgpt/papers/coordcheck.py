@@ -24,8 +24,8 @@ from nanojaxgpt.extras import plots_advice
 from nanojaxgpt.model.config import ModelConfig
 from nanojaxgpt.model.transformer import Transformer
 from nanojaxgpt.step import make_hyper
-from nanojaxgpt.train import make_job
 from nanojaxgpt.trainable import merge_params
+from nanojaxgpt.training import make_job
 
 PARAMETRIZATIONS = ("mup", "standard")
 

@@ -24,8 +24,8 @@ from nanojaxgpt.sweep.claims import read_outcome, run_path
 from nanojaxgpt.sweep.plan import Trial, set_point, show_point
 from nanojaxgpt.sweep.plots import draw_band, fit_axis, make_band
 from nanojaxgpt.sweep.run import run_trials
-from nanojaxgpt.train import make_job
 from nanojaxgpt.trainable import merge_params
+from nanojaxgpt.training import make_job
 
 Report = Callable[[str], None]
 

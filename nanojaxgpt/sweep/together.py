@@ -30,8 +30,8 @@ from nanojaxgpt.objectives import language
 from nanojaxgpt.recorder import Job, Recorder, due, train_ramp
 from nanojaxgpt.rundir import own_run
 from nanojaxgpt.step import TrainState, make_hyper, make_train_step
-from nanojaxgpt.train import begin_run, make_job, start_state
 from nanojaxgpt.trainable import merge_params
+from nanojaxgpt.training import begin_run, make_job, start_state
 
 MEASURED_STEPS = 5
 

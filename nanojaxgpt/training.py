@@ -26,7 +26,6 @@ from nanojaxgpt.data.rows import (
     read_batch,
 )
 from nanojaxgpt.errors import ConfigError, DataError
-from nanojaxgpt.evaluate import evaluate, make_eval_step
 from nanojaxgpt.horizon import warmup_warning
 from nanojaxgpt.hosts.joining import preflight
 from nanojaxgpt.hosts.process import StopRequest, stop_signals
@@ -36,6 +35,7 @@ from nanojaxgpt.model.config import ModelConfig, Multipliers
 from nanojaxgpt.model.parameters import count_params, parameters
 from nanojaxgpt.model.transformer import Transformer
 from nanojaxgpt.objectives import Loss
+from nanojaxgpt.perplexity import evaluate, make_eval_step
 from nanojaxgpt.recorder import Job, train_ramp
 from nanojaxgpt.rundir import enter_run, own_run, write_identity
 from nanojaxgpt.step import TrainState, first_state, make_step, open_state, traced_multipliers
