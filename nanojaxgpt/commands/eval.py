@@ -31,7 +31,7 @@ def evaluate(arguments: list[str]) -> None:
         cfg, data = open_other_data(cfg, parsed)
     else:
         data = prepare_data(cfg, warn, Path(parsed.run))
-        rundir.check_data(Path(parsed.run), data.identity)
+        rundir.check_identity(Path(parsed.run), data.identity)
     try:
         mesh = sharding.make_mesh(cfg.mesh)
     except ConfigError:  # the run's mesh does not fit this machine: one device does
