@@ -136,4 +136,4 @@ def test_tokens_on_a_mesh_are_those_of_one_device(model, run, sizes):
 
 
 def test_fit_is_the_public_train():
-    assert nanojaxgpt.train is fit
+    assert nanojaxgpt.training is fit

@@ -356,7 +356,7 @@ def test_vmap_spreads_the_trials_over_the_devices(write_experiment, fsdp):
     with jax.set_mesh(job.mesh):
         first = [own.init(jax.random.key(own.cfg.train.seed)) for own in jobs]
     (states, frozen), step = stack.place(first, (stack.states, stack.frozen)), stack.make_step()
-    batches = together.make_batches(jobs, [0] * 7, stack)
+    batches = together.stacked_batches(jobs, [0] * 7, stack)
     hypers = stack.place([make_hyper(own.cfg) for own in jobs], stack.numbers)
     going = stack.place([np.True_] * 7, stack.numbers)
     found = []

@@ -28,7 +28,7 @@ def prepare(arguments: list[str]) -> None:
     run = Path(parsed.run) if parsed.run else None
     inherited = inherited_tokenizer(cfg, warn, run)
     corpus = store.prepare(Data(**cfg.data), config.cache_dir(cfg), report, inherited)
-    print_table(store.describe(corpus))
+    print_table(store.describe_corpus(corpus))
     if not said:
         warn("everything was prepared already")
 

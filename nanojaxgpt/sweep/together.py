@@ -132,7 +132,7 @@ class Stack:
         return run_step
 
 
-def make_batches(jobs: list[Job], starts: list[int], stack: Stack) -> Callable[[int], Any]:
+def stacked_batches(jobs: list[Job], starts: list[int], stack: Stack) -> Callable[[int], Any]:
     """Return batches(number) -> every trial's batch, so many steps after its start, stacked.
 
     What has the same seed and start is read once.
@@ -285,7 +285,7 @@ def train_together(jobs: list[Job], runs: list[Path], stop: StopRequest) -> list
             job.cfg.train.num_steps - start for job, start in zip(jobs, starts, strict=True)
         )
         step = stack.make_step()
-        fetch = make_batches(jobs, starts, stack)
+        fetch = stacked_batches(jobs, starts, stack)
         for number, batches in enumerate(
             fetch_ahead(fetch, 0, rounds, first.cfg.data.prefetch_batches), 1
         ):
