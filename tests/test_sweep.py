@@ -390,7 +390,7 @@ def test_where_batches_grow_all_go_on_from_the_same_step(write_experiment, tmp_p
     for ramp, left in (({}, (6, 4)), ({"train.ramp_batch_size": "8", "train.ramp_steps": "2",
                                        "train.batch_size": "16"}, (4, 4))):  # fmt: skip
         cfg = load_trials(path, ramp)[0].cfg
-        job = Job(cfg, *[None] * 8)
+        job = Job(cfg, *[None] * 9)
         together.align([job, job], runs)
         newest = [rundir.saved_steps(run_folder / "checkpoints")[-1] for run_folder in runs]
         assert tuple(newest) == left
