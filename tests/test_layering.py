@@ -39,8 +39,7 @@ LAYERS = {
         "rehearse.collectives", "rehearse.flops", "rehearse.targets", "rehearse.estimate",
         "rehearse.step", "rehearse.search", "rehearse.report", "papers.coordcheck",
         "papers.paper", "papers.reproduce"},
-    5: {"commands.train", "commands.eval", "commands.sample", "commands.data",
-        "commands.rehearse", "commands.papers", "commands.sweep", "commands.diff"},
+    # 5: every module of commands/, below
     6: {"__main__", "start"},
 }  # fmt: skip
 LAYER = {name: layer for layer, names in LAYERS.items() for name in names}
@@ -48,7 +47,6 @@ LAYER = {name: layer for layer, names in LAYERS.items() for name in names}
 EARLY = {"", "__main__", "arguments", "checks", "config", "config.sections", "config.rotary",
          "model.config", "errors", "horizon", "names", "rundir", "start", "papers.paper",
          "console", "metrics", "trackers", "finish", "extras", "rundiff"}  # fmt: skip
-EARLY |= {name for name in LAYER if name.startswith("commands.")}
 EARLY |= {f"sweep.{name}" for name in ("space", "plan", "claims", "launch")}
 NO_JAX = ("jax", "jaxlib", "flax", "optax", "orbax")
 TFDS = {"data.sources.tfds", "data.sources.builders"}
@@ -64,6 +62,9 @@ def module_name(path: Path) -> str:
 
 
 PATHS = {module_name(path): path for path in sorted((ROOT / PACKAGE).rglob("*.py"))}
+COMMAND_MODULES = {name for name in PATHS if name.startswith("commands.")}
+LAYER |= dict.fromkeys(COMMAND_MODULES, 5)  # a new command is one file, and no line here
+EARLY |= COMMAND_MODULES
 TREES = {name: ast.parse(path.read_text()) for name, path in PATHS.items()}
 
 
