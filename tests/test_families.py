@@ -1,7 +1,9 @@
 """Random models of transformers' families: the same weights give the same logits here."""
 
+import dataclasses
+import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -114,25 +116,26 @@ PHI = {
 }  # fmt: skip
 
 
-class Family(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Family:
     """A config of transformers, the fields of ours that say the same, and the weights' names."""
 
     kind: str  # model_type
-    theirs: dict[str, Any] = {}  # what differs from THEIRS
-    ours: dict[str, Any] = {}  # what differs from OURS
-    names: dict[str, str] = {}  # what differs from NAMES
+    theirs: dict[str, Any] = dataclasses.field(default_factory=dict)  # what differs from THEIRS
+    ours: dict[str, Any] = dataclasses.field(default_factory=dict)  # what differs from OURS
+    names: dict[str, str] = dataclasses.field(default_factory=dict)  # what differs from NAMES
     unify: Callable[[State], State] = lambda state: state  # to one matrix [out, in] a name
     layers: str = "model.layers"
     length: int = LENGTH
 
 
 THEIRS = dict(
-    vocab_size=31, hidden_size=64, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+    vocab_size=31, hidden_size=64, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
     num_key_value_heads=2, max_position_embeddings=64, rms_norm_eps=1e-3, bos_token_id=0,
     eos_token_id=0, pad_token_id=0,
 )  # fmt: skip
 OURS = dict(
-    num_layers=3, embed_dim=64, num_heads=4, num_kv_heads=2, mlp_dim=48, seq_len=64, vocab_size=31,
+    num_layers=2, embed_dim=64, num_heads=4, num_kv_heads=2, mlp_dim=48, seq_len=64, vocab_size=31,
     positions="rotary", norm="rmsnorm", norm_eps=1e-3, bias=False, mlp="swiglu", tied_head=False,
     unroll=1,
 )  # fmt: skip
@@ -165,7 +168,7 @@ PHI3 = dict(
 )  # fmt: skip
 SLIDING, FULL = "sliding_attention", "full_attention"
 FAMILIES = {
-    "gpt2": Family("gpt2", dict(n_embd=64, n_inner=48, n_layer=3, n_head=4, n_positions=64,
+    "gpt2": Family("gpt2", dict(n_embd=64, n_inner=48, n_layer=2, n_head=4, n_positions=64,
                                 layer_norm_epsilon=1e-3),
                    CLASSIC | dict(positions="learned", tied_head=True), GPT2, of_gpt2,
                    "transformer.h"),
@@ -183,9 +186,11 @@ FAMILIES = {
     "mistral": Family("mistral", dict(sliding_window=WINDOW), dict(windows=(WINDOW,))),
     "qwen2": Family("qwen2", {}, dict(bias=True, bias_in="qkv")),
     "qwen3": Family("qwen3", dict(head_dim=24), dict(head_dim=24, qk_norm=True)),
-    "gemma2": Family("gemma2", dict(head_dim=24, query_pre_attn_scalar=10, sliding_window=WINDOW,
-                                    attn_logit_softcapping=2.0, final_logit_softcapping=3.0),
-                     GEMMA | dict(windows=(WINDOW, 0), attention_softcap=2.0, logit_softcap=3.0),
+    "gemma2": Family("gemma2", dict(num_hidden_layers=3, head_dim=24, query_pre_attn_scalar=10,
+                                    sliding_window=WINDOW, attn_logit_softcapping=2.0,
+                                    final_logit_softcapping=3.0),
+                     GEMMA | dict(num_layers=3, windows=(WINDOW, 0), attention_softcap=2.0,
+                                  logit_softcap=3.0),
                      SANDWICH, of_gemma),
     "gemma3": Family("gemma3_text", dict(
                          num_hidden_layers=4, head_dim=24, query_pre_attn_scalar=10,
@@ -195,8 +200,8 @@ FAMILIES = {
                      GEMMA | dict(num_layers=4, windows=(WINDOW, WINDOW, 0), qk_norm=True,
                                   rotary=("", "", "base=1e6 scaling=linear factor=8")),
                      SANDWICH, of_gemma),
-    "smollm3": Family("smollm3", dict(num_hidden_layers=5),
-                      dict(num_layers=5, tied_head=True, rotary_base=2e6,
+    "smollm3": Family("smollm3", dict(num_hidden_layers=4),
+                      dict(num_layers=4, tied_head=True, rotary_base=2e6,
                            rotary=("", "", "", "none"))),
     "olmo": Family("olmo", {}, dict(norm="layernorm", norm_scale=False, norm_bias=False,
                                     norm_eps=1e-5)),
@@ -267,6 +272,7 @@ def our_params(cfg: ModelConfig, family: Family, model: Any) -> dict[str, Any]:
     return params
 
 
+@functools.cache
 def build(name: str) -> tuple[Transformer, dict[str, Any], np.ndarray, np.ndarray]:
     """Return our model and parameters, a prompt, and their logits of it."""
     family = FAMILIES[name]
