@@ -262,7 +262,8 @@ def our_params(cfg: ModelConfig, family: Family, model: Any) -> dict[str, Any]:
         return tensor.reshape(row.shape)
 
     params: dict[str, Any] = {name: take(row) for name, row in model_rows(cfg).items()}
-    for stack, indices in cfg.stacks.items():
+    for stack in cfg.stacks:
+        indices = [index for index, (name, _) in enumerate(cfg.places) if name == stack]
         rows = layer_rows(cfg, cfg.layer(indices[0]))
         params[stack] = {
             name: np.stack([take(row, f"{family.layers}.{index}.") for index in indices])

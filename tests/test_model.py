@@ -190,7 +190,7 @@ def test_layers_are_a_period_and_those_of_one_shape_a_stack():
     cfg = small_model(mlp_dims=(32, 64), num_layers=5, windows=(3, 0, 3, 0))
     assert [(layer.window, layer.mlp_dim) for layer in cfg.layers] == [(3, 32), (0, 64)]
     assert cfg.layer(4) == cfg.layers[0]
-    assert cfg.stacks == {"layers_0": (0, 2, 4), "layers_1": (1, 3)}
+    assert cfg.stacks == {"layers_0": (0, 3), "layers_1": (1, 2)}  # the first, how many
     assert cfg.places == (
         ("layers_0", 0), ("layers_1", 0), ("layers_0", 1), ("layers_1", 1), ("layers_0", 2)
     )  # fmt: skip
@@ -206,7 +206,7 @@ def test_layers_of_one_shape_are_one_stack_whatever_else_differs():
     )
     assert len(cfg.layers) == 6
     assert [layer.rotary is None for layer in cfg.layers] == [False, False, True] * 2
-    assert cfg.stacks == {"layers": tuple(range(7))}  # mlp_dims 0 is 4 x 16
+    assert cfg.stacks == {"layers": (0, 7)}  # mlp_dims 0 is 4 x 16
     assert cfg.places == tuple(("layers", index) for index in range(7))
     shallow = small_model(windows=(3, 0, 0), num_layers=2)
     assert [layer.window for layer in shallow.layers] == [3, 0]

@@ -23,6 +23,13 @@ class LayerConfig:
     mlp_dim: int
 
 
+class Stack(NamedTuple):
+    """Layers whose parameters are stacked: the index of the first one, and how many there are."""
+
+    first: int
+    count: int
+
+
 class Multipliers(NamedTuple):
     """Factors of the embeddings, of the attention's scores and of the logits; scalars."""
 
@@ -83,23 +90,27 @@ class ModelConfig(Model):
         return tuple(every[: repeats[0]] if repeats else every)
 
     @functools.cached_property
-    def stacks(self) -> dict[str, tuple[int, ...]]:
-        """The layers of each stack of parameters, by its name: layers of one shape are one."""
-        found: dict[int, list[int]] = {}
-        for index in range(self.num_layers):
-            found.setdefault(self.layer(index).mlp_dim, []).append(index)
-        alike = len(found) == 1
-        return {
-            "layers" if alike else f"layers_{number}": tuple(indices)
-            for number, indices in enumerate(found.values())
-        }
+    def stacks(self) -> dict[str, Stack]:
+        """The stacks of parameters by their names: layers of one shape are one."""
+        shapes = [layer.mlp_dim for layer in self.layers]
+        period, alike = len(shapes), len(set(shapes)) == 1
+        found = {}
+        for number, shape in enumerate(dict.fromkeys(shapes)):
+            members = [index for index in range(period) if shapes[index] == shape]
+            count = sum(-((index - self.num_layers) // period) for index in members)
+            found["layers" if alike else f"layers_{number}"] = Stack(members[0], count)
+        return found
 
     @functools.cached_property
     def places(self) -> tuple[tuple[str, int], ...]:
         """The stack of each layer, and its row in it."""
-        rows = {index: (name, row) for name, indices in self.stacks.items()
-                for row, index in enumerate(indices)}  # fmt: skip
-        return tuple(rows[index] for index in range(self.num_layers))
+        names = {self.layer(stack.first).mlp_dim: name for name, stack in self.stacks.items()}
+        rows, found = dict.fromkeys(names.values(), 0), list[tuple[str, int]]()
+        for index in range(self.num_layers):
+            name = names[self.layer(index).mlp_dim]
+            found.append((name, rows[name]))
+            rows[name] += 1
+        return tuple(found)
 
     def layer(self, index: int) -> LayerConfig:
         """Return the layer of this index, from 0."""

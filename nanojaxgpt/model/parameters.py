@@ -182,9 +182,9 @@ def layer_rows(cfg: ModelConfig, layer: LayerConfig) -> dict[str, Parameter]:
 def parameters(cfg: ModelConfig) -> dict[str, Parameter]:
     """Return the whole table by path. Raises ValueError where the vocabulary has no size yet."""
     found = list(model_rows(cfg).values())
-    for stack, indices in cfg.stacks.items():
-        rows = layer_rows(cfg, cfg.layer(indices[0])).values()
-        found += [row._replace(stack=stack, layers=len(indices)) for row in rows]
+    for name, stack in cfg.stacks.items():
+        rows = layer_rows(cfg, cfg.layer(stack.first)).values()
+        found += [row._replace(stack=name, layers=stack.count) for row in rows]
     return {row.path: row for row in found}
 
 

@@ -128,16 +128,16 @@ class Transformer(Weights):
 
     def init_layers(self, x_BTD: jax.Array, context: Context) -> jax.Array:
         """Declare the parameters of all layers, one stack after the other."""
-        for stack, indices in self.cfg.stacks.items():
+        for name, stack in self.cfg.stacks.items():
             scan = nn.scan(
                 Block,
                 variable_axes={"params": 0},
                 split_rngs={"params": True},
                 in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]
-                length=len(indices),
+                length=stack.count,
             )
-            layer = self.cfg.layer(indices[0])
-            x_BTD = scan(self.cfg, layer, name=stack)(x_BTD, context)[0]
+            layer = self.cfg.layer(stack.first)
+            x_BTD = scan(self.cfg, layer, name=name)(x_BTD, context)[0]
         return x_BTD
 
     def scan_layers(self, x_BTD: jax.Array, context: Context) -> jax.Array:
