@@ -181,10 +181,9 @@ def chosen_step(run: Path, text: str) -> int:
     """Return the checkpoint's step that --step names; 0 for the newest."""
     if text != "best":
         return read_int(text) if text else 0
-    from nanojaxgpt.checkpoint import saved_steps
     from nanojaxgpt.metrics import validation_losses
 
-    saved = saved_steps(run / "checkpoints")
+    saved = rundir.saved_steps(run / "checkpoints")
     losses = {step: loss for step, loss in validation_losses(run).items() if step in saved}
     if not losses:
         raise ConfigError(f"no checkpoint of {run} has a validation loss; leave out --step=best")

@@ -80,4 +80,4 @@ def check_branch(job: Job, other: Path) -> bool:
                 f"{old.get(name, 'missing')} there, {new.get(name, 'missing')} here: set the same "
                 "model.* fields, and turn optim.ema_decay on or off as there"
             )
-    return rundir.check_data(other, job.data.identity) is not None
+    return rundir.check_identity(other, job.data.identity) is not None

@@ -50,7 +50,7 @@ def fingerprint(tree: Any) -> dict[str, jax.Array]:
 _fingerprint = jax.jit(fingerprint)
 
 
-def describe(items: dict[str, Any]) -> dict[str, list]:
+def describe_leaves(items: dict[str, Any]) -> dict[str, list]:
     """Return dtype, shape and fingerprint of every leaf, as JSON takes it."""
     sums, kinds = jax.device_get(_fingerprint(items)), leaf_kinds(items)
     return {name: [*kind, *map(int, sums[name])] for name, kind in kinds.items()}
@@ -101,7 +101,7 @@ class Checkpoints:
 
     def save(self, step: int, items: dict[str, Any]) -> None:
         """Start to save trees by their names; the arrays may be donated as soon as this returns."""
-        meta = {"step": step, "leaves": describe(items)}
+        meta = {"step": step, "leaves": describe_leaves(items)}
         self.check(wait=True)
         check_present(self.folder.parent, self.identity)
         self.saved = step
@@ -184,7 +184,7 @@ def restore_step(
     wanted = leaf_kinds(abstract)
     saved = team.all_or_none(lambda: read_leaves(path, wanted))
     items = team.all_or_none(lambda: read_items(path, abstract))
-    found = describe(items)
+    found = describe_leaves(items)
     changed = [name for name in wanted if found[name] != saved[name]]
     if changed:
         raise ValueError(f"these arrays differ from what was saved: {', '.join(changed[:5])}")

@@ -5,7 +5,7 @@ import importlib.util
 from nanojaxgpt.errors import ConfigError
 
 
-def advice(package: str, extra: str) -> str:
+def install_advice(package: str, extra: str) -> str:
     """Return how to install a package that is missing, or "" where it is installed."""
     if importlib.util.find_spec(package):
         return ""
@@ -14,10 +14,10 @@ def advice(package: str, extra: str) -> str:
 
 def plots_advice() -> str:
     """Return how to install what plots need, or "" where it is installed."""
-    return advice("matplotlib", "plots")
+    return install_advice("matplotlib", "plots")
 
 
-def require(package: str, extra: str, what: str) -> None:
+def require_package(package: str, extra: str, what: str) -> None:
     """Raise ConfigError, naming the feature, where its package is missing; nothing is imported."""
-    if text := advice(package, extra):
+    if text := install_advice(package, extra):
         raise ConfigError(f"{what}: {text}")

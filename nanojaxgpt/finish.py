@@ -59,7 +59,7 @@ def is_finished(cfg: config.AnyConfig, run: Path, report: Callable[[str], None])
         changes = config.differences(rundir.load_run(run), resolve(config.typed(cfg), data))
         if not all(config.free_on_resume(name) for name, _, _ in changes):
             return False
-        rundir.check_data(run, data.identity, report)
+        rundir.check_identity(run, data.identity, report)
         return True
 
 

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from nanojaxgpt import checkpoint, metrics
-from nanojaxgpt.data.loader import Data
+from nanojaxgpt.data.loader import RunData
 from nanojaxgpt.data.rows import Batch, Ramp, make_ramp
 from nanojaxgpt.hosts.team import ALONE, Team
 from nanojaxgpt.optim import is_average
@@ -32,7 +32,7 @@ class Job(NamedTuple):
 
     cfg: ConfigDict
     mesh: Mesh
-    data: Data
+    data: RunData
     shardings: TrainState
     abstract: TrainState
     frozen: Any

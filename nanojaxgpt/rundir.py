@@ -193,14 +193,14 @@ def write_identity(
         "devices": devices,
         "command": sys.argv,
     }
-    old = check_data(run, data, report)
+    old = check_identity(run, data, report)
     write_text(Path(run) / "identity.json", json.dumps(identity, indent=2) + "\n")
     for key in ("code", "packages", "python", "devices"):
         if key in old and old[key] != identity[key]:
             report(f"changed since the run began: {key}: {old[key]} -> {identity[key]}")
 
 
-def check_data(
+def check_identity(
     run: Path, data: dict, report: Callable[[str], None] = console.warn
 ) -> dict[str, Any]:
     """Return the run's identity as written before. Raises DataError where its data was not `data`.

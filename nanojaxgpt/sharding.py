@@ -100,10 +100,18 @@ def axis_size(axis: str) -> int:
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
-    """Return `x` laid out by its logical axes on the mesh of `jax.set_mesh`; without one, `x`."""
-    if jax.sharding.get_abstract_mesh().empty:
+    """Return `x` laid out by its logical axes on the mesh of `jax.set_mesh`; without one, `x`.
+
+    A dimension that its mesh axes don't divide, as the one row of a prompt, is left whole.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
         return x
-    return jax.lax.with_sharding_constraint(x, partition_spec(names))
+    spec = []
+    for size, axes in zip(x.shape, partition_spec(names), strict=False):
+        group = (axes,) if isinstance(axes, str) else axes or ()
+        spec.append(None if size % math.prod(mesh.shape[axis] for axis in group) else axes)
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
 
 
 def tree_shardings(tree: Any, table: Table, mesh: Mesh) -> Any:

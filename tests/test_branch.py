@@ -20,7 +20,7 @@ from nanojaxgpt.metrics import read_metrics
 from nanojaxgpt.rundir import own_run
 from nanojaxgpt.schedules import SCHEDULES, learning_rate
 from nanojaxgpt.step import make_hyper
-from nanojaxgpt.train import make_job, share_job, train_job
+from nanojaxgpt.training import make_job, share_job, train_job
 
 
 class Programs:

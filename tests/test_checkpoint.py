@@ -10,13 +10,13 @@ import pytest
 from nanojaxgpt.checkpoint import (
     Checkpoints,
     Keep,
-    describe,
+    describe_leaves,
     restore,
-    saved_steps,
     set_aside,
     with_shardings,
 )  # fmt: skip
 from nanojaxgpt.errors import CheckpointError
+from nanojaxgpt.rundir import saved_steps
 
 
 def tree(seed: int) -> dict:
@@ -73,12 +73,12 @@ def test_one_flipped_bit_and_two_swapped_numbers_change_the_fingerprint(item):
     bits = array.reshape(-1).view(np.uint8)
     bits[0] ^= 4
     bad[item] = jnp.asarray(array)
-    assert describe(good) != describe(bad)
+    assert describe_leaves(good) != describe_leaves(bad)
     if array.ndim:
         swapped = np.array(good[item])
         flat = swapped.reshape(-1)
         flat[[0, 3]] = flat[[3, 0]]
-        assert describe(good | {item: jnp.asarray(swapped)}) != describe(good)
+        assert describe_leaves(good | {item: jnp.asarray(swapped)}) != describe_leaves(good)
 
 
 def damage(folder, how: str) -> None:

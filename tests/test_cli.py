@@ -173,20 +173,20 @@ def test_overrides_take_an_equals_sign_or_a_space():
     ],
 )
 def test_flags_come_in_any_order(order, folder, monkeypatch):
-    from nanojaxgpt import train
+    from nanojaxgpt import training
 
     calls = []
-    monkeypatch.setattr(train, "fit", lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr(training, "fit", lambda *arguments: calls.append(arguments))
     assert main(["train", *[text.format(folder / "tiny.py") for text in order]]) == 0
     ((cfg, path),) = calls
     assert (cfg.train.seed, cfg.model.embed_dim, str(path)) == (7, 16, "R")
 
 
 def test_run_has_the_name_of_its_experiment(folder, monkeypatch):
-    from nanojaxgpt import train
+    from nanojaxgpt import training
 
     calls = []
-    monkeypatch.setattr(train, "fit", lambda cfg, path: calls.append(str(path)))
+    monkeypatch.setattr(training, "fit", lambda cfg, path: calls.append(str(path)))
     assert main(["train", f"--config={folder}/tiny.py"]) == 0
     assert main(["train", f"--config={ROOT}/experiments/gpt2.py:medium"]) == 0
     assert calls == ["runs/tiny", "runs/gpt2-medium"]
@@ -235,7 +235,7 @@ def test_config_is_refused(override, words, folder, tmp_path, refused):
 def test_what_is_missing_is_told_before_jax_starts(
     override, code, words, folder, tmp_path, refused, monkeypatch
 ):
-    monkeypatch.setitem(sys.modules, "nanojaxgpt.train", None)  # whose import would raise
+    monkeypatch.setitem(sys.modules, "nanojaxgpt.training", None)  # whose import would raise
     assert words in refused(
         code, "train", f"--config={folder}/tiny.py", f"--run={tmp_path}/new", f"--config.{override}"
     )
@@ -450,7 +450,7 @@ def test_a_loss_that_is_no_number(folder, tmp_path):
     assert found.returncode == NON_FINITE, found.stderr
     assert "Traceback" not in found.stderr
     assert "Lower optim.learning_rate" in found.stderr
-    steps = checkpoint.saved_steps(run / "checkpoints")
+    steps = rundir.saved_steps(run / "checkpoints")
     assert steps
     assert f"step {steps[-1]} is saved" in found.stderr
     model_cfg = ModelConfig(**rundir.load_run(run).model)
@@ -464,7 +464,7 @@ def test_a_loss_that_is_no_number(folder, tmp_path):
 def test_names_that_only_look_like_steps_are_no_checkpoints(tmp_path):
     for name in ("2", "10", "²", "१", "007", "-1", "9" * 200, "5.tmp"):
         (tmp_path / name).mkdir()
-    assert checkpoint.saved_steps(tmp_path) == [2, 10]
+    assert rundir.saved_steps(tmp_path) == [2, 10]
 
 
 def test_run_whose_config_is_no_text(run, tmp_path, refused):

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from nanojaxgpt.errors import ConfigError
-from nanojaxgpt.papers.coordcheck import check_coordinates, save, slope, table, widened
+from nanojaxgpt.papers.coordcheck import check_coordinates, save_coordinates, slope, table, widened
 
 
 @pytest.mark.slow
@@ -21,14 +21,14 @@ def test_activations_stay_with_the_width_under_mup_alone(small_config, tmp_path)
         assert min(result["slopes"]["standard"][layer][1:]) > 0.3
     lines = list(table(result))
     assert [line.split()[0] for line in lines[::3]] == ["mup", "standard"]
-    path = save(result, tmp_path / "check")
+    path = save_coordinates(result, tmp_path / "check")
     assert path.stat().st_size > 10_000
     assert json.loads(path.with_suffix(".json").read_text())["base"] == 32
 
 
 def test_without_matplotlib_the_numbers_are_written(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    path = save({"sizes": {}}, tmp_path / "check")
+    path = save_coordinates({"sizes": {}}, tmp_path / "check")
     assert path.name == "coordcheck.json"
     assert json.loads(path.read_text()) == {"sizes": {}}
     assert "no coordcheck.png: matplotlib is not installed" in capsys.readouterr().err

@@ -11,11 +11,11 @@ from conftest import write_tiny
 
 from nanojaxgpt import checkpoint, rundiff, sharding
 from nanojaxgpt.__main__ import main
-from nanojaxgpt.commands.diff import describe
+from nanojaxgpt.commands.diff import describe_comparison
 from nanojaxgpt.config import load_config, override_config
 from nanojaxgpt.errors import CheckpointError, ConfigError, RunsDiffer
 from nanojaxgpt.hosts.process import stop_signals
-from nanojaxgpt.train import ignore, open_job, share_job, train_job
+from nanojaxgpt.training import open_job, report_nothing, share_job, train_job
 
 SECTIONS = ("config", "code", "packages", "python", "devices", "data", "loss", "validation_loss")
 
@@ -33,7 +33,7 @@ def runs(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sharding, "make_mesh", lambda *_: make_mesh({}, jax.devices()[:1]))
 
-        job, said = open_job(load_config(experiment), report=ignore), []
+        job, said = open_job(load_config(experiment), report=report_nothing), []
 
         def train(name, **overrides):
             (folder / name).mkdir(exist_ok=True)
@@ -98,7 +98,7 @@ def test_another_seed_differs_in_the_first_loss_and_every_kernel(compare, runs):
         for run in ("plain", "seed")
     )
     assert arrays[name] == np.abs(left.astype(np.float64) - right).max() > 0
-    lines = describe(found)
+    lines = describe_comparison(found)
     assert "  train.seed  0  1" in lines
     (summary,) = [line for line in lines if line.startswith("checkpoint of step 4: different in")]
     assert f" {len(arrays)} of {found['checkpoint']['arrays']} arrays" in summary

@@ -9,9 +9,11 @@ import pytest
 from conftest import write_tiny
 
 from nanojaxgpt import config, metrics, rundir, sharding
-from nanojaxgpt import train as train_module
+from nanojaxgpt import training as train_module
 from nanojaxgpt.__main__ import main
+from nanojaxgpt.data.loader import prepare_data, resolve
 from nanojaxgpt.hosts import process
+from nanojaxgpt.loop import Loop
 from nanojaxgpt.metrics import read_metrics
 
 LAST, SIZE = 60, 8 << 20
@@ -47,8 +49,8 @@ def tiny(tmp_path_factory):
     own = f"train.num_steps, cfg.checkpoint.every_steps, cfg.eval.every_steps = {LAST}, 10, 0"
     path = write_tiny(tmp_path_factory.mktemp("full"), own)
     cfg = config.load_config(str(path))
-    mesh, data = make_mesh({}, jax.devices()[:1]), train_module.prepare_data(cfg, print)
-    return path, train_module.make_job(train_module.resolve(cfg, data), data, mesh)
+    mesh, data = make_mesh({}, jax.devices()[:1]), prepare_data(cfg, print)
+    return path, train_module.make_job(resolve(cfg, data), data, mesh)
 
 
 @pytest.fixture
@@ -59,7 +61,7 @@ def run_on(tiny, monkeypatch):
     monkeypatch.setattr(sharding, "make_mesh", lambda *_: job.mesh)
     make_job = train_module.share_job
     monkeypatch.setattr(train_module, "make_job", lambda cfg, *_: make_job(job, cfg))
-    between = train_module.Loop.between
+    between = Loop.between
 
     def run(disk, step, *arguments):
         def full_at(self, now, state):
@@ -68,7 +70,7 @@ def run_on(tiny, monkeypatch):
                 fill(disk)
             between(self, now, state)
 
-        monkeypatch.setattr(train_module.Loop, "between", full_at)
+        monkeypatch.setattr(Loop, "between", full_at)
         return main(["train", f"--config={path}", f"--run={disk / 'run'}", *arguments])
 
     return run

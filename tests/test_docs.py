@@ -71,7 +71,7 @@ STOPS: list[tuple[str, tuple[str, ...], str]] = [
     (r"^rehearse", ("rehearse.targets.open_target",), "compiles for minutes"),
     (r"^train.*/(gpt2|gpt3|llama3)\.py", ("train.fit",), "sized for accelerators"),
     (r"init\.state=all", ("rundir.check_start",), "needs a long run, as test_branch.py has"),
-    (r"^reproduce", ("reproduce.reproduce",), "trains for minutes"),
+    (r"^reproduce", ("papers.reproduce.reproduce",), "trains for minutes"),
     (r"^coordcheck", ("papers.coordcheck.check_coordinates",), "13 s; test_coordcheck.py runs it"),
     (r"--slurm=", ("sweep.slurm.submit_workers",), "needs sbatch"),
     (r"(tfds|hf):|://", ("data.store.prepare", "data.loader.prepare"), "needs data from elsewhere"),

@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT, write_tiny
 
 from nanojaxgpt import finish, rundir
-from nanojaxgpt import train as train_module
+from nanojaxgpt import training as train_module
 from nanojaxgpt.__main__ import main
 from nanojaxgpt.errors import ConfigError, UserError
 from nanojaxgpt.hosts import process

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from nanojaxgpt import finish, train
+from nanojaxgpt import finish, training
 from nanojaxgpt.__main__ import main
 from nanojaxgpt.config import override_config, typed
 from nanojaxgpt.data.loader import prepare_data, resolve
@@ -146,16 +146,16 @@ def test_run_keeps_what_it_inherited(child, parent, tmp_path, monkeypatch, capsy
 
     def begin(job, run, *_):
         opened.append(job.data.identity)
-        train.begin_run(job, run, lambda _: None)
+        training.begin_run(job, run, lambda _: None)
 
-    monkeypatch.setattr(train, "train_job", begin)
+    monkeypatch.setattr(training, "train_job", begin)
     monkeypatch.setattr(finish, "end_run", lambda *_: None)
-    train.fit(cfg, run, report=lambda _: None)
+    training.fit(cfg, run, report=lambda _: None)
     kept = load_tokenizer(run / "tokenizer")
     assert kept.content_hash() == load_tokenizer(parent / "tokenizer").content_hash()
     assert load_run(run).data.tokenizer == ""
     shutil.rmtree(parent)
-    train.fit(cfg, run, report=lambda _: None)
+    training.fit(cfg, run, report=lambda _: None)
     assert opened[0] == opened[1]
     for command in ("inspect", "prepare"):
         assert main([command, str(run)]) == 0

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from conftest import ROOT
 
+from nanojaxgpt.__main__ import COMMANDS
+
 PACKAGE = "nanojaxgpt"
 # A module imports only modules of its own layer and of lower ones.
 LAYERS = {
@@ -23,13 +25,14 @@ LAYERS = {
     # Runs, data, hosts; parameters are read, evaluated, sampled.
     2: {"rundir", "arguments", "hosts.process", "hosts.lifeline", "hosts.team", "hosts.joining",
         "hosts.watchdog", "checkpoint", "rundiff", "metrics", "trackers", "finish", "sample",
-        "evaluate", "text_stream", "data.sources", "data.sources.documents", "data.sources.files",
+        "perplexity", "text_stream", "data.sources", "data.sources.documents", "data.sources.files",
         "data.sources.stdlib", "data.sources.download", "data.sources.parquet",
         "data.sources.tfds", "data.sources.builders", "data.sources.hub", "data.shards",
         "data.manifests", "data.exactness", "data.store", "data.packing", "data.loader",
         "data.show"},
     # Training.
-    3: {"step", "recorder", "loop", "train", "memory", "branch"},
+    3: {"step", "recorder", "loop", "training", "memory", "branch",
+        "language_model"},
     # Many runs, absent hardware, papers.
     4: {"sweep.plan", "sweep.claims", "sweep.launch", "sweep.together", "sweep.run",
         "sweep.report", "sweep.results", "sweep.plots", "sweep.search", "sweep.slurm",
@@ -50,6 +53,8 @@ EARLY |= {f"sweep.{name}" for name in ("space", "plan", "claims", "launch")}
 NO_JAX = ("jax", "jaxlib", "flax", "optax", "orbax")
 TFDS = {"data.sources.tfds", "data.sources.builders"}
 MAX_LINES = 80
+# They share a name with what they stand for: the console script, a protocol of an optional module.
+SAME = {("start", "main"), ("sweep.run", "Search")}
 
 
 def module_name(path: Path) -> str:
@@ -129,9 +134,50 @@ def test_nothing_imports_a_command():
     assert not offenders(lambda name, _: {u for u in USES[name] if u.startswith("commands.")})
 
 
+def assigned(nodes: list[ast.stmt]) -> set[str]:
+    """Return the names that statements define, those in `if`, `try` and `with` included."""
+    found = set()
+    for node in nodes:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            found |= {n.id for t in targets for n in ast.walk(t) if isinstance(n, ast.Name)}
+        else:
+            found |= assigned([n for n in ast.iter_child_nodes(node) if isinstance(n, ast.stmt)])
+    return found
+
+
+def test_names_are_imported_from_the_module_that_defines_them():
+    defined = {name: assigned(tree.body) for name, tree in TREES.items()}
+    paths = [path for folder in (PACKAGE, "tests", "scripts", "experiments")
+             for path in (ROOT / folder).rglob("*.py")]  # fmt: skip
+    foreign = []
+    for path in paths:
+        for node in ast.walk(ast.parse(path.read_text())):
+            # The package itself is left out: its modules and the public API are found there.
+            if isinstance(node, ast.ImportFrom) and str(node.module).startswith(f"{PACKAGE}."):
+                owner = str(node.module).removeprefix(f"{PACKAGE}.")
+                names = {alias.name for alias in node.names} - defined[owner]
+                foreign += [f"{path}: {owner}.{n}" for n in names if f"{owner}.{n}" not in PATHS]
+    assert not foreign
+
+
+def test_one_name_has_one_meaning():
+    commands = {(one.run.__module__, one.run.__name__) for one in COMMANDS.values()}
+    owners: dict[str, list[str]] = {}
+    for module, tree in TREES.items():
+        for name in [name for name, _ in public(tree) if "." not in name]:
+            kernel = module.startswith("attention.") and name in ("supports", "run")
+            command = (f"{PACKAGE}.{module}", name) in commands  # has the name of what it does
+            if not (kernel or command or (module, name) in SAME):
+                owners.setdefault(name, []).append(module)
+    assert not {name: modules for name, modules in owners.items() if len(modules) > 1}
+
+
 def test_there_are_no_import_cycles():
     assert cycle({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}, "e": set()}) == list("abcd")
-    assert USES["train"] >= {"model.transformer", "checkpoint", "data.loader", "loop", "step"}
+    assert USES["training"] >= {"model.transformer", "checkpoint", "data.loader", "loop", "step"}
     assert cycle(USES) == []
 
 

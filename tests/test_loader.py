@@ -18,7 +18,7 @@ from nanojaxgpt.data.rows import make_eval_batches, make_train_rows, take_rows
 from nanojaxgpt.data.tokenizers import load_tokenizer
 from nanojaxgpt.errors import ConfigError, DataError
 from nanojaxgpt.hosts import process
-from nanojaxgpt.train import fit
+from nanojaxgpt.training import fit
 
 SEQ_LEN, BATCH_SIZE = 16, 8
 

@@ -165,7 +165,7 @@ def test_damaged_note_of_a_finished_shard_has_it_made_again(
         damaged = bytearray(content)
         damaged[bit // 8] ^= 1 << bit % 8
         (tmp_path / name).write_bytes(damaged)
-        assert not shards_module.is_finished(tmp_path, 1)
+        assert not shards_module.is_complete(tmp_path, 1)
     assert (
         shards_module.write_shards(tmp_path, read_documents(ten_documents), tokenizer, 1, False)
         == good

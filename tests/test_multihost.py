@@ -18,7 +18,7 @@ from test_hosts import free_address
 from nanojaxgpt import checkpoint, rundir, sharding
 from nanojaxgpt.data.loader import prepare_data
 from nanojaxgpt.metrics import read_metrics
-from nanojaxgpt.train import make_job
+from nanojaxgpt.training import make_job
 
 NUM_STEPS = 12
 # float32 sums over another number of devices round otherwise, as in test_meshes.
@@ -27,7 +27,7 @@ LOSS_BOUND = 2e-5
 # A process in which something happens at step 5, where FAULT and the process's number say so.
 FAULTY = """
 import os, sys, time
-from nanojaxgpt import train
+from nanojaxgpt import training
 from nanojaxgpt.__main__ import main
 between = train.Loop.between
 def fault(self, step, state):
@@ -152,7 +152,7 @@ def test_two_processes_stopped_by_one_go_on_as_one_process(start, one, tmp_path)
     (saved,) = {line for text in outputs for line in text.split("\n") if "saved step" in line}
     step = int(saved.split()[2])
     assert 3 <= step < NUM_STEPS
-    assert checkpoint.saved_steps(run / "checkpoints")[-1] == step
+    assert rundir.saved_steps(run / "checkpoints")[-1] == step
     assert "step  1/" in outputs[0]
     assert "step  1/" not in outputs[1]  # process 0 alone reports
     (output,) = finish(start(run))
@@ -256,7 +256,7 @@ def test_a_signal_to_one_host_ends_all(fault, number, who, start, tmp_path):
         assert [code for code, *_ in ends] == [75, 75]
         assert len({line for *_, line in ends}) == 1
         step = int(line.split()[2])
-        assert checkpoint.saved_steps(run / "checkpoints")[-1] == step
+        assert rundir.saved_steps(run / "checkpoints")[-1] == step
     else:
         # When the coordinator dies, jax's own abort (SIGABRT) may come first.
         assert other == 70 or (who == 0 and other == -signal.SIGABRT)

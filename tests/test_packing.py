@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanojaxgpt.data.packing import cover_rows, packed_rows, plan_rows, wrap_rows
-from nanojaxgpt.data.rows import Source, make_eval_batches, make_train_rows
+from nanojaxgpt.data.rows import WeightedRows, make_eval_batches, make_train_rows
 from nanojaxgpt.model.transformer import Transformer, init_params
 
 
@@ -52,7 +52,7 @@ def test_a_table_is_as_small_as_its_data_for_any_seq_len(make_rows):
 
 
 def test_targets_follow_tokens_inside_the_span():
-    read = make_train_rows((Source("a", 1, wrap_rows(PLAIN, (100, 9_000), 16)),), 8, seed=0)
+    read = make_train_rows((WeightedRows("a", 1, wrap_rows(PLAIN, (100, 9_000), 16)),), 8, seed=0)
     for step in (0, 1, 500):
         batch = read(step, 0, 8)
         assert batch.tokens_BT.shape == batch.targets_BT.shape == (8, 16)
@@ -70,7 +70,7 @@ def test_windows_begin_at_another_offset_in_each_epoch():
     seq_len, length = 16, 1_000
     rows = wrap_rows(PLAIN, (50, 50 + length), seq_len)
     assert rows.count == (length - seq_len) // seq_len
-    read = make_train_rows((Source("a", 1, rows),), 1, seed=5)
+    read = make_train_rows((WeightedRows("a", 1, rows),), 1, seed=5)
     epochs = []
     for epoch in range(8):
         steps = range(epoch * rows.count, (epoch + 1) * rows.count)
@@ -86,7 +86,7 @@ def test_every_offset_fits_the_smallest_span():
     seq_len, batch_size = 7, 3
     stop = (batch_size + 1) * seq_len
     rows = wrap_rows(numbered(stop), (0, stop), seq_len)
-    read = make_train_rows((Source("a", 1, rows),), batch_size, seed=0)
+    read = make_train_rows((WeightedRows("a", 1, rows),), batch_size, seed=0)
     targets = np.array([read(step, 0, batch_size).targets_BT for step in range(200)])
     assert targets.max() == stop - 1  # the largest offset was met
     assert wrap_rows(PLAIN, (0, stop - 1), seq_len).count == batch_size - 1

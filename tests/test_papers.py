@@ -12,7 +12,7 @@ from nanojaxgpt import sharding
 from nanojaxgpt.config import load_module, override_config
 from nanojaxgpt.papers import scaling
 from nanojaxgpt.papers.paper import Arm, Paper, Run
-from nanojaxgpt.papers.reproduce import measure, reproduce
+from nanojaxgpt.papers.reproduce import measure_claim, reproduce
 
 FOLDER = ROOT / "experiments" / "papers"
 
@@ -38,7 +38,7 @@ def fake_run(trial, loss: float | None) -> Run:
 def verdicts(paper: Paper, runs: dict[str, list[list[Run]]]) -> str:
     """Return the first letter of each claim's verdict, of those about these runs."""
     claims = [claim for claim in paper.claims if claim.arms and set(claim.arms) <= runs.keys()]
-    return "".join(measure(claim, runs, {}).verdict[0] for claim in claims)
+    return "".join(measure_claim(claim, runs, {}).verdict[0] for claim in claims)
 
 
 @pytest.fixture
@@ -192,7 +192,9 @@ def test_chinchilla_without_its_tokens_fails(monkeypatch):
         found = module("chinchilla_refit")
         monkeypatch.setattr(found, "SAMPLES", 50)
         monkeypatch.setattr(found, "DRAWS", 3)
-        return "".join(measure(claim, {}, {}).verdict[0] for claim in found.get_paper().claims)
+        return "".join(
+            measure_claim(claim, {}, {}).verdict[0] for claim in found.get_paper().claims
+        )
 
     assert judged() == "P" * 12
     right = scaling.objective

@@ -6,7 +6,7 @@ import pytest
 from conftest import data_config
 
 from nanojaxgpt.data import sources
-from nanojaxgpt.data.sources import Document
+from nanojaxgpt.data.sources.documents import Document
 from nanojaxgpt.errors import ConfigError, DataError
 
 pa = pytest.importorskip("pyarrow")

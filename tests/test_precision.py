@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 
 from nanojaxgpt import sharding
-from nanojaxgpt import train as train_module
+from nanojaxgpt import training as train_module
 from nanojaxgpt.config import base_config, override_config
 from nanojaxgpt.data.loader import prepare_data, resolve
 from nanojaxgpt.data.rows import Batch
 from nanojaxgpt.model.config import ModelConfig
 from nanojaxgpt.optim import OPTIMIZERS
 from nanojaxgpt.step import accumulate, first_state, make_hyper, make_step, make_train_step
-from nanojaxgpt.train import fit, make_job
+from nanojaxgpt.training import fit, make_job
 
 make_mesh = sharding.make_mesh
 CASES = [(name, 0.0) for name in OPTIMIZERS]

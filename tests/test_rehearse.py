@@ -30,8 +30,8 @@ from nanojaxgpt.rehearse.collectives import (
 )
 from nanojaxgpt.rehearse.step import (
     count_flops,
-    make_mesh,
     rehearse_step,
+    resolve_mesh,
     temporaries_wanted,
     trace,
 )
@@ -63,7 +63,7 @@ SHAPES = [
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "-".join(s.values()))
 def test_exact_bytes_are_those_of_real_shards(shape, eight):
     memory = search.exact_memory(config(**shape).unlock(), eight)
-    cfg, mesh = make_mesh(config(**shape).copy_and_resolve_references().unlock(), eight)
+    cfg, mesh = resolve_mesh(config(**shape).copy_and_resolve_references().unlock(), eight)
     real = make_step(cfg, mesh)
     zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), real.abstract)
     state = jax.device_put(zeros, real.shardings)
@@ -98,7 +98,7 @@ STEPS = {
 
 @pytest.mark.parametrize("name", STEPS)
 def test_the_jaxpr_has_the_formulas_flops(name, eight):
-    cfg, mesh = make_mesh(config(**{"mesh.data": "8"} | STEPS[name]).unlock(), eight)
+    cfg, mesh = resolve_mesh(config(**{"mesh.data": "8"} | STEPS[name]).unlock(), eight)
     with jax.set_mesh(mesh):
         flops = count_flops(cfg, mesh, trace(cfg, mesh)[1])
     assert flops.weights_counted > 0

@@ -27,7 +27,13 @@ from nanojaxgpt.papers.paper import (
     paper_problems,
     verdict,
 )
-from nanojaxgpt.papers.reproduce import draw_curves, measure, reproduce, save, to_markdown
+from nanojaxgpt.papers.reproduce import (
+    draw_curves,
+    measure_claim,
+    reproduce,
+    save_report,
+    to_markdown,
+)
 from nanojaxgpt.sweep import run
 from nanojaxgpt.sweep.space import choice, zip_
 
@@ -152,7 +158,7 @@ def test_a_reproduction_that_was_stopped_goes_on(tiny, tmp_path):
     assert losses[3] != losses[4]
     assert found.results[0].spread == pytest.approx(abs(losses[3] - losses[4]) / math.sqrt(2))
 
-    path = save(found, tmp_path / "out", "nanojaxgpt reproduce tiny.py")
+    path = save_report(found, tmp_path / "out", "nanojaxgpt reproduce tiny.py")
     text, report = path.read_text(), json.loads(path.with_suffix(".json").read_text())
     assert "2 PASS, 1 FAIL" in text
     assert "Scaled down" not in text
@@ -194,7 +200,7 @@ def test_arms_share_programs_and_one_that_diverges_is_kept(tiny, tmp_path, monke
     again = reproduce(paper, tmp_path / "out", lambda _: None)
     assert len(opened) == 1  # not even the one that diverged is trained again
     assert [result.measured for result in again.results] == [r.measured for r in found.results]
-    text = save(again, tmp_path / "out", "").read_text()
+    text = save_report(again, tmp_path / "out", "").read_text()
     assert "![loss by rate](rates.png)" in text
     assert len(seen[0][1]) == 2  # seeds, a list of points each
     assert [run.cfg.optim.learning_rate for run in seen[0][1][0]] == [1e-3, 1e30]
@@ -300,8 +306,8 @@ def test_a_claim_over_two_arms_compares_runs_of_one_seed():
 
     runs = {"a": [run(3.0, 0), run(5.0, 1)], "b": [run(1.0, 0), run(1.5, 1)]}
     gap = claim(measure=lambda a, b: a.at(1) - b.at(1), accept=(2, 4), arms=("a", "b"))
-    assert measure(gap, runs, {}).measured == {0: 2.0, 1: 3.5}
-    assert measure(gap, runs, {"b": "no data"}).reason == "no data"
+    assert measure_claim(gap, runs, {}).measured == {0: 2.0, 1: 3.5}
+    assert measure_claim(gap, runs, {"b": "no data"}).reason == "no data"
 
 
 def test_curves_name_the_best_point_of_each_arm():

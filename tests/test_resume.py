@@ -14,14 +14,14 @@ import pytest
 from conftest import ROOT, write_tiny
 
 from nanojaxgpt import checkpoint, rundir, sharding
-from nanojaxgpt import train as train_module
+from nanojaxgpt import training as train_module
 from nanojaxgpt.config import override_config
 from nanojaxgpt.data.loader import prepare_data
 from nanojaxgpt.errors import INTERRUPTED, PREEMPTED, Stopped
 from nanojaxgpt.metrics import read_metrics
 from nanojaxgpt.model.config import ModelConfig
 from nanojaxgpt.model.transformer import Transformer
-from nanojaxgpt.train import fit, make_evaluation, make_job
+from nanojaxgpt.training import fit, make_evaluation, make_job
 
 NUM_STEPS = 20
 KILL, TERM, INT = signal.SIGKILL, signal.SIGTERM, signal.SIGINT
@@ -136,7 +136,7 @@ def test_killed_stopped_and_started_again(start, uninterrupted, tmp_path):
         assert code == expected, output
         assert seen < NUM_STEPS
         if number != KILL:
-            saved = max(checkpoint.saved_steps(run / "checkpoints"))
+            saved = max(rundir.saved_steps(run / "checkpoints"))
             assert f"saved step {saved} in {run}" in output
             assert steps_seen(run) == saved
             assert seen <= saved < NUM_STEPS
@@ -221,7 +221,7 @@ def test_stopped_after_every_step(job, tmp_path, monkeypatch):
         with pytest.raises(Stopped) as caught:
             fit(job.cfg, run, report=lambda text: None)
         assert caught.value.exit_code == PREEMPTED
-        assert max(checkpoint.saved_steps(run / "checkpoints")) == step
+        assert max(rundir.saved_steps(run / "checkpoints")) == step
     interrupt_at(job, 0, monkeypatch, asked)
     state = fit(job.cfg, run, report=lambda text: None)
     assert int(state.step) == NUM_STEPS
@@ -234,7 +234,7 @@ def test_a_signal_while_restoring_is_no_broken_checkpoint(job, tmp_path, monkeyp
     interrupt_at(job, 9, monkeypatch, [])
     with pytest.raises(Stopped):
         fit(job.cfg, run, report=lines.append)
-    before = checkpoint.saved_steps(run / "checkpoints")
+    before = rundir.saved_steps(run / "checkpoints")
     assert before == [7, 9]
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "restore_step", lambda *_: os.kill(os.getpid(), TERM))
@@ -242,7 +242,7 @@ def test_a_signal_while_restoring_is_no_broken_checkpoint(job, tmp_path, monkeyp
             fit(job.cfg, run, report=lines.append)
     assert caught.value.exit_code == PREEMPTED
     assert not any("unusable" in line for line in lines)
-    assert checkpoint.saved_steps(run / "checkpoints") == before
+    assert rundir.saved_steps(run / "checkpoints") == before
 
 
 @pytest.mark.parametrize(("warmup", "warned"), [("19", False), ("20", True), ("39", True)])

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from nanojaxgpt.data.rows import (
     Batch,
     Rows,
-    Source,
-    chain,
+    WeightedRows,
     hash_words,
     interleave,
+    join_tables,
     make_eval_batches,
     make_ramp,
     make_train_rows,
@@ -37,9 +37,9 @@ def table(count: int, base: int = 0) -> Rows:
 
 
 MIXTURE = (
-    Source("a", 3, table(40)),
-    Source("b", 1, table(9, 1000)),
-    Source("c", 2, table(7, 2000)),
+    WeightedRows("a", 3, table(40)),
+    WeightedRows("b", 1, table(9, 1000)),
+    WeightedRows("c", 2, table(7, 2000)),
 )
 
 
@@ -92,7 +92,7 @@ def test_permutation_of_a_huge_domain_stays_inside():
 
 
 def test_an_epoch_visits_every_row_once_and_the_next_differs():
-    read = make_train_rows((Source("a", 1, table(61)),), 1, seed=5)
+    read = make_train_rows((WeightedRows("a", 1, table(61)),), 1, seed=5)
     epochs = [[first_column(read, e * 61 + i, 1)[0] for i in range(61)] for e in range(4)]
     assert all(sorted(epoch) == list(range(61)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 4
@@ -165,7 +165,7 @@ def test_a_source_smaller_than_its_share_of_a_batch_is_refused():
 def test_an_evaluation_reads_all_tables_once(counts):
     tables = [table(count, 100 * number) for number, count in enumerate(counts)]
     expected = [100 * n + i for n, count in enumerate(counts) for i in range(count)]
-    num_batches, read = make_eval_batches(chain(tables), 4)
+    num_batches, read = make_eval_batches(join_tables(tables), 4)
     batches = [read(number, 0, 4) for number in range(num_batches)]
     seen = [b.tokens_BT[b.weights_BT[:, 0] > 0, 0].tolist() for b in batches]
     assert [number for batch in seen for number in batch] == expected
@@ -175,7 +175,7 @@ def test_an_evaluation_reads_all_tables_once(counts):
 
 
 def test_nothing_to_validate_on_gives_no_batch():
-    assert make_eval_batches(chain([table(0), table(0)]), 4)[0] == 0
+    assert make_eval_batches(join_tables([table(0), table(0)]), 4)[0] == 0
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,9 @@ from etils import epath
 from etils.epath import backend
 
 from nanojaxgpt.data import sources
-from nanojaxgpt.data.sources import Document, files, weighted_sources
+from nanojaxgpt.data.sources import files, weighted_sources
 from nanojaxgpt.data.sources import stdlib as stdlib_source
+from nanojaxgpt.data.sources.documents import Document
 from nanojaxgpt.errors import ConfigError, DataError
 
 SHAKESPEARE = SHARED / "data" / "tinyshakespeare.txt"

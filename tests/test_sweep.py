@@ -15,6 +15,7 @@ from nanojaxgpt.data.loader import prepare_data, resolve
 from nanojaxgpt.errors import ConfigError, NonFiniteError, Stopped
 from nanojaxgpt.hosts import process
 from nanojaxgpt.metrics import read_metrics
+from nanojaxgpt.recorder import Job
 from nanojaxgpt.step import make_hyper
 from nanojaxgpt.sweep import run, together
 from nanojaxgpt.sweep.claims import read_outcome, run_path
@@ -34,7 +35,7 @@ from nanojaxgpt.sweep.space import (
     uniform,
     zip_,
 )
-from nanojaxgpt.train import fit, make_job, share_job
+from nanojaxgpt.training import fit, make_job, share_job
 
 RATE, SEED = "optim.learning_rate", "train.seed"
 
@@ -355,7 +356,7 @@ def test_vmap_spreads_the_trials_over_the_devices(write_experiment, fsdp):
     with jax.set_mesh(job.mesh):
         first = [own.init(jax.random.key(own.cfg.train.seed)) for own in jobs]
     (states, frozen), step = stack.place(first, (stack.states, stack.frozen)), stack.make_step()
-    batches = together.make_batches(jobs, [0] * 7, stack)
+    batches = together.stacked_batches(jobs, [0] * 7, stack)
     hypers = stack.place([make_hyper(own.cfg) for own in jobs], stack.numbers)
     going = stack.place([np.True_] * 7, stack.numbers)
     found = []
@@ -389,9 +390,9 @@ def test_where_batches_grow_all_go_on_from_the_same_step(write_experiment, tmp_p
     for ramp, left in (({}, (6, 4)), ({"train.ramp_batch_size": "8", "train.ramp_steps": "2",
                                        "train.batch_size": "16"}, (4, 4))):  # fmt: skip
         cfg = load_trials(path, ramp)[0].cfg
-        job = together.Job(cfg, *[None] * 8)
+        job = Job(cfg, *[None] * 9)
         together.align([job, job], runs)
-        newest = [checkpoint.saved_steps(run_folder / "checkpoints")[-1] for run_folder in runs]
+        newest = [rundir.saved_steps(run_folder / "checkpoints")[-1] for run_folder in runs]
         assert tuple(newest) == left
 
 

@@ -17,7 +17,7 @@ from nanojaxgpt.hosts import process
 from nanojaxgpt.sweep import plots
 from nanojaxgpt.sweep.plan import SEED, Trial, load_trials, read_plan, swept_fields
 from nanojaxgpt.sweep.report import seeds_needed, write_report
-from nanojaxgpt.sweep.results import Group, Result, group_seeds
+from nanojaxgpt.sweep.results import Group, TrialResult, group_seeds
 from nanojaxgpt.sweep.space import choice, product
 
 RATE = "optim.learning_rate"
@@ -111,7 +111,7 @@ def draw(points, value, curve=None) -> None:
     """Draw the curves and the plots of fields of these points as a report does."""
     trials = [Trial(str(point), point, None) for point in points]
     results = [
-        Result(t, "finished", 1.0, value(t.point), curve(t.point) if curve else [(1, 0.0)])
+        TrialResult(t, "finished", 1.0, value(t.point), curve(t.point) if curve else [(1, 0.0)])
         for t in trials
     ]
     fields = [field for field in swept_fields(trials) if field != SEED]
@@ -220,7 +220,9 @@ def test_seeds_needed_keeps_its_promise():
         rng = random.Random(repr((mean, count)))
         values = [rng.gauss(mean, spread) for _ in range(count)]
         trials = [Trial("", {SEED: seed}, None) for seed in range(count)]
-        results = [Result(t, "finished", 1.0, v, []) for t, v in zip(trials, values, strict=True)]
+        results = [
+            TrialResult(t, "finished", 1.0, v, []) for t, v in zip(trials, values, strict=True)
+        ]
         return group_seeds(results, maximize=False)[0]
 
     needed = seeds_needed(

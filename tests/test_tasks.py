@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from nanojaxgpt.data.loader import open_task, task_data
-from nanojaxgpt.data.rows import Source, make_eval_batches, make_train_rows
+from nanojaxgpt.data.rows import WeightedRows, make_eval_batches, make_train_rows
 from nanojaxgpt.data.tasks import ENDLESS, TASKS, task_rows
 from nanojaxgpt.data.tokenizers import WordTokenizer, load_tokenizer
 from nanojaxgpt.errors import ConfigError, DataError
@@ -140,7 +140,7 @@ def test_mqar_asks_for_every_pair():
 def test_training_and_validation_never_share_an_example(spec):
     _, task = open_task(spec)
     train, validation = task_rows(task, task.num_tokens - 1)
-    read = make_train_rows((Source("a", 1, train),), 200, seed=0)
+    read = make_train_rows((WeightedRows("a", 1, train),), 200, seed=0)
     seen = np.concatenate([read(step, 0, 200).tokens_BT for step in range(20)])
     _, read_eval = make_eval_batches(validation, validation.count)
     held_out = read_eval(0, 0, validation.count).tokens_BT
@@ -152,7 +152,7 @@ def test_training_and_validation_never_share_an_example(spec):
 def test_rows_hold_whole_examples_apart(seq_len, per_row):
     _, task = open_task("task:modular_addition,p=7")
     train, _ = task_rows(task, seq_len)
-    read = make_train_rows((Source("a", 1, train),), 1, seed=2)
+    read = make_train_rows((WeightedRows("a", 1, train),), 1, seed=2)
     assert train.count == -(-task.num_train // per_row)
     seen = []
     for step in range(train.count):

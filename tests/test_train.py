@@ -11,7 +11,7 @@ import pytest
 from conftest import random_tokens
 
 from nanojaxgpt import metrics, sharding
-from nanojaxgpt import train as train_module
+from nanojaxgpt import training as train_module
 from nanojaxgpt.__main__ import main
 from nanojaxgpt.config import override_config
 from nanojaxgpt.data.loader import prepare_data, resolve
@@ -22,9 +22,9 @@ from nanojaxgpt.model.config import ModelConfig
 from nanojaxgpt.model.transformer import Transformer
 from nanojaxgpt.objectives.language import make_loss
 from nanojaxgpt.optim import OPTIMIZERS
-from nanojaxgpt.rundir import check_data, saved_steps
+from nanojaxgpt.rundir import check_identity, saved_steps
 from nanojaxgpt.step import make_hyper, make_init, make_train_step
-from nanojaxgpt.train import fit, make_job, share_job  # fmt: skip
+from nanojaxgpt.training import fit, make_job, share_job  # fmt: skip
 
 make_mesh = sharding.make_mesh
 
@@ -218,7 +218,7 @@ def test_damaged_notes_block_no_run(small_config, tmp_path, monkeypatch, capsys)
         identity.unlink(missing_ok=True)
         if content is not None:
             identity.write_bytes(content)
-        assert check_data(run, {"another": "corpus"}, said.append) == {}
+        assert check_identity(run, {"another": "corpus"}, said.append) == {}
         what = "damaged" if content is not None else "missing"
         assert f"identity.json is {what}, so the corpus can't be compared" in said[-1]
     assert len(said) == len(IDENTITIES)

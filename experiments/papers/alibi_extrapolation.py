@@ -50,10 +50,10 @@ def loss_at(run: Run, length: int) -> float:
 
     from nanojaxgpt.model.config import ModelConfig
     from nanojaxgpt.model.transformer import Transformer
-    from nanojaxgpt.papers.reproduce import open_run
-    from nanojaxgpt.train import make_evaluation
+    from nanojaxgpt.papers.reproduce import load_job
+    from nanojaxgpt.training import make_evaluation
 
-    job, params = open_run(run)
+    job, params = load_job(run)
     cfg = run.cfg.copy_and_resolve_references().unlock()
     cfg.model.seq_len, cfg.eval.batch_size = length, 128 * TRAINED // length
     with jax.set_mesh(job.mesh):

@@ -58,13 +58,13 @@ def accuracies(path: str, step: int) -> tuple[float, float]:
     from pathlib import Path
 
     from nanojaxgpt import rundir
-    from nanojaxgpt.evaluate import exact_match
     from nanojaxgpt.model.config import ModelConfig
     from nanojaxgpt.model.transformer import Transformer
-    from nanojaxgpt.papers.reproduce import first_rows, open_run
+    from nanojaxgpt.papers.reproduce import first_rows, load_job
+    from nanojaxgpt.perplexity import exact_match
 
     run = Run(Path(path), rundir.load_run(Path(path)), [])
-    job, params = open_run(run, step)
+    job, params = load_job(run, step)
     model, length = Transformer(ModelConfig(**run.cfg.model)), run.cfg.model.seq_len
     tables = job.data.train(length)[0].rows, job.data.validation(length)
     train, unseen = (

@@ -80,9 +80,9 @@ def repeat_accuracy(run: Run) -> float:
 def validation_batch(run: Run) -> tuple["ModelConfig", Any, Any]:
     """Return the model's config, a run's last parameters and its first 250 validation rows."""
     from nanojaxgpt.model.config import ModelConfig
-    from nanojaxgpt.papers.reproduce import first_rows, open_run
+    from nanojaxgpt.papers.reproduce import first_rows, load_job
 
-    job, params = open_run(run)
+    job, params = load_job(run)
     batch = first_rows(job.data.validation(run.cfg.model.seq_len), 250)
     return ModelConfig(**run.cfg.model), params, batch
 

@@ -95,10 +95,10 @@ def largest_logit(run: Run) -> float:
     from nanojaxgpt.errors import CheckpointError
     from nanojaxgpt.model.config import ModelConfig
     from nanojaxgpt.papers.probe import largest_logits
-    from nanojaxgpt.papers.reproduce import first_rows, open_run
+    from nanojaxgpt.papers.reproduce import first_rows, load_job
 
     try:
-        job, params = open_run(run)
+        job, params = load_job(run)
     except CheckpointError:
         return math.nan
     batch = first_rows(job.data.validation(run.cfg.model.seq_len), 128)

@@ -45,12 +45,12 @@ def get_config(variant: str = "plain") -> ConfigDict:
 
 def accuracy(run: Run, unseen: bool = True) -> float:
     """Return the percentage of unseen pairs, or of those trained on, whose sum is right."""
-    from nanojaxgpt.evaluate import exact_match
     from nanojaxgpt.model.config import ModelConfig
     from nanojaxgpt.model.transformer import Transformer
-    from nanojaxgpt.papers.reproduce import first_rows, open_run
+    from nanojaxgpt.papers.reproduce import first_rows, load_job
+    from nanojaxgpt.perplexity import exact_match
 
-    job, params = open_run(run)
+    job, params = load_job(run)
     length = run.cfg.model.seq_len
     rows = job.data.validation(length) if unseen else job.data.train(length)[0].rows
     model = Transformer(ModelConfig(**run.cfg.model))
@@ -64,10 +64,10 @@ def decoded_accuracy(run: Run) -> float:
 
     from nanojaxgpt.model.config import ModelConfig
     from nanojaxgpt.model.transformer import Transformer
-    from nanojaxgpt.papers.reproduce import first_rows, open_run
+    from nanojaxgpt.papers.reproduce import first_rows, load_job
     from nanojaxgpt.sample import Sampling, generate
 
-    job, params = open_run(run)
+    job, params = load_job(run)
     rows = job.data.validation(run.cfg.model.seq_len)
     batch = first_rows(rows, rows.count)
     digits = int(batch.weights_BT[0].sum())

@@ -28,7 +28,7 @@ def prepare(arguments: list[str]) -> None:
     run = Path(parsed.run) if parsed.run else None
     inherited = inherited_tokenizer(cfg, warn, run)
     corpus = store.prepare(Data(**cfg.data), config.cache_dir(cfg), report, inherited)
-    print_table(store.describe(corpus))
+    print_table(store.describe_corpus(corpus))
     if not said:
         warn("everything was prepared already")
 
@@ -71,13 +71,13 @@ COMMANDS = {
         prepare,
         "--config=EXPERIMENT.py[:VARIANT]",
         "tokenize the corpus ahead of training",
-        order=4,
+        order=5,
         writes_files=True,
     ),
     "inspect": Command(
         inspect,
         "--config=EXPERIMENT.py [--step=N] [--rows=4]",
         "print the batch of a step",
-        order=5,
+        order=6,
     ),
 }

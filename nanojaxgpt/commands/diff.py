@@ -41,12 +41,12 @@ def diff(arguments: list[str]) -> None:
     if parsed.json:
         print(json.dumps({**found, "differing": differing}, indent=2))
     else:
-        print("\n".join(describe(found)))
+        print("\n".join(describe_comparison(found)))
     if parsed.check and differing:
         raise RunsDiffer(f"the runs differ in {', '.join(differing)}")
 
 
-def describe(found: dict[str, Any]) -> list[str]:
+def describe_comparison(found: dict[str, Any]) -> list[str]:
     """Return a comparison as lines: one for each section, and a table below where it differs."""
     kinds = dict.fromkeys(("config", *IDENTITY), pair_lines)
     kinds |= dict.fromkeys(LOSSES, loss_lines) | {"checkpoint": array_lines}
@@ -62,13 +62,13 @@ def describe(found: dict[str, Any]) -> list[str]:
 
 def pair_lines(section: Section) -> list[str]:
     """Return the summary of a section of named values, and its table."""
-    rows = [(name, *map(shown, pair)) for name, pair in section["differing"].items()]
+    rows = [(name, *map(value_text, pair)) for name, pair in section["differing"].items()]
     if not rows:
         return ["the same"]
     return ["different", *columns([("", "A", "B"), *rows])]
 
 
-def shown(value: Any) -> str:
+def value_text(value: Any) -> str:
     """Return a value as text: None is missing, a list of equal devices is counted."""
     if value is None:
         return "(none)"
@@ -122,4 +122,11 @@ def columns(rows: Iterable[tuple[str, ...]]) -> list[str]:
     return ["  " + "  ".join(cell.ljust(width) for cell, width in row).rstrip() for row in padded]
 
 
-COMMANDS = {"diff": Command(diff, "RUN RUN", "what differs between two runs", order=10)}
+COMMANDS = {
+    "diff": Command(
+        diff,
+        "RUN RUN [--step=N] [--check] [--json]",
+        "what differs between two runs",
+        order=4,
+    )
+}

@@ -27,12 +27,12 @@ def coordcheck(arguments: list[str]) -> None:
     folder = Path(parsed.run or "runs/coordcheck")
     rundir.check_folder("--run", folder)
     check_data(Data(**cfg.data))
-    from nanojaxgpt.papers.coordcheck import check_coordinates, save, table
+    from nanojaxgpt.papers.coordcheck import check_coordinates, save_coordinates, table
 
     result = check_coordinates(cfg, parsed.widths, parsed.steps, warn)
     for line in table(result):
         print(line)
-    print(save(result, folder))
+    print(save_coordinates(result, folder))
 
 
 def reproduce(arguments: list[str]) -> None:
@@ -58,11 +58,11 @@ def reproduce(arguments: list[str]) -> None:
 
     paper = first_seeds(load_paper(parsed.run, parsed.overrides), parsed.seeds)
     from nanojaxgpt.papers.reproduce import reproduce as run_paper
-    from nanojaxgpt.papers.reproduce import save
+    from nanojaxgpt.papers.reproduce import save_report
 
     seeds = f" --seeds={parsed.seeds}" if parsed.seeds else ""
     command = f"nanojaxgpt reproduce {parsed.run}{seeds}"
-    path = save(run_paper(paper, folder, warn), folder, command)
+    path = save_report(run_paper(paper, folder, warn), folder, command)
     print(path.read_text() + str(path))
 
 
@@ -71,14 +71,14 @@ COMMANDS = {
         coordcheck,
         "--config=EXPERIMENT.py",
         "activations over widths, to check muP",
-        order=6,
+        order=7,
         writes_files=True,
     ),
     "reproduce": Command(
         reproduce,
         "experiments/papers/NAME.py [--dir=DIR]",
         "a paper's figures beside measured ones",
-        order=9,
+        order=10,
         writes_files=True,
     ),
 }

@@ -45,7 +45,7 @@ def rehearse(arguments: list[str]) -> None:
         lines = report.lines(name, target, found[0])
     print("\n".join(lines))
     if parsed.json:
-        described = [report.to_dict(name, target, one) for one in found]
+        described = [report.rehearsal_dict(name, target, one) for one in found]
         rundir.write_text(Path(parsed.json), json.dumps(described, indent=2) + "\n")
     if not any(one.memory.fits for one in found):
         raise MemoryExceeded(f"the step does not fit the memory of {topology.name}")
@@ -56,6 +56,6 @@ COMMANDS = {
         rehearse,
         "--config=EXPERIMENT.py --topology=v5e:4x4",
         "memory and speed on hardware you don't have",
-        order=7,
+        order=8,
     )
 }

@@ -1,7 +1,7 @@
 """In: the arguments of `nanojaxgpt sample`. Out: the text that a run's checkpoint continues."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,10 +11,7 @@ from nanojaxgpt.console import warn
 from nanojaxgpt.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from nanojaxgpt.data.tokenizers import Tokenizer
-    from nanojaxgpt.text_stream import TextStream
 
 HELP = {
     "prompt": "the text to continue; empty for a new document",
@@ -37,49 +34,23 @@ def sample(arguments: list[str]) -> None:
     given = {f"sample.{name}": getattr(parsed, name) for name in defaults}
     cfg = config.override_config(cfg, {k: v for k, v in given.items() if v is not None})
     run, how = Path(parsed.run), cfg.sample
-    from nanojaxgpt.data.loader import load_run_tokenizer
-    from nanojaxgpt.text_stream import TextStream
+    from nanojaxgpt import language_model
 
-    tokenizer = load_run_tokenizer(run, warn)
-    prompt = read_prompt(tokenizer, how.prompt, defaults.prompt)
+    mesh = dict(cfg.mesh) if any(name.startswith("mesh.") for name in parsed.overrides) else None
+    model = language_model.open_run(run, cfg, mesh, chosen_step(run, parsed.step), warn)
+    prompt = read_prompt(model.tokenizer, how.prompt, defaults.prompt)
     if len(prompt) > cfg.model.seq_len:
         warn(
             f"the prompt has {len(prompt)} tokens; the model sees the last {cfg.model.seq_len}, "
             "its context"
         )
-    if unknown := [token for token in how.end_ids if token >= tokenizer.vocab_size]:
-        raise ConfigError(
-            f"sample.end_ids contains {unknown[0]}, but the last id is {tokenizer.vocab_size - 1}"
-        )
-    end_ids = tuple({*how.end_ids, tokenizer.end_id} - {-1})
-    import jax
-
-    from nanojaxgpt import memory, sharding
-    from nanojaxgpt.checkpoint import load_params
-    from nanojaxgpt.model.config import ModelConfig
-    from nanojaxgpt.sample import Sampling, stream
-
-    mesh, model_cfg = sharding.make_mesh({}, jax.devices()[:1]), ModelConfig(**cfg.model)
-    length = min(model_cfg.seq_len, len(prompt) + how.max_tokens)
-    cache = memory.cache_bytes(model_cfg, how.num_samples, length)
-    lower = "To use less memory, lower sample.num_samples or sample.max_tokens"
-    shown = tokenizer.decode(prompt)
-    with memory.explained("sampling", mesh, lambda: lower):
-        memory.check_model("sampling", cfg, mesh, cache, lower)
-        streams = [TextStream(tokenizer, prompt, how.stop, end_ids) for _ in range(how.num_samples)]
-        _, params = load_params(run, model_cfg, mesh, chosen_step(run, parsed.step), warn)
-        chunks = stream(
-            model_cfg, params, [prompt] * how.num_samples,
-            max_tokens=how.max_tokens, rng=jax.random.key(how.seed),
-            how=Sampling(
-                how.temperature, how.top_k, how.top_p, how.min_p, tokenizer.vocab_size, end_ids
-            ),
-        )  # fmt: skip
-        print_streams(chunks, streams, shown)
+    shown = model.tokenizer.decode(prompt)
+    choice: Any = how.to_dict()
+    del choice["prompt"], choice["num_samples"]
+    texts = print_texts(model.stream([prompt] * how.num_samples, **choice), shown)
     settings = how.to_dict()
     save_samples(
-        run,
-        [{"prompt": how.prompt, "text": shown + one.text, "sampling": settings} for one in streams],
+        run, [{"prompt": how.prompt, "text": shown + one, "sampling": settings} for one in texts]
     )
 
 
@@ -102,20 +73,17 @@ def read_prompt(tokenizer: "Tokenizer", text: str, default: str) -> list[int]:
     return [0]
 
 
-def print_streams(
-    chunks: Iterable["np.ndarray"], streams: Sequence["TextStream"], prompt: str
-) -> None:
-    """Print the prompt and the first text as it is drawn, then the others; fill all streams."""
+def print_texts(chunks: Iterable[list[str]], prompt: str) -> list[str]:
+    """Print the prompt and the first text as it is drawn, then the others; return all texts."""
     print(prompt, end="", flush=True)
-    for chunk in chunks:
-        texts = [one.add(ids) for one, ids in zip(streams, chunk.tolist(), strict=True)]
-        print(texts[0], end="", flush=True)
-        if all(one.finish for one in streams):
-            break
-    texts = [one.close() for one in streams]
-    print(texts[0])
-    for one in streams[1:]:
-        print("-" * 40 + f"\n{prompt}{one.text}")
+    texts: list[str] = []
+    for parts in chunks:
+        print(parts[0], end="", flush=True)
+        texts = [text + part for text, part in zip(texts or [""] * len(parts), parts, strict=True)]
+    print()
+    for text in texts[1:]:
+        print("-" * 40 + f"\n{prompt}{text}")
+    return texts
 
 
 def save_samples(run: Path, samples: list[dict[str, Any]]) -> None:

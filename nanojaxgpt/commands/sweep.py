@@ -14,7 +14,7 @@ from nanojaxgpt.sweep.plan import (
     Plan,
     Trial,
     default_folder,
-    describe,
+    describe_plan,
     load_plan,
     read_plan,
     save_plan,
@@ -68,7 +68,7 @@ def sweep(arguments: list[str]) -> None:
         if parsed.run not in READERS and not parsed.slurm:
             save_plan(folder, plan, parsed.config, parsed.overrides)
         trials = search.trials() if search else plan.trials
-        lines = {"status": status, "report": report}.get(parsed.run, run)(
+        lines = {"status": status, "report": report}.get(parsed.run, run_missing)(
             parsed, arguments, folder, trials, search
         )
     for line in lines:
@@ -86,7 +86,7 @@ def open_search(plan: Plan, folder: Path) -> Any:
 
 def plan_lines(parsed: Any, plan: Plan, folder: Path) -> list[str]:
     """Return what a sweep would do, and the command that does it."""
-    lines = describe(plan.trials, functools.partial(print, file=sys.stderr, flush=True))
+    lines = describe_plan(plan.trials, functools.partial(print, file=sys.stderr, flush=True))
     if tpe := plan.tpe:
         every, last = plan.base.eval.every_steps, plan.base.train.num_steps
         rungs = [every * tpe.reduction**rung for rung in range(9)] if tpe.reduction else []
@@ -126,7 +126,7 @@ def report(
     return write_report(folder, trials, metric, maximize)
 
 
-def run(
+def run_missing(
     parsed: Any, arguments: list[str], folder: Path, trials: list[Trial], search: Any
 ) -> list[str]:
     """Run what is missing here, in as many processes as were asked for, or by SLURM."""
@@ -156,7 +156,7 @@ COMMANDS = {
         sweep,
         "plan|run|status|resume|report --config=...",
         "many runs from one experiment, and a report",
-        order=8,
+        order=9,
         writes_files=True,
     )
 }

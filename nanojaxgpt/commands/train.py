@@ -55,7 +55,7 @@ def train(arguments: list[str]) -> None:
             return
     check_data(Data(**cfg.data))
     from nanojaxgpt.hosts.joining import joined
-    from nanojaxgpt.train import fit
+    from nanojaxgpt.training import fit
 
     if not parsed.multihost:
         fit(cfg, run)

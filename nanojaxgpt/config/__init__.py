@@ -145,11 +145,11 @@ def running(path: str, what: str) -> Iterator[None]:
         frames = traceback.walk_tb(error.__traceback__)
         lines = [line for frame, line in frames if frame.f_code.co_filename == absolute]
         place = f"{path}:{lines[-1]}" if lines else path
-        said = f"{what} calls sys.exit" if isinstance(error, SystemExit) else explain(error)
+        said = f"{what} calls sys.exit" if isinstance(error, SystemExit) else exception_text(error)
         raise ConfigError(f"{place}: {said}") from error
 
 
-def explain(error: BaseException) -> str:
+def exception_text(error: BaseException) -> str:
     """Return what an exception says; of ml_collections' messages the first and the last line."""
     try:
         text = str(error if isinstance(error, UserError | SyntaxError) else error.args[0])

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 from nanojaxgpt.checks import kind_of, read_float, read_int, show
 from nanojaxgpt.config import AnyConfig, Either, cache_dir, sections, typed, with_fields
 from nanojaxgpt.data.packing import cover_rows, packed_rows, wrap_rows
-from nanojaxgpt.data.rows import Rows, Source, chain
+from nanojaxgpt.data.rows import Rows, WeightedRows, join_tables
 from nanojaxgpt.data.sources import check_sources, source_identity
 from nanojaxgpt.data.store import (
     Corpus,
@@ -37,17 +37,19 @@ Fetched = TypeVar("Fetched")
 LARGEST_SUM = 2**31  # of a mixture's weights as integers, see rows.interleave
 
 
-class Data(NamedTuple):
+class RunData(NamedTuple):
     """What a run learns from: `train` and `validation` give tables of rows of a length."""
 
     tokenizer: Tokenizer
     identity: dict[str, Any]
     size: str  # for a person
-    train: Callable[[int], tuple[Source, ...]]
+    train: Callable[[int], tuple[WeightedRows, ...]]
     validation: Callable[[int], Rows]  # of no row where nothing is held out
 
 
-def prepare_data(cfg: AnyConfig, report: Callable[[str], object], run: Path | None = None) -> Data:
+def prepare_data(
+    cfg: AnyConfig, report: Callable[[str], object], run: Path | None = None
+) -> RunData:
     """Return the data of a config, tokenized now where it is not there yet.
 
     `run` is the run directory that it is for, where there is one. Raises as `open_data` and
@@ -102,7 +104,7 @@ def open_data(
     folder: Path,
     report: Callable[[str], object] = print,
     inherited: Tokenizer | None = None,
-) -> Data:
+) -> RunData:
     """Return the data that the config names, made below `folder` where it is not there yet.
 
     `inherited` is the tokenizer of the parameters to start from: data.tokenizer "" means this one,
@@ -138,7 +140,7 @@ def check_data(data: sections.Data) -> None:
     check_sources(data)
 
 
-def resolve(cfg: Either, data: Data) -> Either:
+def resolve(cfg: Either, data: RunData) -> Either:
     """Return the config with the tokenizer and its vocabulary. Raises ConfigError.
 
     data.tokenizer stays "" where the tokenizer of init.from_run is inherited, unless that is bytes.
@@ -154,7 +156,7 @@ def resolve(cfg: Either, data: Data) -> Either:
 
 def open_source(
     source: str, tokenizer: Tokenizer, data: sections.Data, folder: Path, report: Report = print
-) -> Data:
+) -> RunData:
     """Return the data of one source by a tokenizer that is there: all of it is for validation.
 
     Of a generated task it is the examples that are held out. Raises what `open_data` raises, and
@@ -173,7 +175,7 @@ def open_source(
     return text_data(Corpus((Part(source, Fraction(1), store),), store), data)
 
 
-def text_data(corpus: Corpus, data: sections.Data) -> Data:
+def text_data(corpus: Corpus, data: sections.Data) -> RunData:
     """Return the data of a corpus: each part's own split, unless validation is a source."""
     if corpus.validation is None:
         spans = [
@@ -188,17 +190,17 @@ def text_data(corpus: Corpus, data: sections.Data) -> Data:
     train_rows = {"wrap": wrap_rows, "pack": packed_rows}[data.packing]
     eval_rows = {"wrap": cover_rows, "pack": packed_rows}[data.packing]
 
-    def train(seq_len: int) -> tuple[Source, ...]:
+    def train(seq_len: int) -> tuple[WeightedRows, ...]:
         return tuple(
-            Source(part.source, weight, train_rows(part.store, first, seq_len))
+            WeightedRows(part.source, weight, train_rows(part.store, first, seq_len))
             for part, weight, (first, _) in zip(corpus.parts, weights, spans, strict=True)
         )
 
     def validation(seq_len: int) -> Rows:
-        return chain([eval_rows(store, span, seq_len) for store, span in held_out])
+        return join_tables([eval_rows(store, span, seq_len) for store, span in held_out])
 
     num_tokens = sum(part.store.num_tokens for part in corpus.parts)
-    return Data(corpus.tokenizer, corpus.identity(), f"{num_tokens:,} tokens", train, validation)
+    return RunData(corpus.tokenizer, corpus.identity(), f"{num_tokens:,} tokens", train, validation)
 
 
 def whole_weights(weights: list[Fraction]) -> list[int]:
@@ -213,19 +215,19 @@ def whole_weights(weights: list[Fraction]) -> list[int]:
     return whole
 
 
-def task_data(spec: str) -> Data:
+def task_data(spec: str) -> RunData:
     """Return the data of a generated task, `task:NAME[,option=value...]`. Raises ConfigError."""
     name, task = open_task(spec)
     tokenizer = WordTokenizer(task.words)
     identity = dict(source=spec, tokenizer=tokenizer.content_hash())
 
-    def train(seq_len: int) -> tuple[Source, ...]:
-        return (Source(name, 1, task_rows(task, seq_len)[0]),)
+    def train(seq_len: int) -> tuple[WeightedRows, ...]:
+        return (WeightedRows(name, 1, task_rows(task, seq_len)[0]),)
 
     def validation(seq_len: int) -> Rows:
         return task_rows(task, seq_len)[1]
 
-    return Data(tokenizer, identity, f"examples of {name}", train, validation)
+    return RunData(tokenizer, identity, f"examples of {name}", train, validation)
 
 
 def open_task(spec: str) -> tuple[str, Task]:

@@ -50,7 +50,7 @@ def cover_rows(store: Store, span: Span, seq_len: int) -> Rows:
     return Rows(math.ceil(max(stop - start - 1, 0) / seq_len), read)
 
 
-class Plan(NamedTuple):
+class RowPlan(NamedTuple):
     """Which pieces of documents stand in which row; a piece of n tokens takes n - 1 places."""
 
     borders: np.ndarray  # int64 [rows + 1]: row r holds the pieces [borders[r], borders[r + 1])
@@ -111,7 +111,7 @@ def read_pieces(
             yield piece, window[skipped:end]
 
 
-def plan_rows(document_starts: np.ndarray, span: Span, seq_len: int) -> Plan:
+def plan_rows(document_starts: np.ndarray, span: Span, seq_len: int) -> RowPlan:
     """Return how the documents of the span are packed into rows of `seq_len` places.
 
     A document with more targets than that is cut, so that its pieces share one token. In each
@@ -122,7 +122,7 @@ def plan_rows(document_starts: np.ndarray, span: Span, seq_len: int) -> Plan:
     order_P = np.argsort(row_P, kind="stable")
     _, first = np.unique(row_P[order_P], return_index=True)
     borders = np.append(first, len(row_P)).astype(np.int64)
-    return Plan(borders, start_P[order_P], places_P[order_P])
+    return RowPlan(borders, start_P[order_P], places_P[order_P])
 
 
 def cut_documents(

@@ -41,7 +41,7 @@ class Rows(NamedTuple):
     read: Callable[[np.ndarray, np.ndarray], Batch]
 
 
-class Source(NamedTuple):
+class WeightedRows(NamedTuple):
     """A table to train on, and how many of `sum(weights)` successive rows come from it."""
 
     name: str
@@ -90,7 +90,7 @@ def read_batch(read: ReadRows, ramp: Ramp, step: int, first_row: int, last_row: 
     return read(0, before + first_row, before + last_row)
 
 
-def make_train_rows(sources: tuple[Source, ...], batch_size: int, seed: int) -> ReadRows:
+def make_train_rows(sources: tuple[WeightedRows, ...], batch_size: int, seed: int) -> ReadRows:
     """Return `read(step, first_row, last_row)`: rows [first_row, last_row) of that step's batch.
 
     In every epoch of a source each of its rows is visited once, in another order, which follows
@@ -138,7 +138,7 @@ def make_eval_batches(rows: Rows, batch_size: int) -> tuple[int, ReadRows]:
     return math.ceil(rows.count / batch_size), read
 
 
-def chain(tables: list[Rows]) -> Rows:
+def join_tables(tables: list[Rows]) -> Rows:
     """Return the table of all tables' rows, one table after the other."""
     borders = np.cumsum([0, *(rows.count for rows in tables)]).astype(np.uint64)
 

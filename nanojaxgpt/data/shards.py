@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from nanojaxgpt.data.exactness import Loss, count_loss
-from nanojaxgpt.data.sources import Document
+from nanojaxgpt.data.sources.documents import Document
 from nanojaxgpt.data.tokenizers import Tokenizer, load_tokenizer
 
 SHARD_BYTES = 32 << 20  # of text: a few seconds' work, so that little is lost to a kill
@@ -46,7 +46,7 @@ def write_shards(
     shard is made by this process. Raises OSError where it can't write.
     """
     cut = enumerate(cut_shards(show_progress(documents)))
-    waiting = ((number, texts) for number, texts in cut if not is_finished(folder, number))
+    waiting = ((number, texts) for number, texts in cut if not is_complete(folder, number))
     first = list(islice(waiting, 2))
     num_workers = num_workers or os.cpu_count() or 1
     if len(first) < 2 or num_workers == 1:
@@ -174,7 +174,7 @@ def cut_shards(documents: Iterator[Document]) -> Iterator[list[str]]:
         yield texts
 
 
-def is_finished(folder: Path, number: int) -> bool:
+def is_complete(folder: Path, number: int) -> bool:
     """Return whether a shard needs no more work.
 
     Its description and its documents' lengths are compared with their hash here; its tokens are

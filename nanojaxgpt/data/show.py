@@ -6,11 +6,11 @@ from itertools import pairwise
 
 import numpy as np
 
-from nanojaxgpt.data.loader import Data
+from nanojaxgpt.data.loader import RunData
 from nanojaxgpt.data.rows import (
     Batch,
     Ramp,
-    Source,
+    WeightedRows,
     interleave,
     make_eval_batches,
     make_train_rows,
@@ -26,7 +26,7 @@ weight in the loss."""
 
 
 def show_step(
-    data: Data, split: str, step: int, seq_len: int, ramp: Ramp, seed: int, rows: int
+    data: RunData, split: str, step: int, seq_len: int, ramp: Ramp, seed: int, rows: int
 ) -> Iterator[str]:
     """Yield lines about the batch of a step, and its first `rows` rows in full.
 
@@ -46,7 +46,7 @@ def show_step(
         batch_size = min(batch_size, table.count - (step - 1) * batch_size)  # the last is smaller
     batch = read_batch(read, ramp, step - 1, 0, batch_size)
     yield f"{split}, step {step}: {batch_size} rows of {seq_len} positions"
-    yield from describe(batch)
+    yield from describe_batch(batch)
     for name, count in counts.items():
         yield f"  from {name}: {count} rows"
     yield LEGEND
@@ -55,7 +55,7 @@ def show_step(
         yield from show_row(batch, row, data.tokenizer)
 
 
-def count_sources(sources: tuple[Source, ...], before: int, batch_size: int) -> Counter[str]:
+def count_sources(sources: tuple[WeightedRows, ...], before: int, batch_size: int) -> Counter[str]:
     """Return how many rows of a batch come from each source; `before` are those read before it."""
     weights = [source.weight for source in sources]
     source_B, _ = interleave(places(0, batch_size, before, before + batch_size), weights)
@@ -67,7 +67,7 @@ def segments(batch: Batch) -> np.ndarray:
     return np.ones_like(batch.tokens_BT) if batch.segments_BT is None else batch.segments_BT
 
 
-def describe(batch: Batch) -> Iterator[str]:
+def describe_batch(batch: Batch) -> Iterator[str]:
     """Yield the counts of a batch."""
     segments_BT, scored = segments(batch), int((batch.weights_BT > 0).sum())
     padding, size = int((segments_BT == 0).sum()), batch.tokens_BT.size

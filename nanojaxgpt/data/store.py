@@ -218,7 +218,7 @@ def prepare(
     return Corpus(parts, validation)
 
 
-def describe(corpus: Corpus) -> list[tuple[str, ...]]:
+def describe_corpus(corpus: Corpus) -> list[tuple[str, ...]]:
     """Return a table of the corpus as text: a header, then a row for each source."""
     header = ("source", "documents", "bytes", "tokens", "bytes/token", "shards", "folder")
     rows = [(part.source, part.store) for part in corpus.parts]

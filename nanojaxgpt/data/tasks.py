@@ -39,7 +39,7 @@ def modular_addition(p: int = 97, train_fraction: float = 0.5, seed: int = 0) ->
     Power et al. 2022, "Grokking" (arXiv:2201.02177); its circuits: Nanda et al. 2023
     (arXiv:2301.05217, there with p=113 and train_fraction=0.3).
     """
-    require(p > 1, f"p={p} must be at least 2")
+    check_that(p > 1, f"p={p} must be at least 2")
 
     def terms(cell_B: np.ndarray) -> tuple[np.ndarray, ...]:
         a_B, b_B = np.divmod(cell_B, p)
@@ -51,8 +51,8 @@ def modular_addition(p: int = 97, train_fraction: float = 0.5, seed: int = 0) ->
 def modular_division(p: int = 97, train_fraction: float = 0.5, seed: int = 0) -> Task:
     """Return `a / b = c` modulo a prime p, b from 1 on: c * b = a. Power et al. 2022."""
     # Before its divisors are tried.
-    require(p < LARGEST_MODULUS, f"p={p} must be less than {LARGEST_MODULUS:,}")
-    require(p > 1 and all(p % n for n in range(2, int(p**0.5) + 1)), f"p={p} must be a prime")
+    check_that(p < LARGEST_MODULUS, f"p={p} must be less than {LARGEST_MODULUS:,}")
+    check_that(p > 1 and all(p % n for n in range(2, int(p**0.5) + 1)), f"p={p} must be a prime")
 
     def terms(cell_B: np.ndarray) -> tuple[np.ndarray, ...]:
         c_B, b_B = np.divmod(cell_B, p - 1)
@@ -70,7 +70,7 @@ def modular_table(
     seed: int,
 ) -> Task:
     """Return the task of `a sign b = c`, where `terms` gives (a, b, c) of each cell."""
-    require(p < LARGEST_MODULUS, f"p={p} must be less than {LARGEST_MODULUS:,}")
+    check_that(p < LARGEST_MODULUS, f"p={p} must be less than {LARGEST_MODULUS:,}")
     num_train = split_table(size, train_fraction)
 
     def make(number_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -97,11 +97,11 @@ def addition(
     short ones and every number of carries: see `balanced_pairs`.
     Lee et al. 2023, "Teaching Arithmetic to Small Transformers" (arXiv:2307.03381).
     """
-    require(1 <= digits <= 9, f"digits={digits} must be from 1 to 9")
-    require(reversed in (0, 1), f"reversed={reversed} must be 0 or 1")
+    check_that(1 <= digits <= 9, f"digits={digits} must be from 1 to 9")
+    check_that(reversed in (0, 1), f"reversed={reversed} must be 0 or 1")
     limit = 10**digits
     num_train = balanced or split_table(limit**2, train_fraction)
-    require(not balanced or digits == 3, f"balanced={balanced} needs digits=3")
+    check_that(not balanced or digits == 3, f"balanced={balanced} needs digits=3")
     pairs = balanced_pairs(balanced, seed) if balanced else None
 
     def make(number_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -139,7 +139,7 @@ def balanced_pairs(count: int, seed: int) -> np.ndarray:
     chosen_P = np.zeros(size, bool)
     for kind, number in enumerate(wanted):
         places = np.flatnonzero(kind_P == kind)
-        require(0 <= number <= len(places), f"balanced={count} must be from 110 to 250000")
+        check_that(0 <= number <= len(places), f"balanced={count} must be from 110 to 250000")
         chosen_P[places[:number]] = True
     return np.concatenate([pair_P[chosen_P], pair_P[~chosen_P]])
 
@@ -149,7 +149,7 @@ def copy(length: int = 16, vocab: int = 32, validation_examples: int = 1000) -> 
 
     The simplest of the copying tasks since Graves et al. 2014 (arXiv:1410.5401).
     """
-    require(length > 0 and vocab > 0, "length and vocab must be at least 1")
+    check_that(length > 0 and vocab > 0, "length and vocab must be at least 1")
 
     def make(number_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         word_BT = random_words(number_B, length, 0) % np.uint64(vocab)
@@ -174,13 +174,13 @@ def induction(
     (0: a quarter of `length`) to a half of it, so that looking back a fixed way solves nothing.
     Olsson et al. 2022, "In-context Learning and Induction Heads" (arXiv:2209.11895).
     """
-    require(length >= 8, f"length={length} must be at least 8")
+    check_that(length >= 8, f"length={length} must be at least 8")
     shortest, longest = shortest or length // 4, length // 2
-    require(
+    check_that(
         0 < shortest <= longest, f"shortest={shortest} must be from 1 to length / 2 = {longest}"
     )
-    require(vocab >= longest, f"vocab={vocab} must be at least length / 2 = {longest}")
-    require(train_all in (0, 1), f"train_all={train_all} must be 0 or 1")
+    check_that(vocab >= longest, f"vocab={vocab} must be at least length / 2 = {longest}")
+    check_that(train_all in (0, 1), f"train_all={train_all} must be 0 or 1")
 
     def make(number_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         draw_B = hash_words(number_B, 1) % np.uint64(longest - shortest + 1)
@@ -209,9 +209,11 @@ def mqar(
     text, and what stands between is one word, a dot.
     """
     spaces, keys = (length - 2 * pairs) // 2, vocab // 2
-    require(length % 2 == 0, f"length={length} must be even")
-    require(0 < pairs <= spaces, f"{pairs} pairs and their queries need length={4 * pairs} or more")
-    require(pairs <= keys, f"vocab={vocab} has {keys} keys for {pairs} pairs")
+    check_that(length % 2 == 0, f"length={length} must be even")
+    check_that(
+        0 < pairs <= spaces, f"{pairs} pairs and their queries need length={4 * pairs} or more"
+    )
+    check_that(pairs <= keys, f"vocab={vocab} has {keys} keys for {pairs} pairs")
     log_chance_S = (power - 1) * np.log(np.arange(1, spaces + 1))
 
     def make(number_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -265,14 +267,14 @@ def task_rows(task: Task, seq_len: int) -> tuple[Rows, Rows]:
             if shuffled:
                 number = permute(number, count, np.repeat(key_B, per_row))
             ids, answer = task.make(number + np.uint64(first))
-            return fill_rows(ids, answer & real[:, None], per_row, seq_len)
+            return rows_of_examples(ids, answer & real[:, None], per_row, seq_len)
 
         return Rows(-(-count // per_row), read)
 
     return table(0, task.num_train, True), table(task.num_train, task.num_validation, False)
 
 
-def fill_rows(ids: np.ndarray, answer: np.ndarray, per_row: int, seq_len: int) -> Batch:
+def rows_of_examples(ids: np.ndarray, answer: np.ndarray, per_row: int, seq_len: int) -> Batch:
     """Return examples [B * per_row, T] and their answers as rows of `seq_len` places."""
     num_places = ids.shape[1] - 1
     shape = (-1, per_row * num_places)
@@ -294,7 +296,7 @@ def fill_rows(ids: np.ndarray, answer: np.ndarray, per_row: int, seq_len: int) -
 def split_table(size: int, train_fraction: float) -> int:
     """Return how many cells of a table are trained on. Raises ConfigError for none."""
     num_train = round(size * train_fraction)
-    require(0 < num_train <= size, f"train_fraction={train_fraction} leaves nothing to train on")
+    check_that(0 < num_train <= size, f"train_fraction={train_fraction} leaves nothing to train on")
     return num_train
 
 
@@ -313,7 +315,7 @@ def numerals(count: int) -> tuple[str, ...]:
     return tuple(map(str, range(count)))
 
 
-def require(holds: bool, what: str) -> None:
+def check_that(holds: bool, what: str) -> None:
     """Raise ConfigError for an option that can't be met."""
     if not holds:
         raise ConfigError(f"data.source=task: {what}")

@@ -16,7 +16,7 @@ Item = TypeVar("Item")
 SLACK = 10  # median steps without an end; and timeouts for the first step, which compiles
 
 
-def leave(text: str) -> None:
+def end_process(text: str) -> None:
     """Write the stacks of all threads and end the process with exit code 70."""
     try:
         sys.stdout.flush()
@@ -33,7 +33,7 @@ class Watchdog:
     stopped (Ctrl-Z, a closed laptop) does not count.
     """
 
-    def __init__(self, timeout_seconds: float, leave: Callable[[str], None] = leave) -> None:
+    def __init__(self, timeout_seconds: float, leave: Callable[[str], None] = end_process) -> None:
         self.timeout, self.leave = timeout_seconds, leave
         self.took: deque[float] = deque(maxlen=100)
         self.last = 0.0  # when the last step ended; 0: none has yet

@@ -52,7 +52,7 @@ class Parameter(NamedTuple):
 Table = Mapping[str, Parameter]
 
 
-class Rows:
+class ParameterRows:
     """Collects the rows of one module; `inputs` is what the projection with a bias sums over."""
 
     def __init__(self, cfg: ModelConfig) -> None:
@@ -111,7 +111,7 @@ def embedding_init(cfg: ModelConfig) -> Callable:
 @functools.cache
 def model_rows(cfg: ModelConfig) -> dict[str, Parameter]:
     """Return the parameters outside the layers by name."""
-    rows, embed = Rows(cfg), embedding_init(cfg)
+    rows, embed = ParameterRows(cfg), embedding_init(cfg)
     vocab = (cfg.vocab_size, cfg.embed_dim), ("vocab", "embed")
     rows.found.append(Parameter("embed_VD", vocab[0], (), vocab[1], "embedding", embed))
     if cfg.positions == "learned":
@@ -129,7 +129,7 @@ def model_rows(cfg: ModelConfig) -> dict[str, Parameter]:
 @functools.cache
 def layer_rows(cfg: ModelConfig, layer: LayerConfig) -> dict[str, Parameter]:
     """Return the parameters of one layer by name."""
-    rows, embed, head = Rows(cfg), cfg.embed_dim, cfg.head_dim
+    rows, embed, head = ParameterRows(cfg), cfg.embed_dim, cfg.head_dim
     norms = {"pre": ("norm",), "post": ("norm",), "output": ("output_norm",)}
     placed = norms.get(cfg.norm_placement, ("norm", "output_norm"))
     fused = cfg.parallel_block and cfg.norm_placement == "post" and cfg.mlp != "none"

@@ -24,8 +24,8 @@ from nanojaxgpt.extras import plots_advice
 from nanojaxgpt.model.config import ModelConfig
 from nanojaxgpt.model.transformer import Transformer
 from nanojaxgpt.step import make_hyper
-from nanojaxgpt.train import make_job
 from nanojaxgpt.trainable import merge_params
+from nanojaxgpt.training import make_job
 
 PARAMETRIZATIONS = ("mup", "standard")
 
@@ -71,7 +71,7 @@ def make_sizes(model_cfg: ModelConfig) -> Callable[[Any, Batch], dict[str, jax.A
     return jax.jit(sizes)
 
 
-def measure(
+def measure_sizes(
     cfg: ConfigDict, num_steps: int, report: Callable[[str], None]
 ) -> list[dict[str, float]]:
     """Return the sizes before and after each of `num_steps` steps, on the first batch."""
@@ -114,7 +114,7 @@ def check_coordinates(
         for width in widths:
             report(f"{name}, width {width}")
             wide = widened(cfg, width, base if name == "mup" else 0)
-            runs.append(measure(wide, num_steps, lambda _: None))
+            runs.append(measure_sizes(wide, num_steps, lambda _: None))
         sizes = {
             layer: [[run[step][layer] for run in runs] for step in range(num_steps + 1)]
             for layer in runs[0][0]
@@ -136,7 +136,7 @@ def table(result: dict[str, Any]) -> Iterator[str]:
             yield f"{layer:<10}" + "".join(f"{value:>9.2f}" for value in slopes)
 
 
-def save(result: dict[str, Any], folder: Path) -> Path:
+def save_coordinates(result: dict[str, Any], folder: Path) -> Path:
     """Write coordcheck.json and coordcheck.png (a line for each step); return the last written.
 
     Without matplotlib there is no plot, and a warning says so.

@@ -24,13 +24,13 @@ from nanojaxgpt.sweep.claims import read_outcome, run_path
 from nanojaxgpt.sweep.plan import Trial, set_point, show_point
 from nanojaxgpt.sweep.plots import draw_band, fit_axis, make_band
 from nanojaxgpt.sweep.run import run_trials
-from nanojaxgpt.train import make_job
 from nanojaxgpt.trainable import merge_params
+from nanojaxgpt.training import make_job
 
 Report = Callable[[str], None]
 
 
-class Result(NamedTuple):
+class ClaimResult(NamedTuple):
     """What came out for a claim; `measured` is by seed, or by "" without arms."""
 
     claim: Claim
@@ -53,7 +53,7 @@ class Reproduction(NamedTuple):
     """A paper with what came out: the results in the order of its claims, the runs by arm."""
 
     paper: Paper
-    results: list[Result]
+    results: list[ClaimResult]
     runs: dict[str, list[Runs]]  # of each arm by seed
     seconds: float  # of this call: runs that were finished before count little
 
@@ -64,7 +64,7 @@ def reproduce(paper: Paper, folder: Path, report: Report = print) -> Reproductio
     What needs data or hardware that is not there is NOT-RUN. Raises a UserError for anything else
     that the user can mend, Stopped after a signal; the same call then resumes.
     """
-    extras.require("matplotlib", "plots", "a report has figures")
+    extras.require_package("matplotlib", "plots", "a report has figures")
     began, missing = time.monotonic(), {}
     for arm in paper.arms:
         try:
@@ -90,8 +90,8 @@ def reproduce(paper: Paper, folder: Path, report: Report = print) -> Reproductio
     runs = {arm.name: [find_runs(arm, seed, folder) for seed in arm.seeds] for arm in arms}
     results = []
     for claim in paper.claims:
-        results.append(measure(claim, runs, missing))
-        report(f"{claim.name}: {number(results[-1].mean)}, {results[-1].verdict}")
+        results.append(measure_claim(claim, runs, missing))
+        report(f"{claim.name}: {format_number(results[-1].mean)}, {results[-1].verdict}")
     return Reproduction(paper, results, runs, time.monotonic() - began)
 
 
@@ -114,7 +114,7 @@ def check_arm(paper: Paper, arm: Arm, folder: Path) -> None:
         run = run_path(folder, trial.name)
         if (run / "config.json").exists():
             rundir.enter_run(run, resolve(trial.cfg, data))
-            rundir.check_data(run, data.identity)
+            rundir.check_identity(run, data.identity)
 
 
 def arm_trials(paper: Paper, arm: Arm, seed: int, folder: Path) -> list[Trial]:
@@ -157,11 +157,13 @@ def listed(runs: Runs) -> list[Run]:
     return runs if isinstance(runs, list) else [runs]
 
 
-def measure(claim: Claim, runs: dict[str, list[Runs]], missing: dict[str, str]) -> Result:
+def measure_claim(
+    claim: Claim, runs: dict[str, list[Runs]], missing: dict[str, str]
+) -> ClaimResult:
     """Return a claim's figures and verdict; NOT-RUN with the reason where its data is missing."""
     for name in claim.arms:
         if name in missing:
-            return Result(claim, {}, NOT_RUN, missing[name])
+            return ClaimResult(claim, {}, NOT_RUN, missing[name])
     try:
         if not claim.arms:
             measured: dict[int | str, float] = {"": claim.measure()}
@@ -169,11 +171,11 @@ def measure(claim: Claim, runs: dict[str, list[Runs]], missing: dict[str, str]) 
             by_seed = zip(*(runs[name] for name in claim.arms), strict=True)
             measured = {listed(row[0])[0].cfg.train.seed: claim.measure(*row) for row in by_seed}
     except DataError as error:
-        return Result(claim, {}, NOT_RUN, str(error))
-    return Result(claim, measured, verdict(claim, list(measured.values())))
+        return ClaimResult(claim, {}, NOT_RUN, str(error))
+    return ClaimResult(claim, measured, verdict(claim, list(measured.values())))
 
 
-def open_run(run: Run, step: int = 0) -> tuple[Job, Any]:
+def load_job(run: Run, step: int = 0) -> tuple[Job, Any]:
     """Return a run's job on one device and its parameters, the last ones or those of `step`.
 
     For measures that ask for more than the records hold. Raises DataError, CheckpointError.
@@ -193,13 +195,13 @@ def first_rows(rows: Rows, count: int) -> Batch:
 
 def initial_loss(run: Run) -> float:
     """Return the validation loss of a run's parameters before its first step, as `open_run`."""
-    job, _ = open_run(run)
+    job, _ = load_job(run)
     with jax.set_mesh(job.mesh):
         state, frozen = job.init(jax.random.key(run.cfg.train.seed))
         return job.evaluate(merge_params(state.params, frozen))["loss"]
 
 
-def number(value: float | str) -> str:
+def format_number(value: float | str) -> str:
     """Return a figure for a table: whole numbers in full, others to five digits."""
     if isinstance(value, str):
         return value
@@ -210,7 +212,7 @@ def number(value: float | str) -> str:
 
 def interval(claim: Claim) -> str:
     """Return what a claim accepts, in words."""
-    low, high = map(number, claim.accept)
+    low, high = map(format_number, claim.accept)
     text = f"{low} to {high}"
     if math.inf in claim.accept:
         text = f"at least {low}"
@@ -221,13 +223,13 @@ def interval(claim: Claim) -> str:
     return f"{text}, every seed" if claim.every_seed else text
 
 
-def difference(result: Result) -> float:
+def difference(result: ClaimResult) -> float:
     """Return measured less published; NaN where one of them is no number."""
     published = result.claim.published
     return math.nan if isinstance(published, str) else result.mean - published
 
 
-def to_json(found: Reproduction) -> str:
+def report_json(found: Reproduction) -> str:
     """Return the report as JSON; what is not finite is null."""
 
     def finite(value: float | str) -> float | str | None:
@@ -276,10 +278,10 @@ def to_markdown(found: Reproduction, command: str, plots: Sequence[Plot] = ()) -
         claim = result.claim
         cells = [
             claim.name,
-            f"{number(claim.published)} [{sources.index(claim.source) + 1}]",
-            number(result.mean) if result.measured else "",
-            number(difference(result)),
-            number(result.spread),
+            f"{format_number(claim.published)} [{sources.index(claim.source) + 1}]",
+            format_number(result.mean) if result.measured else "",
+            format_number(difference(result)),
+            format_number(result.spread),
             interval(claim),
             result.verdict,
         ]
@@ -349,10 +351,10 @@ def draw(plot: Plot, found: Reproduction, folder: Path) -> bool:
     return True
 
 
-def save(found: Reproduction, folder: Path, command: str) -> Path:
+def save_report(found: Reproduction, folder: Path, command: str) -> Path:
     """Write report.md, report.json, the paper's figures, and curves where there are any."""
     folder.mkdir(parents=True, exist_ok=True)
-    rundir.write_text(folder / "report.json", to_json(found))
+    rundir.write_text(folder / "report.json", report_json(found))
     plots, arms = [*found.paper.plots], [a for a in found.paper.arms if a.name in found.runs]
     runs = [run for arm in found.runs.values() for same in arm for run in listed(same)]
     if any(len(curve(run)) > 1 for run in runs):

@@ -144,7 +144,7 @@ def pareto(found: list[Rehearsal]) -> list[Rehearsal]:
     return best
 
 
-def to_dict(name: str, target: Target, one: Rehearsal) -> dict[str, Any]:
+def rehearsal_dict(name: str, target: Target, one: Rehearsal) -> dict[str, Any]:
     """Return all of a rehearsal as plain data: bytes, FLOPs and seconds."""
     memory, bound = one.memory, one.roofline
     known = memory.compiled

@@ -23,8 +23,8 @@ from nanojaxgpt.rehearse.report import mesh_name
 from nanojaxgpt.rehearse.step import (
     Rehearsal,
     fit_target,
-    make_mesh,
     rehearse_step,
+    resolve_mesh,
 )
 from nanojaxgpt.rehearse.targets import Target
 from nanojaxgpt.step import make_step
@@ -65,7 +65,7 @@ def meshes(cfg: ConfigDict, count: int, slices: int) -> Iterator[dict[str, int]]
 
 def exact_memory(cfg: ConfigDict, target: Target) -> Memory:
     """Return what a device holds without temporaries. Raises ConfigError."""
-    cfg, mesh = make_mesh(cfg, target)
+    cfg, mesh = resolve_mesh(cfg, target)
     with jax.set_mesh(mesh):
         step, available = make_step(cfg, mesh), target.topology.chip.memory
         batch = abstract_batch(cfg, mesh)

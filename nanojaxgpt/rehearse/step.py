@@ -64,7 +64,7 @@ def fit_target(cfg: ConfigDict, target: Target) -> ConfigDict:
     return cfg
 
 
-def make_mesh(cfg: ConfigDict, target: Target) -> tuple[ConfigDict, Mesh]:
+def resolve_mesh(cfg: ConfigDict, target: Target) -> tuple[ConfigDict, Mesh]:
     """Return the config with every mesh axis given, and the mesh. Raises ConfigError.
 
     Where the config has one slice, it gets those of the target.
@@ -140,7 +140,7 @@ def compile_step(traced: Any, memory: Memory) -> tuple[Memory, Program]:
 def rehearse_step(cfg: ConfigDict, target: Target) -> Rehearsal:
     """Compile the train step of `cfg` for the target. Raises ConfigError where it can't be."""
     chip = target.topology.chip
-    cfg, mesh = make_mesh(fit_target(cfg, target), target)
+    cfg, mesh = resolve_mesh(fit_target(cfg, target), target)
     with jax.set_mesh(mesh):
         step, traced = trace(cfg, mesh)
         flops = count_flops(cfg, mesh, traced)

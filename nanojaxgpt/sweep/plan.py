@@ -196,7 +196,7 @@ def default_folder(experiment: str) -> Path:
     return Path("sweeps") / (Path(path).stem + (f"-{variant}" if variant else ""))
 
 
-def describe(trials: list[Trial], report: Callable[[str], None]) -> list[str]:
+def describe_plan(trials: list[Trial], report: Callable[[str], None]) -> list[str]:
     """Return the plan in lines: what is compiled, parameters and FLOPs, and every point.
 
     The data is opened for its vocabulary, and made where it is not there yet.

@@ -167,10 +167,10 @@ def plot_field(
         draw_lines(axes, list(lines.values()), field, fields, names)
     else:
         draw_dots(figure, axes, inside, field, fields, names)
-    outside = [place(group, field, names) for group in groups if group not in inside]
+    outside = [axis_position(group, field, names) for group in groups if group not in inside]
     mark_outside(axes, outside, 0.02 if maximize else 0.98)
     if names:
-        axes.set_xticks(range(len(names)), [shown(name) for name in names])
+        axes.set_xticks(range(len(names)), [tick_text(name) for name in names])
         axes.margins(x=0.2)
     else:
         axes.set_xscale(scale_of(values))
@@ -194,14 +194,15 @@ def draw_lines(
     points = [setting(members[0]) for members in lines]
     points = [{k: v for k, v in p.items() if k != field and k in fields} for p in points]
     for rank, (number, color) in enumerate(ordered_colors(points)):
-        members = sorted(lines[number], key=lambda group: place(group, field, names))
+        members = sorted(lines[number], key=lambda group: axis_position(group, field, names))
         shift = 0.08 * (rank - (len(lines) - 1) / 2) if names else 0
         found = [[result.value for result in group.results] for group in members]
         means = [group.mean for group in members]
         below = [mean - min(values) for mean, values in zip(means, found, strict=True)]
         above = [max(values) - mean for mean, values in zip(means, found, strict=True)]
         axes.errorbar(
-            [place(group, field, names) + shift for group in members], means, [below, above],
+            [axis_position(group, field, names) + shift for group in members],
+            means, [below, above],
             color=color, marker="o", capsize=3, linestyle="" if names else "-",
             label=show_point(points[number]) if len(lines) > 1 else "",
         )  # fmt: skip
@@ -216,7 +217,7 @@ def draw_dots(
     for group in groups:
         value = setting(group).get(by)
         color = "0.5" if scale is None or value is None else scale.to_rgba(value)
-        axes.plot(place(group, field, names), group.mean, "o", color=color)
+        axes.plot(axis_position(group, field, names), group.mean, "o", color=color)
 
 
 def mark_outside(axes: Any, places: list[Any], height: float) -> None:
@@ -249,8 +250,8 @@ def plot_pair(
     if cells and len(columns) * len(rows) <= 2 * len(cells):
         heat = [[cells.get((column, row), math.nan) for column in columns] for row in rows]
         image = axes.imshow(heat, norm=norm, origin="lower", aspect="auto", cmap="viridis")
-        axes.set_xticks(range(len(columns)), [shown(value) for value in columns])
-        axes.set_yticks(range(len(rows)), [shown(value) for value in rows])
+        axes.set_xticks(range(len(columns)), [tick_text(value) for value in columns])
+        axes.set_yticks(range(len(rows)), [tick_text(value) for value in rows])
         for (column, row), value in cells.items():
             at, color = (columns.index(column), rows.index(row)), "k" if norm(value) > 0.5 else "w"
             text = f"{value:.3f}" if abs(value) < 1000 else f"{value:.3g}"
@@ -276,7 +277,7 @@ def values_of(groups: list[Group], field: str) -> list[Any]:
     return [point[field] for point in points if field in point]
 
 
-def place(group: Group, field: str, names: list[Any]) -> Any:
+def axis_position(group: Group, field: str, names: list[Any]) -> Any:
     """Return where a group stands on the axis of a field: a number, or the index of its name."""
     value = setting(group)[field]
     return names.index(value) if names else value
@@ -332,11 +333,11 @@ def set_ticks(axis: Any, values: list[Any]) -> None:
     """Give each of a few numbers its tick."""
     found = sorted(set(values))
     if len(found) <= FEW:
-        axis.set_ticks(found, [shown(value) for value in found])
+        axis.set_ticks(found, [tick_text(value) for value in found])
         axis.set_ticks([], minor=True)
 
 
-def shown(value: Any) -> str:
+def tick_text(value: Any) -> str:
     """Return a value as a tick has it."""
     return f"{value:g}" if numbers_of([value]) else str(value)
 

@@ -15,7 +15,7 @@ from nanojaxgpt.rundir import write_text
 from nanojaxgpt.sweep.claims import is_running, read_outcome, run_path
 from nanojaxgpt.sweep.plan import SEED, Trial, count, show_point, swept_fields
 from nanojaxgpt.sweep.plots import plot_curves, plot_field, plot_pair
-from nanojaxgpt.sweep.results import Group, Result, group_seeds, read_results
+from nanojaxgpt.sweep.results import Group, TrialResult, group_seeds, read_results
 
 # Two samples differ at 5 % (two-sided) with a power of 80 %: normal quantiles 0.975 and 0.8.
 QUANTILES = 1.959964 + 0.841621
@@ -70,7 +70,7 @@ def write_report(folder: Path, trials: list[Trial], metric: str, maximize: bool)
     target = folder / "report"
     target.mkdir(exist_ok=True)
     write_csv(target / "trials.csv", results, metric)
-    lines = summary(trials, results, groups, metric)
+    lines = points_table(trials, results, groups, metric)
     if math.isfinite(groups[0].mean):
         best, seeds = groups[0].results[0].trial, count(len(groups[0].results), "seed")
         write_text(target / "best.py", experiment_text(best.cfg, show_point(best.point)))
@@ -93,8 +93,8 @@ def write_report(folder: Path, trials: list[Trial], metric: str, maximize: bool)
     return lines
 
 
-def summary(
-    trials: list[Trial], results: list[Result], groups: list[Group], metric: str
+def points_table(
+    trials: list[Trial], results: list[TrialResult], groups: list[Group], metric: str
 ) -> list[str]:
     """Return the table of the points, the best first, and what the seeds say about the best."""
     seeds = max(len(group.results) for group in groups)
@@ -130,7 +130,7 @@ def summary(
     return lines
 
 
-def write_csv(path: Path, results: list[Result], metric: str) -> None:
+def write_csv(path: Path, results: list[TrialResult], metric: str) -> None:
     """Write a row per trial: name, state, seconds, the metric, and every field of the points."""
     fields = list(dict.fromkeys(field for r in results for field in r.trial.point))
     with open(path, "w", newline="") as file:

@@ -5,13 +5,14 @@ import statistics
 from pathlib import Path
 from typing import NamedTuple
 
-from nanojaxgpt import config, metrics
+from nanojaxgpt import metrics
 from nanojaxgpt.errors import ConfigError
+from nanojaxgpt.names import unknown_name
 from nanojaxgpt.sweep.claims import read_outcome, run_path
 from nanojaxgpt.sweep.plan import SEED, Trial
 
 
-class Result(NamedTuple):
+class TrialResult(NamedTuple):
     """What came of one trial; `value` is the metric's last number, NaN where there is none."""
 
     trial: Trial
@@ -24,12 +25,12 @@ class Result(NamedTuple):
 class Group(NamedTuple):
     """The trials of one point that differ by their seed alone."""
 
-    results: list[Result]
+    results: list[TrialResult]
     mean: float
     spread: float  # sample standard deviation; 0 for one seed
 
 
-def read_results(folder: Path, trials: list[Trial], metric: str) -> list[Result]:
+def read_results(folder: Path, trials: list[Trial], metric: str) -> list[TrialResult]:
     """Return what came of every trial that has ended.
 
     Raises ConfigError where none has ended, or where none ever logged the metric.
@@ -43,7 +44,7 @@ def read_results(folder: Path, trials: list[Trial], metric: str) -> list[Result]
     for (trial, outcome), curve in zip(ended, read_curves(runs, metric), strict=True):
         finite = outcome["state"] == "finished" and curve
         value = curve[-1][1] if finite else math.nan
-        results.append(Result(trial, outcome["state"], outcome["seconds"], value, curve))
+        results.append(TrialResult(trial, outcome["state"], outcome["seconds"], value, curve))
     return results
 
 
@@ -54,18 +55,18 @@ def read_curves(runs: list[Path], metric: str) -> list[list[tuple[int, float]]]:
     if not any(curves):
         names = sorted({name for own in records for record in own for name in record} - {"step"})
         raise ConfigError(
-            f"{config.unknown_name('metric', metric, names)}; the trials logged {', '.join(names)}"
+            f"{unknown_name('metric', metric, names)}; the trials logged {', '.join(names)}"
             " (validation_loss needs data that is held out)"
         )
     return curves
 
 
-def group_seeds(results: list[Result], maximize: bool) -> list[Group]:
+def group_seeds(results: list[TrialResult], maximize: bool) -> list[Group]:
     """Return the groups of results that differ by their seed alone, the best first.
 
     A group with a trial that is not finite has no mean, and comes last.
     """
-    found: dict[str, list[Result]] = {}
+    found: dict[str, list[TrialResult]] = {}
     for result in results:
         rest = {field: v for field, v in result.trial.point.items() if field != SEED}
         found.setdefault(repr(sorted(rest.items())), []).append(result)

@@ -19,7 +19,7 @@ from nanojaxgpt.rundir import own_run
 from nanojaxgpt.sweep.claims import Claims, read_outcome, run_path, write_outcome
 from nanojaxgpt.sweep.plan import Trial, count, group_trials, program_key, show_point
 from nanojaxgpt.sweep.together import measure_alone, measure_together, open_group, train_together
-from nanojaxgpt.train import open_job, share_job, train_job
+from nanojaxgpt.training import open_job, share_job, train_job
 
 WAIT_SECONDS = 1.0
 MEASURES = {"map": measure_alone, "vmap": measure_together}

@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from nanojaxgpt import config
 from nanojaxgpt.errors import PREEMPTED, ConfigError
+from nanojaxgpt.names import unknown_name
 
 # A worker that was stopped has saved its trial and ends with 75: it is queued again.
 AGAIN = [
@@ -48,7 +48,7 @@ def parse_options(text: str, known: list[str]) -> dict[str, Any]:
     for part in text.split(",") if text else []:
         name, equals, value = part.partition("=")
         if not equals or name not in known:
-            raise ConfigError(f"--slurm_options: {config.unknown_name('option', name, known)}")
+            raise ConfigError(f"--slurm_options: {unknown_name('option', name, known)}")
         options[name] = int(value) if value.isdecimal() else value
     return options
 

@@ -20,7 +20,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from nanojaxgpt import checkpoint, memory, sharding
+from nanojaxgpt import checkpoint, memory, rundir, sharding
 from nanojaxgpt.data.loader import fetch_ahead, prepare_data, resolve
 from nanojaxgpt.errors import ConfigError
 from nanojaxgpt.hosts.process import StopRequest
@@ -30,8 +30,8 @@ from nanojaxgpt.objectives import language
 from nanojaxgpt.recorder import Job, Recorder, due, train_ramp
 from nanojaxgpt.rundir import own_run
 from nanojaxgpt.step import TrainState, make_hyper, make_train_step
-from nanojaxgpt.train import begin_run, make_job, start_state
 from nanojaxgpt.trainable import merge_params
+from nanojaxgpt.training import begin_run, make_job, start_state
 
 MEASURED_STEPS = 5
 
@@ -132,7 +132,7 @@ class Stack:
         return run_step
 
 
-def make_batches(jobs: list[Job], starts: list[int], stack: Stack) -> Callable[[int], Any]:
+def stacked_batches(jobs: list[Job], starts: list[int], stack: Stack) -> Callable[[int], Any]:
     """Return batches(number) -> every trial's batch, so many steps after its start, stacked.
 
     What has the same seed and start is read once.
@@ -253,7 +253,7 @@ def align(jobs: list[Job], runs: list[Path]) -> None:
     Then all must be at the same step; else each resumes from its own.
     """
     if train_ramp(jobs[0].cfg).steps:
-        saved = [set(checkpoint.saved_steps(run / "checkpoints")) for run in runs]
+        saved = [set(rundir.saved_steps(run / "checkpoints")) for run in runs]
         for run in runs:
             checkpoint.set_aside(run / "checkpoints", max({0} | set.intersection(*saved)))
 
@@ -285,7 +285,7 @@ def train_together(jobs: list[Job], runs: list[Path], stop: StopRequest) -> list
             job.cfg.train.num_steps - start for job, start in zip(jobs, starts, strict=True)
         )
         step = stack.make_step()
-        fetch = make_batches(jobs, starts, stack)
+        fetch = stacked_batches(jobs, starts, stack)
         for number, batches in enumerate(
             fetch_ahead(fetch, 0, rounds, first.cfg.data.prefetch_batches), 1
         ):

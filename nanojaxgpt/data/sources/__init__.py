@@ -26,11 +26,6 @@ from nanojaxgpt.data.sources.tfds import check_tfds, identify_tfds, read_tfds
 from nanojaxgpt.errors import ConfigError, DataError
 from nanojaxgpt.names import nearest
 
-__all__ = [
-    "Document", "check_sources", "read_documents", "source_identity",
-    "weighted_sources",
-]  # fmt: skip
-
 SOURCES: dict[str, Source] = {
     "stdlib": Source(read_stdlib, identify_stdlib),
     "text": Source(read_text, identify_text),

@@ -51,7 +51,7 @@ def read_text(location: str, data: sections.Data, refuse: Refuse) -> Iterator[Do
             content = file.read()
         if not content.removeprefix(codecs.BOM_UTF8):
             refuse(f"{path} is empty")
-        elif text := decode(content, path, 1, 0, refuse):
+        elif text := decode_utf8(content, path, 1, 0, refuse):
             yield Document(name, text)
 
 
@@ -76,7 +76,7 @@ def make_block(
     name: str, path: epath.Path, line: int, byte: int, block: list[bytes], refuse: Refuse
 ) -> Iterator[Document]:
     """Yield the lines as a document that is named by its first, unless they are refused."""
-    if text := decode(b"".join(block), path, line, byte, refuse).rstrip("\r\n"):
+    if text := decode_utf8(b"".join(block), path, line, byte, refuse).rstrip("\r\n"):
         yield Document(f"{name}:{line}", text)
 
 
@@ -309,7 +309,7 @@ def named(path: epath.Path) -> Iterator[None]:
         raise DataError(f"{path} can't be read: {error.strerror or error}") from error
 
 
-def decode(content: bytes, path: epath.Path, line: int, byte: int, refuse: Refuse) -> str:
+def decode_utf8(content: bytes, path: epath.Path, line: int, byte: int, refuse: Refuse) -> str:
     """Return UTF-8 that begins at this line and byte of the file, without its byte order mark.
 
     What is not UTF-8 is refused by the place of its first wrong byte, or by the format that it

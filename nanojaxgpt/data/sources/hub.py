@@ -21,7 +21,7 @@ NAME = re.compile(r"([^@#]+)(?:@([^#]+))?(?:#(.+))?")
 
 def read_hub(location: str, data: sections.Data, refuse: Refuse) -> Iterator[Document]:
     """Yield one document per row that has any text, in the dataset's order."""
-    dataset, split, field = open_dataset(location)
+    dataset, split, field = open_hub(location)
     column = field if field in dataset.features else field.partition(".")[0]
     for number, row in enumerate(dataset.select_columns([column])):
         name = f"{split}/{number}"
@@ -31,7 +31,7 @@ def read_hub(location: str, data: sections.Data, refuse: Refuse) -> Iterator[Doc
 
 def identify_hub(location: str, data: sections.Data) -> dict[str, Any]:
     """Return the name, what is read of it, and the fingerprint that `datasets` gives it."""
-    dataset, split, field = open_dataset(location)
+    dataset, split, field = open_hub(location)
     return dict(
         dataset=re.split("[@#]", location)[0],
         split=split,
@@ -41,7 +41,7 @@ def identify_hub(location: str, data: sections.Data) -> dict[str, Any]:
     )
 
 
-def open_dataset(location: str) -> tuple[Any, str, str]:
+def open_hub(location: str) -> tuple[Any, str, str]:
     """Return (dataset, split, text field). Raises ConfigError, DataError where it can't be had.
 
     NAME is a folder that `save_to_disk` wrote, or OWNER/NAME[/CONFIG] on the hub.

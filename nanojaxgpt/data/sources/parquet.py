@@ -36,7 +36,7 @@ def read_parquet(location: str, data: sections.Data, refuse: Refuse) -> Iterator
         with open_parquet(path) as file:
             if field not in text_columns(file.schema_arrow):
                 raise DataError(f"{path} has no text field {field!r}, as the first file has")
-            for number, value in enumerate(values_of(file, field), 1):
+            for number, value in enumerate(field_values(file, field), 1):
                 place = f"{path}, row {number}"
                 if isinstance(value, UnicodeDecodeError):
                     refuse(f"{place}, byte {value.start}: not UTF-8 ({value.reason})")
@@ -92,7 +92,7 @@ def text_columns(fields: Any, above: str = "") -> list[str]:
     return found
 
 
-def values_of(file: Any, field: str) -> Iterator[Any]:
+def field_values(file: Any, field: str) -> Iterator[Any]:
     """Yield a field of every row; in place of one that is not UTF-8, the error."""
     groups = range(file.num_row_groups)
     batches = (file.iter_batches(READ_AT_ONCE, [group], [field]) for group in groups)

@@ -20,7 +20,7 @@ from nanojaxgpt.data.sources.documents import (
 )
 from nanojaxgpt.data.sources.files import check_scheme
 from nanojaxgpt.errors import ConfigError, DataError
-from nanojaxgpt.extras import require
+from nanojaxgpt.extras import require_package
 
 NAME = re.compile(r"(\w+)(?:/([^:@#]+))?(?::([\d.]+))?(?:@([^#]+))?(?:#(\w+))?")
 OWN_BUILDERS = ("tiny_shakespeare", "local_text")
@@ -37,12 +37,12 @@ class Prepared(NamedTuple):
 
 def check_tfds(location: str) -> None:
     """Raise ConfigError where TensorFlow Datasets is not installed; nothing is imported."""
-    require("tensorflow_datasets", "tfds", f"tfds:{location}")
+    require_package("tensorflow_datasets", "tfds", f"tfds:{location}")
 
 
 def read_tfds(location: str, data: sections.Data, refuse: Refuse) -> Iterator[Document]:
     """Yield one document per example that has any text, in the order of the files."""
-    builder, split, field = open_dataset(location, data)
+    builder, split, field = open_tfds(location, data)
     if not builder.info.splits[split].num_examples:
         return
     try:
@@ -51,7 +51,9 @@ def read_tfds(location: str, data: sections.Data, refuse: Refuse) -> Iterator[Do
             numbers = range(start, min(start + READ_AT_ONCE, len(examples)))
             for number, example in zip(numbers, examples.__getitems__(numbers), strict=True):
                 name = f"{split}/{number}"
-                if text := decode(f"tfds:{location}, example {name}", example[field], refuse):
+                if text := decode_example(
+                    f"tfds:{location}, example {name}", example[field], refuse
+                ):
                     yield Document(name, text)
     except NotImplementedError as error:
         raise DataError(
@@ -67,7 +69,7 @@ def identify_tfds(location: str, data: sections.Data) -> dict[str, Any]:
     `info` is the hash of dataset_info.json, where TFDS counts examples and bytes of each file: the
     files themselves, often hundreds of gigabytes, are not read for this.
     """
-    builder, split, field = open_dataset(location, data)
+    builder, split, field = open_tfds(location, data)
     info = builder.info.splits[split]
     paths = sorted({epath.Path(part.filename) for part in info.file_instructions})
     return dict(
@@ -80,7 +82,7 @@ def identify_tfds(location: str, data: sections.Data) -> dict[str, Any]:
     )
 
 
-def decode(name: str, value: bytes, refuse: Refuse) -> str:
+def decode_example(name: str, value: bytes, refuse: Refuse) -> str:
     """Return the text of an example; "" where it is refused."""
     try:
         return check_text(name, value.decode() if isinstance(value, bytes) else value, refuse)
@@ -89,7 +91,7 @@ def decode(name: str, value: bytes, refuse: Refuse) -> str:
         return ""
 
 
-def open_dataset(location: str, data: sections.Data) -> Prepared:
+def open_tfds(location: str, data: sections.Data) -> Prepared:
     """Return the dataset that `location` names. Raises ConfigError, DataError: not prepared."""
     parts = NAME.fullmatch(location)
     if not parts:

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from nanojaxgpt import checkpoint, finish, memory, rundir, sharding
 from nanojaxgpt.branch import branch_state
-from nanojaxgpt.data.loader import Data, fetch_ahead, prepare_data, resolve
+from nanojaxgpt.data.loader import RunData, fetch_ahead, prepare_data, resolve
 from nanojaxgpt.data.rows import (
     Batch,
     Ramp,
@@ -26,7 +26,6 @@ from nanojaxgpt.data.rows import (
     read_batch,
 )
 from nanojaxgpt.errors import ConfigError, DataError
-from nanojaxgpt.evaluate import evaluate, make_eval_step
 from nanojaxgpt.horizon import warmup_warning
 from nanojaxgpt.hosts.joining import preflight
 from nanojaxgpt.hosts.process import StopRequest, stop_signals
@@ -36,6 +35,7 @@ from nanojaxgpt.model.config import ModelConfig, Multipliers
 from nanojaxgpt.model.parameters import count_params, parameters
 from nanojaxgpt.model.transformer import Transformer
 from nanojaxgpt.objectives import Loss
+from nanojaxgpt.perplexity import evaluate, make_eval_step
 from nanojaxgpt.recorder import Job, train_ramp
 from nanojaxgpt.rundir import enter_run, own_run, write_identity
 from nanojaxgpt.step import TrainState, first_state, make_step, open_state, traced_multipliers
@@ -45,7 +45,7 @@ from nanojaxgpt.trainable import merge_params, split_lines
 
 def prepare_together(
     cfg: ConfigDict, report: Callable[[str], None], team: Team, run: Path | None = None
-) -> Data:
+) -> RunData:
     """Return the data, prepared by process 0 before the others open it, or make their own copy.
 
     Raises DataError on all hosts where one has other data.
@@ -56,7 +56,7 @@ def prepare_together(
     return data
 
 
-def make_job(cfg: ConfigDict, data: Data, mesh: Mesh, loss_fn: Loss | None = None) -> Job:
+def make_job(cfg: ConfigDict, data: RunData, mesh: Mesh, loss_fn: Loss | None = None) -> Job:
     """Return everything the loop needs; allocates nothing.
 
     Raises ConfigError, DataError, and MemoryExceeded where the state alone does not fit.
@@ -85,7 +85,7 @@ def share_job(job: Job, cfg: ConfigDict) -> Job:
     )
 
 
-def make_train_batch(cfg: ConfigDict, data: Data, mesh: Mesh) -> Callable[[int], Batch]:
+def make_train_batch(cfg: ConfigDict, data: RunData, mesh: Mesh) -> Callable[[int], Batch]:
     """Return batch(step) -> the global batch of a 0-based training step."""
     seq_len, ramp = cfg.model.seq_len, train_ramp(cfg)
     rows = make_train_rows(data.train(seq_len), ramp.full, cfg.train.seed)
@@ -101,7 +101,7 @@ def make_batches(rows: ReadRows, ramp: Ramp, seq_len: int, mesh: Mesh) -> Callab
 
 def make_evaluation(
     cfg: ConfigDict,
-    data: Data,
+    data: RunData,
     mesh: Mesh,
     model: Transformer,
     held: Mapping[str, Any] | None = None,
@@ -181,7 +181,7 @@ def fit(
     """
     run = Path(run)
     if not team.first:
-        report = ignore
+        report = report_nothing
     with stop_signals() as stop, own_run(run) if team.first else nullcontext():
         preflight(team, cfg, run)
         job = open_job(cfg, loss_fn, report, team, run)
@@ -191,7 +191,7 @@ def fit(
         return state
 
 
-def ignore(text: str) -> None:
+def report_nothing(text: str) -> None:
     """Report nothing."""
 
 

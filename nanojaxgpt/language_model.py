@@ -1,0 +1,251 @@
+"""A language model, ready to use: `load` opens one; it generates, scores and gives its logits."""
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from nanojaxgpt import checkpoint, config, memory, rundir, sharding
+from nanojaxgpt.console import warn
+from nanojaxgpt.data.loader import Data, load_run_tokenizer, open_source, prepare_data
+from nanojaxgpt.data.tokenizers import Tokenizer
+from nanojaxgpt.errors import ConfigError, DataError
+from nanojaxgpt.model.config import ModelConfig
+from nanojaxgpt.model.transformer import Transformer
+from nanojaxgpt.sample import Sampling, padded_length, stream
+from nanojaxgpt.text_stream import TextStream, encode_prompt
+from nanojaxgpt.training import make_evaluation
+
+LOWER = (
+    "To use less memory, lower sample.num_samples, sample.max_tokens or eval.batch_size, or use a "
+    "mesh of more devices"
+)
+
+
+class Score(NamedTuple):
+    """How a model takes a continuation: its log-probability in nats, and its number of tokens.
+
+    `greedy`: whether greedy decoding would have given it.
+    """
+
+    log_probability: float
+    greedy: bool
+    tokens: int
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModel:
+    """A model with its parameters, its tokenizer, and the devices that hold it.
+
+    `experiment` is the config that it was trained with, `step` the step of its checkpoint.
+    """
+
+    config: ModelConfig
+    params: Any
+    tokenizer: Tokenizer
+    mesh: Mesh
+    experiment: ConfigDict
+    run: Path
+    step: int
+    chat_template: str = ""
+
+    def stream(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        *,
+        max_tokens: int = 256,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        seed: int = 0,
+        stop: Sequence[str] = (),
+        end_ids: Sequence[int] = (),
+    ) -> Iterator[list[str]]:
+        """Yield the new text of each prompt as it becomes final, until all have ended.
+
+        Prompts are texts or ids; "" is a new document. A text ends before one of the strings
+        `stop`, or with the tokenizer's end token or one of `end_ids`. The options are those of the
+        config's section `sample`. Raises ConfigError, DataError, MemoryExceeded.
+        """
+        ids = [self.encode(prompt) for prompt in prompts]
+        if wrong := [token for token in end_ids if token >= self.tokenizer.vocab_size]:
+            last = self.tokenizer.vocab_size - 1
+            raise ConfigError(f"sample.end_ids contains {wrong[0]}, but the last id is {last}")
+        ends = tuple({*end_ids, self.tokenizer.end_id} - {-1})
+        texts = [TextStream(self.tokenizer, prompt, stop, ends) for prompt in ids]
+        how = Sampling(temperature, top_k, top_p, min_p, self.tokenizer.vocab_size, ends)
+        length = min(self.config.seq_len, max(map(len, ids)) + max_tokens)
+        cache = memory.cache_bytes(self.config, len(ids), length)
+        held = {"parameters": memory.shard_bytes(self.params), "cache": cache}
+        memory.check("sampling", held, self.mesh, lambda: LOWER)
+        rng = jax.random.key(seed)
+        chunks = stream(self.config, self.params, ids, max_tokens=max_tokens, rng=rng, how=how)
+        while not all(text.finish for text in texts):
+            with self.on_devices("sampling"):
+                chunk = next(chunks, None)
+            if chunk is None:
+                yield [text.close() for text in texts]
+            else:
+                yield [text.add(new) for text, new in zip(texts, chunk.tolist(), strict=True)]
+
+    def generate(self, prompts: Sequence[str | Sequence[int]], **options: Any) -> list[str]:
+        """Return the text that continues each prompt, without the prompt; see `stream`."""
+        found = [""] * len(prompts)
+        for parts in self.stream(prompts, **options):
+            found = [text + part for text, part in zip(found, parts, strict=True)]
+        return found
+
+    def logits(self, inputs: Sequence[str] | np.ndarray) -> np.ndarray:
+        """Return the logits of the token after each one, float32 [B, T, V].
+
+        `inputs` are texts, of which shorter ones are followed by rows without meaning, or ids
+        [B, T]. Raises ConfigError where they don't fit the context.
+        """
+        rows = [self.encode(row) if isinstance(row, str) else list(row) for row in inputs]
+        longest = max(map(len, rows), default=0)
+        if not 0 < longest <= self.config.seq_len:
+            raise ConfigError(f"{longest} tokens don't fit a context of {self.config.seq_len}")
+        ids_BT = np.zeros((len(rows), padded_length(longest, self.config.seq_len)), np.int32)
+        for row, ids in enumerate(rows):
+            ids_BT[row, : len(ids)] = ids
+        with self.on_devices("the forward pass"):
+            logits_BTV = _logits(Transformer(self.config), self.params, ids_BT)
+            return np.asarray(logits_BTV)[:, :longest, : self.tokenizer.vocab_size]
+
+    def score(self, prompt: str, continuation: str) -> Score:
+        """Return how likely the continuation is after the prompt.
+
+        Both are tokenized as one text, with spaces at the prompt's end moved to the continuation,
+        as lm-eval does it; an empty prompt is a new document. Of what is longer than the context
+        the end counts. Raises ConfigError where the continuation alone is longer.
+        """
+        kept = prompt.rstrip()
+        start = self.encode(kept)
+        whole = start[:1] if not kept else []
+        whole += self.tokenizer.encode(prompt + continuation).tolist()
+        count = len(whole) - len(start)
+        if not 0 < count <= self.config.seq_len:
+            raise ConfigError(f"a continuation of {count} tokens can't be scored: it must have at "
+                              f"least one and fit a context of {self.config.seq_len}")  # fmt: skip
+        ids_T = np.array(whole[-self.config.seq_len - 1 :], np.int32)
+        logits_TV = self.logits(ids_T[None, :-1])[0, -count:].astype(np.float64)
+        top_T = logits_TV.max(-1)
+        norm_T = top_T + np.log(np.exp(logits_TV - top_T[:, None]).sum(-1))
+        chosen_T = logits_TV[np.arange(count), ids_T[-count:]]
+        return Score(float(np.sum(chosen_T - norm_T)), bool(np.all(chosen_T == top_T)), count)
+
+    def encode(self, prompt: str | Sequence[int]) -> list[int]:
+        """Return the ids of a prompt; see text_stream.encode_prompt."""
+        return encode_prompt(self.tokenizer, prompt) if isinstance(prompt, str) else list(prompt)
+
+    def save(self, folder: str | Path, format: str = "run") -> None:
+        """Write the model as a run directory that every command takes.
+
+        Raises ConfigError where the folder has something in it, or for another format.
+        """
+        run = Path(folder)
+        if format != "run":
+            raise ConfigError(f"format={format!r} must be one of run")
+        rundir.check_folder("folder", run)
+        if run.exists() and any(run.iterdir()):
+            raise ConfigError(f"{run} is not empty: choose another folder")
+        with rundir.writing(run, ConfigError):
+            (run / "tokenizer").mkdir(parents=True)
+            self.tokenizer.save(run / "tokenizer")
+            rundir.write_text(run / "config.json", config.to_json(self.experiment))
+        keep = checkpoint.Keep(1, 0, 0, dict)
+        saved = checkpoint.Checkpoints(run / "checkpoints", keep)
+        saved.save(self.step, {"params": self.params})
+        saved.close()
+
+    def on_devices(self, what: str) -> Any:
+        """Return the context in which functions run on the mesh, and a lack of memory is told."""
+        stack = contextlib.ExitStack()
+        stack.enter_context(memory.explained(what, self.mesh, lambda: LOWER))
+        stack.enter_context(jax.set_mesh(self.mesh))
+        return stack
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(model: Transformer, params: Any, ids_BT: jax.Array) -> jax.Array:
+    return model.apply({"params": params}, ids_BT)[0]  # pyright: ignore[reportReturnType]
+
+
+def load(
+    model: str | Path,
+    *,
+    mesh: Mesh | Mapping[str, int] | None = None,
+    step: int = 0,
+    report: Callable[[str], None] = warn,
+) -> LanguageModel:
+    """Return the model of a run directory, of its newest good checkpoint or of `step`.
+
+    `mesh` is a mesh or the sizes of its axes, as in {"fsdp": 2, "tensor": 2}; the default is one
+    device. Raises ConfigError, DataError, CheckpointError, MemoryExceeded.
+    """
+    run = Path(model)
+    return open_run(run, rundir.load_run(run), mesh, step, report)
+
+
+def open_run(
+    run: Path,
+    cfg: ConfigDict,
+    mesh: Mesh | Mapping[str, int] | None = None,
+    step: int = 0,
+    report: Callable[[str], None] = warn,
+) -> LanguageModel:
+    """Return the model of a run, whose config may have been changed where the model is not."""
+    tokenizer = load_run_tokenizer(run, report)
+    if not isinstance(mesh, Mesh):
+        devices = jax.devices() if mesh else jax.devices()[:1]
+        mesh = sharding.make_mesh(mesh or {}, devices)
+    model_cfg = ModelConfig(**cfg.model)
+    with memory.explained("loading the model", mesh, lambda: LOWER), jax.set_mesh(mesh):
+        memory.check_model("the model", cfg, mesh, 0, LOWER)
+        step, params = checkpoint.load_params(run, model_cfg, mesh, step, report)
+    return LanguageModel(model_cfg, params, tokenizer, mesh, cfg, run, step)
+
+
+def evaluate(
+    model: LanguageModel, source: str = "", report: Callable[[str], None] = warn
+) -> dict[str, float]:
+    """Return loss, perplexity, bits per byte and the number of tokens that were scored.
+
+    Over the run's validation split, or all of another source, written as data.source. Raises
+    ConfigError, DataError, MemoryExceeded.
+    """
+    cfg = model.experiment
+    data = open_data(model, source, report)
+    with model.on_devices("the evaluation"):
+        held = {"parameters": checkpoint.abstract_params(model.config, model.mesh)}
+        transformer = Transformer(model.config)
+        run_evaluation = make_evaluation(cfg, data, model.mesh, transformer, held)
+        found = run_evaluation(model.params)
+    if not found["tokens"] and source:
+        raise DataError(f"{source} has nothing to score: it is shorter than two tokens")
+    if not found["tokens"]:
+        raise DataError(
+            f"{model.run} has no held-out data to validate on; set data.validation_fraction, "
+            "data.validation_documents or data.validation_source (for a task: train_fraction), "
+            "and train again"
+        )
+    return found
+
+
+def open_data(model: LanguageModel, source: str, report: Callable[[str], None]) -> Data:
+    """Return the data of a model's run, or another source read with the model's tokenizer."""
+    cfg = model.experiment
+    if source:
+        section = config.sections.Data(**cfg.data)
+        return open_source(source, model.tokenizer, section, config.cache_dir(cfg), report)
+    data = prepare_data(cfg, report, model.run)
+    rundir.check_data(model.run, data.identity)
+    return data
