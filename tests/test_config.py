@@ -339,6 +339,27 @@ def test_unknown_section_is_refused(name):
 
 
 @pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        ("spin=1", "'spin=1' is not one of"),
+        ("base=", "not a number"),
+        ("base=inf", "must be finite"),
+        ("fraction=0.01", "they turn 0 of 32"),
+        ("scaling=ntk", "must be one of default, linear"),
+        ("factor=8", "factor=... means nothing with scaling=default"),
+        ("scaling=linear factor=0.5", "factor at least 1"),
+        ("scaling=yarn factor=8", "needs original=TOKENS"),
+        ("scaling=yarn original=64 fast=1 slow=2", "fast at least slow"),
+        ("scaling=llama3 original=64 low=4", "high must be above low"),
+        ("scaling=longrope original=64 short=1,2 long=1", "short needs 16 numbers"),
+    ],
+)
+def test_a_wrong_entry_of_rotary_says_what_is_wrong(entry, words):
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        with_fields(base_config(), {"model.positions": "rotary", "model.rotary": (entry,)})
+
+
+@pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({"model.num_heads": "3"}, "model.num_heads=3"),

@@ -6,12 +6,15 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import random_tokens, small_model
 
+from nanojaxgpt.config.rotary import parse_rotary
 from nanojaxgpt.model.config import ModelConfig
 from nanojaxgpt.model.parameters import Parameter, layer_rows, model_rows
+from nanojaxgpt.model.rotary import frequencies
 from nanojaxgpt.model.transformer import Transformer
 from nanojaxgpt.sample import read
 
@@ -234,6 +237,40 @@ FAMILIES = {
 }  # fmt: skip
 
 
+# As the published models have them: head_dim, the entry of model.rotary, their parameters.
+SCALINGS = {
+    "llama3.2": (64, "base=5e5 scaling=llama3 factor=32 original=8192",
+                 dict(rope_type="llama3", factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0,
+                      original_max_position_embeddings=8192, rope_theta=5e5)),
+    "gemma3": (256, "base=1e6 scaling=linear factor=8", rope("linear", 1e6, factor=8.0)),
+    "qwen2.5": (128, "base=1e6 scaling=yarn factor=4 original=32768",
+                rope("yarn", 1e6, factor=4.0, original_max_position_embeddings=32768)),
+    "olmo3": (128, "base=5e5 scaling=yarn factor=8 original=8192 attention=1.2079441541679836",
+              rope("yarn", 5e5, factor=8.0, original_max_position_embeddings=8192, beta_fast=32.0,
+                   beta_slow=1.0, attention_factor=1.2079441541679836)),
+    "gpt_oss": (64, "base=150000 scaling=yarn factor=32 original=4096 truncate=0",
+                rope("yarn", 150000.0, factor=32.0, original_max_position_embeddings=4096,
+                     truncate=False)),
+    "clamped": (8, "base=10 scaling=yarn factor=8 original=4096 fast=600 slow=1",
+                rope("yarn", 10.0, factor=8.0, original_max_position_embeddings=4096,
+                     beta_fast=600.0, beta_slow=1.0)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SCALINGS)
+def test_scalings_are_those_of_transformers(name):
+    head_dim, entry, theirs = SCALINGS[name]
+    shape = dict(head_dim=head_dim, max_position_embeddings=2**17, rope_parameters=theirs)
+    cfg = transformers.AutoConfig.for_model("llama", **(THEIRS | shape))
+    scale = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS[theirs["rope_type"]]
+    their_angle, their_factor = scale(cfg, "cpu")
+    rotary = parse_rotary(entry, 1e4)
+    assert rotary is not None
+    angle, factor = frequencies(rotary, head_dim, 2**17)
+    np.testing.assert_allclose(angle, their_angle.numpy(), rtol=1e-5)
+    assert factor == pytest.approx(their_factor)
+
+
 def their_model(family: Family) -> Any:
     """Return a random model of transformers, in which no norm and no bias is trivial."""
     torch.manual_seed(0)
@@ -305,7 +342,7 @@ def test_cached_decoding_has_their_logits(name):
     start = LENGTH - 4
 
     @jax.jit
-    def prefill(params: Any, ids_BT: np.ndarray) -> tuple:
+    def prefill(params: Any, ids_BT: jax.Array) -> tuple:
         (x_BTD, head), cache = read(model, params, ids_BT, LENGTH)
         return head(x_BTD), cache
 
@@ -313,7 +350,7 @@ def test_cached_decoding_has_their_logits(name):
     def step(params: Any, ids_B1: np.ndarray, positions_B1: np.ndarray, cache: Any) -> tuple:
         return model.apply({"params": params}, ids_B1, positions_B1, cache=cache)
 
-    first_BTV, cache = prefill(params, tokens_BT[:, :start])
+    first_BTV, cache = prefill(params, jnp.array(tokens_BT[:, :start]))
     found = [first_BTV]
     for position in range(start, LENGTH):
         ids_B1 = tokens_BT[:, position : position + 1]

@@ -215,6 +215,7 @@ def test_layers_of_one_shape_are_one_stack_whatever_else_differs():
 
 def test_longrope_chooses_its_wavelengths_by_the_context():
     rotary = parse_rotary("scaling=longrope factor=4 original=8 short=1,2 long=4,8", 1e4)
+    assert rotary is not None
     plain = np.array([1, 1e4**-0.5])
     for length, stretch in ((8, [1, 2]), (9, [4, 8])):
         angle, waves = frequencies(rotary, 4, length)

@@ -2,11 +2,19 @@
 
 import dataclasses
 import math
+from collections.abc import Iterable
 from typing import Any
 
 from nanojaxgpt.checks import read_float
 
-SCALINGS = ("default", "linear", "llama3", "yarn", "longrope")
+# The words that each scaling takes, besides those of `default`.
+SCALINGS: dict[str, tuple[str, ...]] = {
+    "default": ("base", "fraction", "scaling"),
+    "linear": ("factor",),
+    "llama3": ("factor", "original", "low", "high"),
+    "yarn": ("factor", "original", "fast", "slow", "truncate", "attention"),
+    "longrope": ("factor", "original", "attention", "short", "long"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +27,7 @@ class Rotary:
     base: float = 10000.0
     fraction: float = 1.0  # of the head's dimensions, from the first, that turn
     scaling: str = "default"
-    factor: float = 1.0  # of the scaling: how much longer the context became
+    factor: float = 1.0  # how much longer the context became
     original: float = 0.0  # llama3, yarn, longrope: the context before that
     low: float = 1.0  # llama3: low_freq_factor
     high: float = 4.0  # llama3: high_freq_factor
@@ -27,7 +35,7 @@ class Rotary:
     slow: float = 1.0  # yarn: beta_slow
     truncate: float = 1.0  # yarn: whether its bounds are whole dimensions
     attention: float = 0.0  # yarn, longrope: factor of cosine and sine; 0: by formula
-    short: tuple[float, ...] = ()  # longrope: factors of the wavelengths within `original`
+    short: tuple[float, ...] = ()  # longrope: factors of the wavelengths, seq_len <= original
     long: tuple[float, ...] = ()  # longrope: beyond it
 
     def turned(self, head_dim: int) -> int:
@@ -54,13 +62,33 @@ def parse_rotary(entry: str, base: float) -> Rotary | None:
         else:
             given[name] = read_float(text)
     found = Rotary(**given)
-    if found.scaling not in SCALINGS:
-        raise ValueError(f"scaling={found.scaling!r} must be one of {', '.join(SCALINGS)}")
-    if not (found.base > 0 and 0 < found.fraction <= 1 and 1 <= found.factor < math.inf):
-        raise ValueError("base must be above 0, fraction above 0 and at most 1, factor at least 1")
-    if found.scaling in ("llama3", "yarn", "longrope") and not found.original >= 1:
-        raise ValueError(f"scaling={found.scaling} needs original=TOKENS, the context before it")
+    if problem := rotary_problem(found, given):
+        raise ValueError(problem)
     return found
+
+
+def rotary_problem(found: Rotary, given: Iterable[str]) -> str:
+    """Return what is wrong with one entry, of which the words `given` are written out; or ""."""
+    if found.scaling not in SCALINGS:
+        return f"scaling={found.scaling!r} must be one of {', '.join(SCALINGS)}"
+    taken = SCALINGS["default"] + SCALINGS[found.scaling]
+    if unused := [name for name in given if name not in taken]:
+        return f"{unused[0]}=... means nothing with scaling={found.scaling}"
+    values = [v for v in dataclasses.astuple(found) if not isinstance(v, str)]
+    numbers = [n for v in values for n in (v if isinstance(v, tuple) else (v,))]
+    if not all(map(math.isfinite, numbers)):
+        return "all numbers must be finite"
+    if not (found.base > 0 and 0 < found.fraction <= 1 and found.factor >= 1):
+        return "base must be above 0, fraction above 0 and at most 1, factor at least 1"
+    if "original" in taken and not found.original > 1:
+        return f"scaling={found.scaling} needs original=TOKENS, the context before it"
+    if found.scaling == "yarn" and not found.base > 1:
+        return "scaling=yarn needs a base above 1"
+    if not (found.high > found.low and found.fast >= found.slow > 0 and found.attention >= 0):
+        return "high must be above low, fast at least slow, slow above 0, attention at least 0"
+    if not all(number > 0 for number in found.short + found.long):
+        return "short and long must be above 0"
+    return ""
 
 
 def rotary_problems(entries: tuple[str, ...], base: float, head_dim: int) -> list[str]:

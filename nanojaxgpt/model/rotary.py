@@ -57,19 +57,17 @@ def rotate(
 ) -> jax.Array:
     """Return queries or keys turned by their positions (RoPE; first half against second)."""
     turned = rotary.turned(x_BTNH.shape[-1])
-    if turned < x_BTNH.shape[-1]:
-        rest_BTNH = x_BTNH[..., turned:]
-        whole = Rotary(**{**rotary.__dict__, "fraction": 1.0})
-        x_BTNH = rotate(x_BTNH[..., :turned], positions_BT, whole, length)
-        return jnp.concatenate([x_BTNH, rest_BTNH], -1)
     angle, factor = frequencies(rotary, turned, length)
     angles = positions_BT[..., None, None].astype(jnp.float32) * angle
     sin, cos = jnp.sin(angles), jnp.cos(angles)
     if factor != 1:
         sin, cos = sin * factor, cos * factor
-    first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, -1)
+    first, second = jnp.split(x_BTNH[..., :turned].astype(jnp.float32), 2, -1)
     turned_BTNH = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
-    return turned_BTNH.astype(x_BTNH.dtype)
+    turned_BTNH = turned_BTNH.astype(x_BTNH.dtype)
+    if turned == x_BTNH.shape[-1]:
+        return turned_BTNH
+    return jnp.concatenate([turned_BTNH, x_BTNH[..., turned:]], -1)
 
 
 def sinusoids(positions_BT: jax.Array, embed_dim: int) -> jax.Array:
