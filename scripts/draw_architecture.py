@@ -42,11 +42,17 @@ Arrows = dict[Box, set[Box]]
 
 def read_layers() -> dict[str, int]:
     """Return the layer of each module, `a.b` for nanojaxgpt/a/b.py."""
-    for node in ast.parse((ROOT / "tests" / "test_layering.py").read_text()).body:
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "LAYERS":
-            layers = ast.literal_eval(node.value)
-            return {name: layer for layer in layers for name in sorted(layers[layer]) if name}
-    raise ValueError("tests/test_layering.py has no LAYERS")
+    tree = ast.parse((ROOT / "tests" / "test_layering.py").read_text())
+    nodes = [node for node in tree.body if ast.unparse(node).startswith("LAYERS =")]
+    layers = ast.literal_eval(nodes[0].value)  # pyright: ignore[reportAttributeAccessIssue]
+    entries = {name: layer for layer, names in layers.items() for name in names}
+    paths = [path.relative_to(ROOT / PACKAGE) for path in (ROOT / PACKAGE).rglob("*.py")]
+    names = [".".join(path.with_suffix("").parts).removesuffix("__init__") for path in paths]
+    found = {}
+    for name in sorted(name.strip(".") for name in names):
+        entry = name if name in entries else f"{name.rpartition('.')[0]}.*"
+        found |= {name: entries[entry]} if name else {}
+    return found
 
 
 def imports(name: str, known: Container[str]) -> set[str]:

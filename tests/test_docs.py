@@ -449,3 +449,7 @@ def test_output_check_sees_differences(shown: str, printed: str, agrees: bool):
     else:
         with pytest.raises(AssertionError, match="not in the output"):
             check_output(block, printed, "")
+
+
+def test_the_picture_of_the_layers_is_up_to_date():
+    assert load_script("draw_architecture").main(["--check"]) == 0
