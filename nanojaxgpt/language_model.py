@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from nanojaxgpt import checkpoint, config, memory, rundir, sharding
 from nanojaxgpt.console import warn
-from nanojaxgpt.data.loader import Data, load_run_tokenizer, open_source, prepare_data
+from nanojaxgpt.data.loader import RunData, load_run_tokenizer, open_source, prepare_data
 from nanojaxgpt.data.tokenizers import Tokenizer
 from nanojaxgpt.errors import ConfigError, DataError
 from nanojaxgpt.model.config import ModelConfig
@@ -192,10 +192,10 @@ def load(
     device. Raises ConfigError, DataError, CheckpointError, MemoryExceeded.
     """
     run = Path(model)
-    return open_run(run, rundir.load_run(run), mesh, step, report)
+    return open_model(run, rundir.load_run(run), mesh, step, report)
 
 
-def open_run(
+def open_model(
     run: Path,
     cfg: ConfigDict,
     mesh: Mesh | Mapping[str, int] | None = None,
@@ -223,7 +223,7 @@ def evaluate(
     ConfigError, DataError, MemoryExceeded.
     """
     cfg = model.experiment
-    data = open_data(model, source, report)
+    data = model_data(model, source, report)
     with model.on_devices("the evaluation"):
         held = {"parameters": checkpoint.abstract_params(model.config, model.mesh)}
         transformer = Transformer(model.config)
@@ -240,12 +240,12 @@ def evaluate(
     return found
 
 
-def open_data(model: LanguageModel, source: str, report: Callable[[str], None]) -> Data:
+def model_data(model: LanguageModel, source: str, report: Callable[[str], None]) -> RunData:
     """Return the data of a model's run, or another source read with the model's tokenizer."""
     cfg = model.experiment
     if source:
         section = config.sections.Data(**cfg.data)
         return open_source(source, model.tokenizer, section, config.cache_dir(cfg), report)
     data = prepare_data(cfg, report, model.run)
-    rundir.check_data(model.run, data.identity)
+    rundir.check_identity(model.run, data.identity)
     return data

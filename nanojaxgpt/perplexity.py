@@ -38,7 +38,7 @@ def make_eval_step(
     return eval_step
 
 
-def evaluate(
+def evaluate_batches(
     eval_step: Callable[[Any, Any], jax.Array], params: Any, batches: Iterable[Any]
 ) -> dict[str, float]:
     """Return loss (nats per token), perplexity, bits_per_byte and tokens over all batches."""

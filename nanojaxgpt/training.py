@@ -35,7 +35,7 @@ from nanojaxgpt.model.config import ModelConfig, Multipliers
 from nanojaxgpt.model.parameters import count_params, parameters
 from nanojaxgpt.model.transformer import Transformer
 from nanojaxgpt.objectives import Loss
-from nanojaxgpt.perplexity import evaluate, make_eval_step
+from nanojaxgpt.perplexity import evaluate_batches, make_eval_step
 from nanojaxgpt.recorder import Job, train_ramp
 from nanojaxgpt.rundir import enter_run, own_run, write_identity
 from nanojaxgpt.step import TrainState, first_state, make_step, open_state, traced_multipliers
@@ -131,7 +131,7 @@ def make_evaluation(
         numbers = dict(multipliers=multipliers or traced_multipliers(cfg))
         with memory.explained("the evaluation", mesh, lower):
             batches = each(fetch_ahead(fetch, 0, count, ahead))
-            return evaluate(functools.partial(eval_step, **numbers), params, batches)
+            return evaluate_batches(functools.partial(eval_step, **numbers), params, batches)
 
     return run_evaluation
 

@@ -409,7 +409,7 @@ def test_sample_refuses(arguments, code, words, run, refused):
     assert hashes(run) == before
 
 
-@pytest.mark.parametrize("name", [name for name in COMMANDS if name not in ("sweep", "reproduce")])
+@pytest.mark.parametrize("name", sorted({*COMMANDS} - {"sweep", "reproduce", "diff"}))
 def test_not_a_run_directory(name, tmp_path, run, refused):
     for path in (tmp_path / "nowhere", tmp_path):
         assert "is not a run directory" in refused(USAGE, name, path)

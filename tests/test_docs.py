@@ -31,11 +31,12 @@ import zstandard
 from conftest import ROOT
 from pyarrow import parquet
 
-from nanojaxgpt import model, optim, sharding
+from nanojaxgpt import optim, sharding
 from nanojaxgpt.__main__ import main
 from nanojaxgpt.arguments import split_overrides
 from nanojaxgpt.config import load_config, load_module, sections
 from nanojaxgpt.data import sources
+from nanojaxgpt.model import transformer
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 LANGUAGES = {"python", "bash", "text", "yaml"}
@@ -163,7 +164,7 @@ def enter(patch: pytest.MonkeyPatch, folder: Path) -> None:
     patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
     make_mesh, one = sharding.make_mesh, jax.devices()[:1]
     patch.setattr(sharding, "make_mesh", lambda sizes, devices=one: make_mesh(sizes, devices))
-    patch.setattr(model, "Block", model.Block)
+    patch.setattr(transformer, "Block", transformer.Block)
     for module, name in ((optim, "OPTIMIZERS"), (sources, "SOURCES")):
         patch.setattr(module, name, dict(getattr(module, name)))
     for rule in sections.rules().values():

@@ -72,10 +72,10 @@ def test_scores_add_up_and_see_what_greedy_decoding_gives(model):
     score = model.score(prompt, text)
     assert score.greedy
     assert score.tokens == len(model.tokenizer.encode(text))
-    cut = next(n for n in range(3, 20) if not text[n - 1].isspace())  # spaces would move over
-    first, rest = model.score(prompt, text[:cut]), model.score(prompt + text[:cut], text[cut:])
-    total = first.log_probability + rest.log_probability
-    np.testing.assert_allclose(score.log_probability, total, atol=1e-4)
+    whole = model.score("def f1", "(x): return")
+    parts = model.score("def f1", "(x)"), model.score("def f1(x)", ": return")
+    total = sum(part.log_probability for part in parts)
+    np.testing.assert_allclose(whole.log_probability, total, atol=1e-4)
     other = model.score(prompt, text[:-1] + ("a" if text[-1] != "a" else "b"))
     assert not other.greedy
     assert other.log_probability < score.log_probability
@@ -136,4 +136,4 @@ def test_tokens_on_a_mesh_are_those_of_one_device(model, run, sizes):
 
 
 def test_fit_is_the_public_train():
-    assert nanojaxgpt.training is fit
+    assert getattr(nanojaxgpt, "train") is fit  # noqa: B009

@@ -27,7 +27,7 @@ def evaluate(arguments: list[str]) -> None:
         mesh = sharding.make_mesh(cfg.mesh)
     except ConfigError:  # the run's mesh does not fit this machine: one device does
         mesh = None
-    model = language_model.open_run(run, cfg, mesh, chosen_step(run, parsed.step), warn)
+    model = language_model.open_model(run, cfg, mesh, chosen_step(run, parsed.step), warn)
     found = language_model.evaluate(model, parsed.data, warn)
     source = {"source": parsed.data} if parsed.data else {}
     print(json.dumps({"step": model.step, **source, **found}))

@@ -37,7 +37,7 @@ def sample(arguments: list[str]) -> None:
     from nanojaxgpt import language_model
 
     mesh = dict(cfg.mesh) if any(name.startswith("mesh.") for name in parsed.overrides) else None
-    model = language_model.open_run(run, cfg, mesh, chosen_step(run, parsed.step), warn)
+    model = language_model.open_model(run, cfg, mesh, chosen_step(run, parsed.step), warn)
     prompt = read_prompt(model.tokenizer, how.prompt, defaults.prompt)
     if len(prompt) > cfg.model.seq_len:
         warn(
