@@ -274,6 +274,11 @@ def run_reference(words: list[str]) -> None:
     assert load_script("reference").main(["--check"]) == 0
 
 
+def run_picture(words: list[str]) -> None:
+    """Compare the picture of the layers; it is not written."""
+    assert load_script("draw_architecture").main(["--check"]) == 0
+
+
 def run_nothing(words: list[str]) -> None:
     """Run nothing: OUTSIDE has the reason."""
 
@@ -283,6 +288,7 @@ RUNNERS: list[tuple[str, Callable[[list[str]], None]]] = [
     ("python -m nanojaxgpt", run_nanojaxgpt),
     ("python scripts/launch.py", run_launch),
     ("python scripts/reference.py", run_reference),
+    ("python scripts/draw_architecture.py", run_picture),
     ("pip install", run_pip),
     ("python -c", run_code),
     ("python -m pytest", run_file),
