@@ -66,7 +66,7 @@ def run_on(tiny, monkeypatch):
     def run(disk, step, *arguments):
         def full_at(self, now, state):
             if now == step:
-                self.checkpoints.manager.wait_until_finished()
+                self.recorder.checkpoints.manager.wait_until_finished()
                 fill(disk)
             between(self, now, state)
 

@@ -55,7 +55,7 @@ ALL_SIZES = [
 STEP_BOUND = 2e-5  # of the largest number of each array
 
 
-def one_step(build, sizes: dict, options: tuple) -> tuple[dict, set]:
+def one_step(build, sizes: dict, options: tuple, **changes: str) -> tuple[dict, set]:
     """Return loss, gradients and updated parameters of one step, and who holds the parameters.
 
     Its batch has packed documents, padding and weights; every second layer has a window.
@@ -65,7 +65,7 @@ def one_step(build, sizes: dict, options: tuple) -> tuple[dict, set]:
         "model.embed_dim": "32", "model.num_heads": "8", "model.vocab_size": "32",
         "model.windows": "(0, 5)", "model.positions": "rotary", "train.batch_size": "16",
         "train.accumulation_steps": parts, "model.remat": remat, "model.unroll": unroll,
-        "train.loss_chunks": chunks, "optim.eps": "0.1", "optim.warmup_steps": "0",
+        "train.loss_chunks": chunks, "optim.eps": "0.1", "optim.warmup_steps": "0", **changes,
     })  # fmt: skip
     draw, shape = np.random.default_rng(0), (16, 16)
     segments_BT = np.sort(draw.integers(0, 4, shape), axis=1)[:, ::-1].astype(np.int32)
@@ -100,6 +100,15 @@ def one_step(build, sizes: dict, options: tuple) -> tuple[dict, set]:
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}, held
 
 
+def far_off(found: dict, plain: dict) -> dict[str, float]:
+    """Return the arrays that differ by more than STEP_BOUND, and by how much."""
+    off = {
+        name: float(np.max(np.abs(found[name] - value)) / np.max(np.abs(value)))
+        for name, value in plain.items()
+    }
+    return {name: error for name, error in off.items() if not error <= STEP_BOUND}
+
+
 def named(sizes: dict) -> str:
     return ",".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1)
 
@@ -130,12 +139,18 @@ def test_any_mesh_makes_the_plain_step(sizes, options, small_config, plain_steps
     plain = plain_steps["found"]
     found, held = one_step(small_config, sizes, options)
     assert held == {8}
-    off = {
-        name: float(np.max(np.abs(found[name] - value)) / np.max(np.abs(value)))
-        for name, value in plain.items()
-    }
-    bad = {name: error for name, error in off.items() if not error <= STEP_BOUND}
+    bad = far_off(found, plain)
     assert not bad, f"on {named(sizes)} with {options} these are off: {bad}"
+
+
+@pytest.mark.slow
+def test_layers_of_two_shapes_make_the_plain_step(small_config):
+    shapes = {"model.mlp_dims": "(32, 64)", "model.num_layers": "5"}
+    plain, _ = one_step(small_config, {"data": 1}, OPTIONS[0], **shapes)
+    found, held = one_step(small_config, dict(fsdp=2, tensor=2), OPTIONS[0], **shapes)
+    assert held == {4}
+    assert "['parameters']['layers_1']['up_DF']" in plain
+    assert not far_off(found, plain)
 
 
 @pytest.fixture

@@ -10,10 +10,11 @@ import pytest
 from conftest import allocates_at_most, random_tokens, small_model
 
 from nanojaxgpt.attention.cache import init_cache
+from nanojaxgpt.config.rotary import parse_rotary
 from nanojaxgpt.errors import ConfigError
 from nanojaxgpt.model.config import ModelConfig, Multipliers
 from nanojaxgpt.model.parameters import count_params
-from nanojaxgpt.model.rotary import sinusoids
+from nanojaxgpt.model.rotary import frequencies, sinusoids
 from nanojaxgpt.model.transformer import Transformer, init_params
 
 VARIANTS = {
@@ -26,6 +27,19 @@ VARIANTS = {
     "windows": dict(positions="none", windows=(3, 0), num_layers=3, qk_norm=True),
     "induction": dict(mlp="none", smeared_keys=True, logit_softcap=5.0),
     "parallel": dict(parallel_block=True, mlp="gelu", norm_bias=False, attention_scale=0.2),
+    "sandwich": dict(norm_placement="sandwich", norm="rmsnorm", attention_softcap=2.0,
+                     positions="rotary", windows=(3, 0), num_layers=3, embed_multiplier=4.0,
+                     rotary=("", "base=1e6 scaling=linear factor=8")),
+    "output": dict(norm_placement="output", qk_norm=True, qk_norm_over="width", bias_in="qkv",
+                   positions="rotary", num_heads=4, num_kv_heads=2, head_dim=6,
+                   rotary=("none", "scaling=yarn factor=4 original=8")),
+    "two_norms": dict(parallel_block=True, parallel_norms=True, head_bias=True, tied_head=False,
+                      positions="rotary",
+                      rotary=("fraction=0.5 scaling=llama3 factor=8 original=8",)),
+    "stacks": dict(mlp_dims=(12, 20), num_layers=3, bias_in="attention", residual_multiplier=0.5,
+                   norm_scale=False, positions="rotary",
+                   rotary=("fraction=0.5 scaling=longrope factor=2 original=8 short=1,1.5 "
+                           "long=1,4",)),
 }  # fmt: skip
 
 
@@ -139,11 +153,23 @@ def test_cached_decoding_is_the_full_forward(variant):
 
 
 @pytest.mark.slow
-def test_scan_unroll_and_remat_are_one_function():
+@pytest.mark.parametrize("name", ["sandwich", "output", "two_norms", "stacks"])
+def test_every_parameter_has_a_finite_gradient(name):
+    cfg, params = build(**VARIANTS[name])
+    tokens_BT = random_tokens(2, 12)
+    loss = lambda p: jnp.sum(jnp.sin(Transformer(cfg).apply({"params": p}, tokens_BT)[0]))
+    for path, grad in jax.tree_util.tree_leaves_with_path(jax.jit(jax.grad(loss))(params)):
+        assert np.isfinite(grad).all(), path
+        assert np.any(grad), path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["windows", "stacks"])
+def test_scan_unroll_and_remat_are_one_function(name):
     tokens_BT = random_tokens(2, 16)
 
     def loss_and_grads(**changes):
-        cfg, params = build(**VARIANTS["windows"], **changes)
+        cfg, params = build(**VARIANTS[name], **changes)
         loss = lambda p: jnp.sum(jnp.sin(Transformer(cfg).apply({"params": p}, tokens_BT)[0]))
         found = jax.jit(jax.value_and_grad(loss))(params)
         return found, str(jax.make_jaxpr(jax.grad(loss))(params)).count("dot_general")
@@ -158,6 +184,42 @@ def test_scan_unroll_and_remat_are_one_function():
 def test_parameters_have_one_layout_whatever_is_unrolled():
     shapes = [jax.tree.map(jnp.shape, fresh(small_model(unroll=u))) for u in (1, 2)]
     assert shapes[0] == shapes[1]
+
+
+def test_layers_are_a_period_and_those_of_one_shape_a_stack():
+    cfg = small_model(mlp_dims=(32, 64), num_layers=5, windows=(3, 0, 3, 0))
+    assert [(layer.window, layer.mlp_dim) for layer in cfg.layers] == [(3, 32), (0, 64)]
+    assert cfg.layer(4) == cfg.layers[0]
+    assert cfg.stacks == {"layers_0": (0, 2, 4), "layers_1": (1, 3)}
+    assert cfg.places == (
+        ("layers_0", 0), ("layers_1", 0), ("layers_0", 1), ("layers_1", 1), ("layers_0", 2)
+    )  # fmt: skip
+    params = jax.eval_shape(lambda: fresh(cfg))
+    assert params["layers_0"]["up_DF"].shape == (3, 16, 32)
+    assert params["layers_1"]["up_DF"].shape == (2, 16, 64)
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == count_params(cfg)
+
+
+def test_layers_of_one_shape_are_one_stack_whatever_else_differs():
+    cfg = small_model(
+        windows=(3, 0), mlp_dims=(0, 64), num_layers=7, positions="rotary", rotary=("", "", "none")
+    )
+    assert len(cfg.layers) == 6
+    assert [layer.rotary is None for layer in cfg.layers] == [False, False, True] * 2
+    assert cfg.stacks == {"layers": tuple(range(7))}  # mlp_dims 0 is 4 x 16
+    assert cfg.places == tuple(("layers", index) for index in range(7))
+    shallow = small_model(windows=(3, 0, 0), num_layers=2)
+    assert [layer.window for layer in shallow.layers] == [3, 0]
+    assert len(small_model(rotary=("", "none"), windows=(0, 0)).layers) == 1  # learned positions
+
+
+def test_longrope_chooses_its_wavelengths_by_the_context():
+    rotary = parse_rotary("scaling=longrope factor=4 original=8 short=1,2 long=4,8", 1e4)
+    plain = np.array([1, 1e4**-0.5])
+    for length, stretch in ((8, [1, 2]), (9, [4, 8])):
+        angle, waves = frequencies(rotary, 4, length)
+        np.testing.assert_allclose(angle, plain / stretch, rtol=1e-6)
+        assert waves == pytest.approx((1 + np.log(4) / np.log(8)) ** 0.5)
 
 
 def test_a_kernel_asked_for_by_name_is_not_replaced_silently():

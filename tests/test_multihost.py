@@ -27,9 +27,9 @@ LOSS_BOUND = 2e-5
 # A process in which something happens at step 5, where FAULT and the process's number say so.
 FAULTY = """
 import os, sys, time
-from nanojaxgpt import training
+from nanojaxgpt import loop, training
 from nanojaxgpt.__main__ import main
-between = train.Loop.between
+between = loop.Loop.between
 def fault(self, step, state):
     if step == 5 and self.team.index == 1:
         if os.environ["FAULT"] == "raise":
@@ -37,7 +37,7 @@ def fault(self, step, state):
         time.sleep(1000)
     between(self, step, state)
 if os.environ.get("FAULT"):
-    train.Loop.between = fault
+    loop.Loop.between = fault
 sys.exit(main(sys.argv[1:]))
 """
 

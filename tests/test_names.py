@@ -27,6 +27,11 @@ VARIANTS = {
     "smeared": {"smeared_keys": True},
     "parallel": {"parallel_block": True},
     "attention_only": {"mlp": "none"},
+    "sandwich": {"norm_placement": "sandwich"},
+    "output": {"norm_placement": "output", "bias_in": "qkv"},
+    "width": {"qk_norm": True, "qk_norm_over": "width"},
+    "two_norms": {"parallel_block": True, "parallel_norms": True, "head_bias": True},
+    "no_scales": {"norm_scale": False, "bias_in": "attention"},
 }
 
 
@@ -135,6 +140,18 @@ def test_variants_have_what_they_are_named_for():
     assert "layers/q_norm_scale" in names["qk_norm"]
     assert "layers/smear_K" in names["smeared"]
     assert not {name for name in names["attention_only"] if name.endswith("_DF")}
+    norms = {"layers/attention_norm_scale", "layers/mlp_norm_scale"}
+    after = {"layers/attention_output_norm_scale", "layers/mlp_output_norm_scale"}
+    assert names["sandwich"] >= norms | after
+    assert names["output"] >= after
+    assert not names["output"] & (norms | {"layers/o_bias"})
+    assert "layers/v_bias" in names["output"]
+    assert parameters(**VARIANTS["width"])["layers/k_norm_scale"].shape == (3, 2, 6)
+    assert names["two_norms"] - names["parallel"] == {
+        "head_bias", "layers/mlp_norm_scale", "layers/mlp_norm_bias"
+    }  # fmt: skip
+    assert not {name for name in names["no_scales"] if name.endswith(("_scale", "up_bias"))}
+    assert "layers/o_bias" in names["no_scales"]
 
 
 MATRICES = {"embed_VD", "position_TD", "head_VD", "layers/q_DNH", "layers/k_DKH", "layers/v_DKH",

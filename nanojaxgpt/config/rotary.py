@@ -19,7 +19,7 @@ class Rotary:
     base: float = 10000.0
     fraction: float = 1.0  # of the head's dimensions, from the first, that turn
     scaling: str = "default"
-    factor: float = 1.0  # linear, llama3, yarn: how much longer the context became
+    factor: float = 1.0  # of the scaling: how much longer the context became
     original: float = 0.0  # llama3, yarn, longrope: the context before that
     low: float = 1.0  # llama3: low_freq_factor
     high: float = 4.0  # llama3: high_freq_factor

@@ -14,7 +14,7 @@ from nanojaxgpt.config.rotary import Rotary
 def frequencies(rotary: Rotary, dimensions: int, length: int) -> tuple[np.ndarray, float]:
     """Return each pair's angle a token, float32 [dimensions / 2], and the factor of its waves.
 
-    `length` is the context, by which longrope chooses its factors.
+    `length` is the context, by which longrope chooses between `short` and `long`.
     """
     half, factor = dimensions // 2, rotary.factor
     plain = rotary.base ** (-np.arange(half, dtype=np.float32) / half)
@@ -30,8 +30,7 @@ def frequencies(rotary: Rotary, dimensions: int, length: int) -> tuple[np.ndarra
         return stretched.astype(np.float32), rotary.attention or 0.1 * math.log(factor) + 1
     if rotary.scaling == "longrope":
         factors = rotary.long if length > rotary.original else rotary.short
-        longer = max(length / rotary.original, 1.0)
-        waves = math.sqrt(1 + math.log(longer) / math.log(rotary.original))
+        waves = math.sqrt(1 + math.log(factor) / math.log(rotary.original))
         return plain / np.array(factors, np.float32), rotary.attention or waves
     return plain, 1.0
 
