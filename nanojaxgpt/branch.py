@@ -1,8 +1,8 @@
-"""A branch: in, another run; out, the state at one of its steps, from which this run continues.
+"""Branches: runs that start from the whole state of another run at one of its steps.
 
-`init.state=all` takes the parameters, the optimizer's state, the recent statistics and the step,
-and with the step the place in the data. The run then has the bits that the other would have had,
-had its config been this one from there on.
+`init.state=all` takes over the parameters, the optimizer state, the gradient-norm statistics and
+the step, and with the step the place in the data. The run then computes the same bits as the other
+run would have, if its config had changed to this one at that step.
 """
 
 import re
@@ -19,7 +19,7 @@ from nanojaxgpt.hosts.team import ALONE, Team
 from nanojaxgpt.recorder import Job
 from nanojaxgpt.step import make_init, open_state
 
-# What names the optimizer, and the rows of a step's batch: with others nothing would continue.
+# The optimizer, and the fields that decide the rows of a batch: they must match.
 SAME = re.compile(
     r"optim\.optimizer|train\.(seed|batch_size|ramp_batch_size|ramp_steps)|model\.seq_len"
     r"|data\.(packing|mixture|validation_fraction|validation_documents|validation_source)"
@@ -27,11 +27,9 @@ SAME = re.compile(
 
 
 def branch_state(job: Job, report: Callable[[str], None], team: Team = ALONE) -> tuple:
-    """Return the state at step init.step of the run init.from_run, or at its newest step.
+    """Return (state, frozen parameters) of the run init.from_run at step init.step, or its newest.
 
-    With the frozen parameters, as step.open_state.
-
-    Raises ConfigError, DataError or CheckpointError where this run can't start from there.
+    Raises ConfigError, DataError or CheckpointError if this run can't start from there.
     """
     init, num_steps = job.cfg.init, job.cfg.train.num_steps
     other = Path(init.from_run)
@@ -52,9 +50,9 @@ def branch_state(job: Job, report: Callable[[str], None], team: Team = ALONE) ->
 
 
 def check_branch(job: Job, other: Path) -> bool:
-    """Return whether the other run's data is known, and then the same.
+    """Return whether the other run's data is known; if so, it is the same.
 
-    Raises ConfigError or DataError where a job can't start from a state of the other run.
+    Raises ConfigError or DataError if a job can't start from a state of the other run.
     """
     there = rundir.load_run(other)
     changes = [c for c in config.differences(there, job.cfg) if SAME.fullmatch(c[0])]
@@ -72,7 +70,7 @@ def check_branch(job: Job, other: Path) -> bool:
 
     old = checkpoint.leaf_kinds(jax.eval_shape(first_state, jax.random.key(0)))
     new = checkpoint.leaf_kinds(job.abstract.items(job.frozen))
-    # A parameter of another shape is why its moments have one too: it is named first.
+    # Parameters first: the moments of one with another shape differ, too.
     for name in sorted([*new, *old], key=lambda name: not name.startswith("params/")):
         if old.get(name) != new.get(name):
             raise ConfigError(

@@ -1,4 +1,4 @@
-"""The loop around the step: reads batches, saves, evaluates, ends at a signal."""
+"""The loop around the step: reads batches, saves, evaluates, stops after a signal."""
 
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -18,7 +18,7 @@ from nanojaxgpt.recorder import Job, Recorder, due
 from nanojaxgpt.step import TrainState, make_hyper
 from nanojaxgpt.trainable import merge_params
 
-STEP = "the training step"  # what is compiled
+STEP = "the training step"  # in messages about compiling
 
 
 class Loop:
@@ -43,7 +43,7 @@ class Loop:
         self.unread: tuple[int, dict[str, jax.Array]] | None = None
 
     def train(self, state: TrainState, frozen: Any) -> TrainState:
-        """Run the steps that are left; save at the end. Raises NonFiniteError, Stopped."""
+        """Run the remaining steps; save at the end. Raises NonFiniteError, Stopped."""
         cfg, ramp = self.job.cfg, self.recorder.ramp
         last = cfg.train.num_steps
         hyper = jax.device_put(make_hyper(cfg), NamedSharding(self.job.mesh, PartitionSpec()))
@@ -66,13 +66,13 @@ class Loop:
                 self.read()
                 if grows:
                     self.progress.say(f"step {step}: batches of {ramp.size(step - 1)} from here on")
-                    self.recorder.reset_clock(step - 1)  # it was compiled, which is no measure
+                    self.recorder.reset_clock(step - 1)  # compiling doesn't count
                 self.unread = step, numbers
                 self.between(step, state)
             if last not in self.recorder.losses:
                 self.validate(last, state)
         except Exception:
-            # What is being saved would be lost as the process ends; the first error is the cause.
+            # Finish a save that is in progress; the first error is the one to report.
             with suppress(CheckpointError):
                 self.team.bounded(self.recorder.checkpoints.close)
             raise
@@ -85,7 +85,7 @@ class Loop:
         return state
 
     def between(self, step: int, state: TrainState) -> None:
-        """Save and evaluate where it is time; end where a signal asks for it."""
+        """Save and evaluate if due; stop if a signal asks for it."""
         cfg = self.job.cfg
         last = step == cfg.train.num_steps
         signal = self.team.next_stop(step, self.stop.signal)
@@ -106,7 +106,7 @@ class Loop:
             self.validate(step, state)
 
     def read(self) -> None:
-        """Read the metrics of the last step that were not read yet, and show them."""
+        """Read and show the last step's metrics, unless that is done."""
         if self.unread is None:
             return
         (step, numbers), self.unread = self.unread, None
@@ -126,6 +126,6 @@ class Loop:
             self.progress.step(step, written)
 
     def validate(self, step: int, state: TrainState) -> None:
-        """Evaluate, write the numbers and show them; nothing where there is no validation split."""
+        """Evaluate, write and show the numbers; do nothing without a validation split."""
         params = merge_params(state.params, self.frozen)
         self.recorder.validate(step, params, state.opt_state, self.watchdog.each)

@@ -1,4 +1,4 @@
-"""Optimizers that see a layer's kernels as matrices: Muon, and Adafactor's factored moments."""
+"""Optimizers that treat a layer's kernels as matrices: Muon and Adafactor."""
 
 import functools
 import math
@@ -18,7 +18,7 @@ def leaf_row(path: tuple, table: Table) -> Parameter | None:
 
 
 def muon_dimensions(params: Any, table: Table) -> Any:
-    """Return which axes of each leaf Muon takes as the rows and columns of a matrix.
+    """Return the axes of each leaf that are the rows and columns of a matrix for Muon.
 
     The kernels of the layers are matrices, one for each layer; tables, norms, biases and the head
     are not (Jordan 2024), and get None.
@@ -37,7 +37,7 @@ def muon_dimensions(params: Any, table: Table) -> Any:
 
 
 def is_dimensions(x: Any) -> bool:
-    """Return whether this stands for a leaf in what `muon_dimensions` gives."""
+    """Return whether this is a leaf of the tree that `muon_dimensions` returns."""
     return x is None or isinstance(x, MuonDimensionNumbers)
 
 
@@ -68,9 +68,9 @@ def muon(
 
 
 class Factored(NamedTuple):
-    """Adafactor's state: the recent mean of each row and column of a matrix's squared gradients.
+    """Adafactor's state: the running mean square of each row and column of a matrix's gradient.
 
-    Of what is no matrix, `rows` are the recent squares themselves, and `columns` have no leaf.
+    For other leaves, `rows` is the running mean of the squares, and `columns` has no leaf.
     """
 
     count: jax.Array
@@ -79,7 +79,7 @@ class Factored(NamedTuple):
 
 
 def adafactor_axes(params: Any, table: Table) -> Any:
-    """Return which axes of each leaf are rows and columns: Muon's, and those of the tables."""
+    """Return the axes of rows and columns of each leaf: Muon's, and those of the tables."""
 
     def axes(path: tuple, dimensions: Any) -> Any:
         row = leaf_row(path, table)
@@ -92,10 +92,10 @@ def adafactor_axes(params: Any, table: Table) -> Any:
 
 
 def scale_by_adafactor(table: Table) -> optax.GradientTransformation:
-    """Return Adafactor (Shazeer 2018) without momentum, its own rates or the weights' scale.
+    """Return Adafactor (Shazeer 2018) without momentum, relative steps or parameter scaling.
 
-    Each layer's kernel is a matrix, its update is clipped to a root mean square of 1, and so is
-    each layer's vector. The learning rate, the decay and the schedule are those of all optimizers.
+    The update of each layer's kernel, and of each layer's vector, is clipped to a root mean square
+    of 1. Learning rate, decay and schedule are those of all optimizers.
     """
 
     def init(params: Any) -> Factored:

@@ -1,8 +1,8 @@
 """In: a config, abstract arrays with shardings, devices. Out: the bytes needed, and MemoryExceeded.
 
-What is compared before anything is allocated is a lower bound: what fits is never refused. A CPU
-has no allocator that refuses, and Linux would kill the process: there the compiled program's own
-count is compared before its first step.
+The bytes compared before anything is allocated are a lower bound, so that nothing that fits is
+refused. A CPU has no allocator that fails, and Linux would kill the process: there the compiled
+program's own count is compared before its first step.
 """
 
 import functools
@@ -35,7 +35,7 @@ EVALUATION_ADVICE = (
     "To use less memory, lower eval.batch_size (0: that of training), raise train.loss_chunks, or "
     "set model.compute_dtype=bfloat16"
 )
-# They train the same: preferred to what saves up to twice as much.
+# These don't change the training: preferred to others that save up to twice as much.
 HARMLESS = ("mesh.", "train.accumulation_steps", "train.loss_chunks", "model.remat")
 
 
@@ -55,12 +55,12 @@ class Memory(NamedTuple):
 
     @property
     def total(self) -> int:
-        """Return the bytes of all of it."""
+        """The sum of all bytes."""
         return self.parameters + self.optimizer + self.gradients + self.batch + self.temporaries
 
     @property
     def fits(self) -> bool:
-        """Return whether the device holds it."""
+        """Whether the device can hold it."""
         return self.compiled and self.total <= self.available
 
 
@@ -73,9 +73,9 @@ def shard_bytes(tree: Any) -> int:
 
 
 def abstract_batch(cfg: ConfigDict, mesh: Mesh, batch_size: int = 0) -> Batch:
-    """Return the batch of a step without arrays, as the loader would lay it out.
+    """Return the abstract batch of a step, with the shardings of the loader.
 
-    `batch_size` 0 is that of training.
+    A `batch_size` of 0 means that of training.
     """
 
     def rows(dtype: Any) -> jax.ShapeDtypeStruct:
@@ -91,11 +91,11 @@ def abstract_batch(cfg: ConfigDict, mesh: Mesh, batch_size: int = 0) -> Batch:
 def state_memory(
     cfg: ConfigDict, state: Any, frozen: Any, batch: Batch, available: float
 ) -> Memory:
-    """Return the bytes of one device that shapes and shardings tell, without temporaries.
+    """Return the bytes on one device that follow from shapes and shardings.
 
-    The optimizer's include a float32 master copy. All gradients exist at once, since an update
-    depends on their global norm; they have the dtype of the parameters, their sum over
-    micro-batches is float32.
+    Temporaries are 0. The optimizer's bytes include a float32 master copy. All gradients exist at
+    once, since an update depends on their global norm; they have the dtype of the parameters, their
+    sum over micro-batches is float32.
     """
     params = shard_bytes((state.params, frozen))
     optimizer = shard_bytes((state.step, state.opt_state))
@@ -128,7 +128,7 @@ def kept_activations(cfg: ConfigDict, policy: str) -> float:
 
 
 def readable(count: float) -> str:
-    """Return bytes as people read them, `1.5 GiB`; infinity is what no device tells."""
+    """Return a readable size, `1.5 GiB`; infinity is an unknown amount."""
     if count == math.inf:
         return "an unknown amount"
     power = min(int(math.log2(max(count, 1)) // 10), len(UNITS) - 1)
@@ -137,7 +137,7 @@ def readable(count: float) -> str:
 
 
 def read_number(path: Path) -> float:
-    """Return the number in a file of the kernel's, infinity where there is none."""
+    """Return the number in a file of the kernel; infinity without one."""
     try:
         return float(path.read_text())
     except (OSError, ValueError):  # "max" is no limit
@@ -166,10 +166,10 @@ def group_bytes(swap: float, root: Path = Path("/sys/fs/cgroup")) -> float:
 
 
 def host_bytes() -> float:
-    """Return the memory that this process can have: what it holds, what is free, and swap.
+    """Return the memory available to this process: its own, the free memory, and swap.
 
-    The limits of its control groups and its own (`ulimit -v`) count. Where the system does not
-    tell what is free, all of the machine's memory.
+    The limits of its control groups and its own (`ulimit -v`) apply. If the free memory is
+    unknown, all of the machine's counts.
     """
     page = os.sysconf("SC_PAGE_SIZE")
     own, _ = resource.getrlimit(resource.RLIMIT_AS)
@@ -195,7 +195,7 @@ def device_bytes(mesh: Mesh) -> float:
 def check(what: str, parts: Mapping[str, float], mesh: Mesh, lower: Callable[[], str]) -> None:
     """Raise MemoryExceeded where the parts, in bytes of one device, are more than it has.
 
-    `lower` says what to change; it is only called then.
+    `lower` returns advice for the message; it is only called then.
     """
     available, total = device_bytes(mesh), sum(parts.values())
     if total > available:
@@ -207,7 +207,7 @@ def check(what: str, parts: Mapping[str, float], mesh: Mesh, lower: Callable[[],
 
 
 def owner(mesh: Mesh) -> str:
-    """Return what has the memory, in words."""
+    """Return a name for the owner of the memory."""
     device, count = mesh.local_devices[0], len(mesh.local_devices)
     if device.platform != "cpu":
         return device.device_kind
@@ -263,10 +263,10 @@ def cache_bytes(cfg: ModelConfig, rows: int, length: int) -> int:
 
 
 def checked(program: Callable, mesh: Mesh, what: str, lower: Callable[[], str]) -> Callable:
-    """Return the jitted program(state, batch, ...), which on a CPU compares its memory first.
+    """Wrap a jitted program(state, batch, ...): on a CPU, compare its memory before it runs.
 
-    `lower` says what to change where it does not fit.
-    Compiling ahead costs nothing: the call takes the same program.
+    `lower` returns advice for the error. Compiling ahead costs nothing: the call reuses the
+    program.
     """
     seen: set[tuple] = set()
 
@@ -287,7 +287,7 @@ def checked(program: Callable, mesh: Mesh, what: str, lower: Callable[[], str]) 
 
 @contextmanager
 def explained(what: str, mesh: Mesh, lower: Callable[[], str]) -> Iterator[None]:
-    """Turn the many errors of a device or a host out of memory into MemoryExceeded."""
+    """Turn the out-of-memory errors of devices and hosts into MemoryExceeded."""
     try:
         yield
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
@@ -336,7 +336,7 @@ def suggestions(cfg: ConfigDict, mesh: Mesh, whole: bool = True) -> str:
 
 
 def step_bytes(cfg: ConfigDict, devices: list[Any], whole: bool) -> float:
-    """Return the bytes of state and batch on each device, and about those of a `whole` step.
+    """Return the bytes of state and batch on each device; roughly of all a step, if `whole`.
 
     Raises ConfigError.
     """
@@ -352,7 +352,7 @@ def step_bytes(cfg: ConfigDict, devices: list[Any], whole: bool) -> float:
 
 
 def smaller_configs(cfg: ConfigDict) -> Iterator[dict[str, Any]]:
-    """Yield changes that take less memory; some may not be possible."""
+    """Yield changes that need less memory; some may be invalid."""
     model, train, mesh = cfg.model, cfg.train, cfg.mesh
     if mesh.data > 1:
         yield {"mesh.fsdp": mesh.fsdp * mesh.data, "mesh.data": 1}

@@ -13,16 +13,16 @@ from nanojaxgpt.matrices import muon, scale_by_adafactor
 from nanojaxgpt.model.parameters import Table
 from nanojaxgpt.schedules import Hyper
 
-# What chooses parameters: a pattern that is found in their paths, "a/b/c", or the paths.
+# A choice of parameters: a pattern to search for in their paths, "a/b/c", or the paths.
 Chosen = str | frozenset[str]
 
 
-# (what is chosen, the factor of its learning rate)
+# (choice of parameters, factor of their learning rate)
 Multipliers = Sequence[tuple[Chosen, jax.Array | float]]
 
 
 def path_mask(tree: Any, chosen: Chosen) -> Any:
-    """Return a tree of bools: True for the leaves that are chosen; "" chooses none."""
+    """Return a tree of bools: True for the chosen leaves; "" chooses none."""
 
     def found(path: tuple, _: Any) -> bool:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
@@ -34,7 +34,7 @@ def path_mask(tree: Any, chosen: Chosen) -> Any:
 
 
 def check_pattern(field: str, pattern: str, table: Table) -> None:
-    """Raise ConfigError, naming `field`, where a pattern is found in no path of the table."""
+    """Raise ConfigError, naming `field`, if a pattern matches no path of the table."""
     if pattern and not any(map(compile_pattern(pattern).search, table)):
         raise ConfigError(f"{field}={pattern!r} matches no parameter")
 
@@ -42,11 +42,11 @@ def check_pattern(field: str, pattern: str, table: Table) -> None:
 def decay_weights(
     hyper: Hyper, pattern: str, multipliers: Multipliers
 ) -> optax.GradientTransformation:
-    """Return the transformation that adds weight_decay * p where the path of p has `pattern`.
+    """Return the transformation that adds weight_decay * p where the path of p matches `pattern`.
 
-    The learning rate then multiplies both. Independent decay is over the path's own peak rate, so
-    that what is left is the schedule's factor alone: p -= factor (learning_rate direction +
-    weight_decay p) (Wortsman 2023); what is frozen does not decay either.
+    The learning rate then multiplies both. Independent decay is divided by the path's own peak
+    rate, so that only the schedule's factor remains: p -= factor (learning_rate direction +
+    weight_decay p) (Wortsman 2023). Parameters with a factor of 0 do not decay either.
     """
 
     def add_decay(updates: Any, params: Any) -> Any:
@@ -65,14 +65,14 @@ def decay_weights(
     return optax.stateless(add_decay)
 
 
-# Each returns the direction of a step; decay and the learning rate are the same for all.
+# Each returns the direction of a step; decay and the learning rate are common to all.
 OPTIMIZERS: dict[str, Callable[[Hyper, Table], optax.GradientTransformation]] = {
     "adamw": lambda hyper, _: optax.scale_by_adam(hyper["beta1"], hyper["beta2"], hyper["eps"]),
     "adafactor": lambda _, table: scale_by_adafactor(table),
     "lion": lambda hyper, _: optax.scale_by_lion(hyper["beta1"], hyper["beta2"]),
     "sgd": lambda hyper, _: optax.trace(hyper["beta1"]),
     "muon": lambda hyper, table: muon(hyper["beta1"], OPTIMIZERS["adamw"](hyper, table), table),
-    # The averaging below stands for the momentum.
+    # The averaging below takes the place of momentum.
     "schedule_free": lambda hyper, _: optax.scale_by_rms(
         hyper["beta2"], hyper["eps"], eps_in_sqrt=False, bias_correction=True
     ),
@@ -90,11 +90,11 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """Return the optimizer at learning rate `rate`; `hyper` and `rate` may be traced.
 
-    Its state's structure depends on `name`, `ema` and the table of the parameters alone, so it can
-    be rebuilt inside every step. Gradients and parameters are float32, see `Master`. The learning
-    rate of what `multipliers` choose is multiplied by the factor, and with it their decay if that
-    is not independent; 0 freezes them. With `ema`, and for schedule_free, the
-    parameters are an average, see `average`.
+    Its state's structure depends only on `name`, `ema` and the table of parameters, so it can be
+    rebuilt inside every step. Gradients and parameters are float32, see `Master`. `multipliers`
+    scale the learning rate of the parameters they choose, and with it their decay unless that is
+    independent; a factor of 0 freezes them. With `ema`, and for schedule_free, the parameters are
+    an average, see `average`.
     """
     optimizer = optax.chain(
         OPTIMIZERS[name](hyper, table),
@@ -110,7 +110,7 @@ class Averaged(NamedTuple):
 
     inner: Any
     fast: Any
-    weight: jax.Array  # of all steps in the average, float32
+    weight: jax.Array  # total of the steps in the average, float32
 
 
 def average(
@@ -118,9 +118,9 @@ def average(
 ) -> optax.GradientTransformation:
     """Return the transformation whose parameters are the average of those that `inner` moves.
 
-    So what is evaluated, sampled and saved as the parameters is the average, and the others are
-    state of the optimizer. A step weighs as the square of its learning rate for schedule_free
-    (Defazio 2024); else all weigh the same, and fade by ema_decay with every step.
+    The average is evaluated, sampled and saved as the parameters; the parameters that `inner`
+    moves are optimizer state. For schedule_free the weight of a step is the square of its learning
+    rate (Defazio 2024); otherwise all steps weigh the same, and decay by ema_decay at every step.
     """
     fades = 1.0 if name == "schedule_free" else hyper["ema_decay"]
     newest = jnp.square(rate) if name == "schedule_free" else 1.0
@@ -141,10 +141,10 @@ def average(
 
 
 def gradient_point(name: str, hyper: Hyper, params: Any, opt_state: Any) -> Any:
-    """Return the parameters at which the gradient is taken: where they are an average, the fast.
+    """Return the parameters at which the gradient is taken.
 
-    schedule_free takes it between the two, 1 - beta1 of the way from the average. The point is
-    rounded to the dtype of the parameters.
+    If the parameters are an average, these are the fast ones; for schedule_free a point between
+    the two, 1 - beta1 of the way from the average. It is rounded to the dtype of the parameters.
     """
     weights, inner = split_master(params, opt_state)
     if not isinstance(inner, Averaged):
@@ -159,8 +159,8 @@ def gradient_point(name: str, hyper: Hyper, params: Any, opt_state: Any) -> Any:
 class Master(NamedTuple):
     """The state of an optimizer whose parameters are stored in less than float32.
 
-    An update below a parameter's precision would be lost, so the optimizer moves `weights`, in
-    float32, and the parameters are these, rounded. `inner` is the state that it would have had.
+    An update below a parameter's precision would be lost. So the optimizer moves a float32 copy,
+    `weights`, and the parameters are its rounded values; `inner` is the optimizer's own state.
     """
 
     inner: Any
@@ -168,7 +168,7 @@ class Master(NamedTuple):
 
 
 def cast_float32(tree: Any) -> Any:
-    """Return the tree in float32; leaves that are come back as given."""
+    """Return the tree in float32; float32 leaves are returned unchanged."""
     return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
 
 
@@ -178,7 +178,7 @@ def cast_like(tree: Any, like: Any) -> Any:
 
 
 def init_state(optimizer: optax.GradientTransformation, params: Any) -> Any:
-    """Return the optimizer's first state, all in float32, with a master copy where it takes one."""
+    """Return the optimizer's initial state, all float32, with a master copy where needed."""
     weights = cast_float32(params)
     return join_master(weights, optimizer.init(weights), params)[1]
 
@@ -191,7 +191,7 @@ def split_master(params: Any, opt_state: Any) -> tuple[Any, Any]:
 
 
 def join_master(weights: Any, inner: Any, params: Any) -> tuple[Any, Any]:
-    """Return (parameters, optimizer's state) of float32 weights; `params` have the dtypes.
+    """Return (parameters, optimizer state) from float32 weights, with the dtypes of `params`.
 
     The reverse of `split_master`.
     """
@@ -208,7 +208,7 @@ def is_average(opt_state: Any) -> bool:
 def scale_paths(tree: Any, multipliers: Multipliers) -> Any:
     """Return the tree with the leaves of each pattern's paths multiplied by its factor.
 
-    0 gives zeros, whatever was there.
+    A factor of 0 gives zeros, also where a value is not finite.
     """
     for pattern, factor in multipliers:
         mask = path_mask(tree, pattern)
@@ -224,7 +224,7 @@ def scale_paths(tree: Any, multipliers: Multipliers) -> Any:
 
 
 def frozen_gradients(grads: Any, multipliers: Multipliers) -> Any:
-    """Return the gradients, zero for what is frozen, so that clipping does not count them."""
+    """Return the gradients with zeros where the factor is 0, so that clipping ignores them."""
     alive = [(pattern, jnp.where(factor == 0, 0.0, 1.0)) for pattern, factor in multipliers]
     return scale_paths(grads, alive)
 
@@ -232,13 +232,12 @@ def frozen_gradients(grads: Any, multipliers: Multipliers) -> Any:
 def rate_multipliers(
     entries: Sequence[str], optimizer: str, width: float, table: Table
 ) -> list[tuple[Chosen, float]]:
-    """Return (chosen, factor) of "PATTERN=FACTOR" entries and of muP.
+    """Return the (chosen, factor) pairs of "PATTERN=FACTOR" entries and of muP.
 
-    `width` is the model's over that at which muP is the standard parametrization (1: off). The
-    input and the output of the kernels both grow with it: their updates shrink as 1 / width where
-    each number's size is normalized (Adam, Lion: Yang 2022, table 8), and as its root for Muon,
-    whose spectral norm of 0.2 sqrt(width) should not grow. Raises ConfigError for an entry that
-    can't be read.
+    `width` is relative to the width at which muP is the standard parametrization (1: off). Inputs
+    and outputs of the kernels grow with it. Updates whose numbers are normalized one by one shrink
+    as 1 / width (Adam, Lion: Yang 2022, table 8); Muon's as its root, so that their spectral norm
+    of 0.2 sqrt(width) does not grow. Raises ConfigError for an entry that can't be parsed.
     """
     try:
         found: list[tuple[Chosen, float]] = [parse_multiplier(entry) for entry in entries]
@@ -252,44 +251,44 @@ def rate_multipliers(
 
 
 def clip_factor(norm: jax.Array, clip_norm: jax.Array) -> jax.Array:
-    """Return the factor that brings a gradient of this norm down to `clip_norm`; 0: no clipping."""
+    """Return the factor that scales a gradient of this norm to `clip_norm` or less; 0: off."""
     return jnp.where(clip_norm > 0, jnp.minimum(1, clip_norm / (norm + 1e-6)), 1)
 
 
-NORM_WINDOW, NORMS_NEEDED = 128, 16  # how far back the mean reaches, and when it is trusted
+NORM_WINDOW, NORMS_NEEDED = 128, 16  # norms that the mean covers, and the number it needs
 
 
 class Recent(NamedTuple):
-    """The recent gradients' norms, of updates that were made, and how many were left out in a row.
+    """The running mean norm of applied updates, and the number of updates skipped in a row.
 
-    Scalars: the mean and its weight, both float32, and an int32.
+    Scalars: the mean and its total weight, both float32, and an int32.
     """
 
     norm: jax.Array
     weight: jax.Array
     skipped: jax.Array
 
-    def remember(self, norm: jax.Array, made: jax.Array) -> "Recent":
-        """Return what is recent after an update with this norm, made or left out."""
+    def remember(self, norm: jax.Array, applied: jax.Array) -> "Recent":
+        """Return the statistics after an update with this norm, applied or skipped."""
         weight = self.weight * (1 - 1 / NORM_WINDOW) + 1
         mean = self.norm + (norm - self.norm) / weight
         after = Recent(mean, weight, jnp.zeros_like(self.skipped))
         return jax.tree.map(
-            lambda new, old: jnp.where(made, new, old),
+            lambda new, old: jnp.where(applied, new, old),
             after,
             self._replace(skipped=self.skipped + 1),
         )
 
     def norm_limit(self, spike_factor: jax.Array) -> jax.Array:
-        """Return the norm above which an update is left out; infinite while there are too few.
+        """Return the norm above which an update is skipped; infinite while there are too few norms.
 
-        OLMo-core and Levanter so leave out what is six deviations over the mean of 128 steps; a
-        factor of the mean needs no second figure, and has a meaning before the run is known.
+        OLMo-core and Levanter skip at six standard deviations above the mean of 128 steps. A
+        multiple of the mean needs no second statistic, and can be chosen before the run is known.
         """
         active = (spike_factor > 0) & (self.weight > NORMS_NEEDED)
         return jnp.where(active, spike_factor * self.norm, jnp.inf)
 
 
 def init_recent() -> Recent:
-    """Return what is recent before the first step."""
+    """Return the initial gradient-norm statistics."""
     return Recent(jnp.float32(0), jnp.float32(0), jnp.int32(0))

@@ -1,6 +1,6 @@
-"""The record of one run: its steps are read, its states saved and validated, all is written.
+"""The record of one run: reads its steps, saves and validates its states, writes the results.
 
-The loop has one, and of the trials that train together each has its own.
+The loop has one recorder; trials that train together have one each.
 """
 
 import time
@@ -24,10 +24,10 @@ def ignore(step: int) -> None:
 
 
 class Job(NamedTuple):
-    """What one run needs, built from its config; see step.Step for those of the state.
+    """Everything that one run needs, built from its config; step.Step has the state's part.
 
-    `evaluated` is called with the step of each evaluation that was written; what it raises ends
-    the training.
+    `evaluated` is called with the step of each evaluation after it is written; an exception from
+    it ends the training.
     """
 
     cfg: ConfigDict
@@ -46,7 +46,7 @@ class Job(NamedTuple):
 class Recorder:
     """Reads, saves, validates and writes one run, from the step `start` on.
 
-    `say` takes lines for people; only the first process of a team writes.
+    `say` prints a line of the log; only the first process of a team writes.
     """
 
     def __init__(
@@ -68,10 +68,10 @@ class Recorder:
     def read(
         self, step: int, numbers: dict[str, float], mfu_per_token: float = 0.0
     ) -> tuple[str, dict[str, float]]:
-        """Write the numbers of a step where it is time.
+        """Write the numbers of a step if that is due.
 
-        Returns what is wrong where more updates in a row were left out than may be, else "", and
-        the numbers that were written, if any.
+        Returns (problem, numbers): the problem if more updates in a row were skipped than allowed,
+        else ""; and the numbers written, if any.
         """
         train, values = self.job.cfg.train, dict(numbers)
         skipped, why = values.pop("skipped"), why_left_out(values, values.pop("norm_limit"))
@@ -84,7 +84,7 @@ class Recorder:
         if skipped:
             self.say(f"step {step}: {why}; its update was skipped")
             return "", {}
-        if not self.clock:  # what compiling took is no measure
+        if not self.clock:  # compiling doesn't count
             self.clock, self.clock_step = time.monotonic(), step
         if not due(step, train.log_every_steps) and step != train.num_steps:
             return "", {}
@@ -100,7 +100,7 @@ class Recorder:
         return "", values
 
     def reset_clock(self, step: int) -> None:
-        """Begin a new stretch for tokens/s, so that saving and evaluating don't count in it."""
+        """Restart the measure of tokens/s, so that saving and evaluating don't count."""
         if self.clock:
             self.clock, self.clock_step = time.monotonic(), step
 
@@ -111,9 +111,9 @@ class Recorder:
         self.reset_clock(step)
 
     def validate(self, step: int, params: Any, opt_state: Any, *through: Any) -> bool:
-        """Evaluate parameters and write the numbers; return whether there was what to evaluate.
+        """Evaluate parameters and write the numbers; return False without validation data.
 
-        `through` is what the evaluation passes its batches through, see train.make_evaluation.
+        `through` are further arguments of the evaluation, see training.make_evaluation.
         """
         found = self.job.evaluate(params, *through)
         if not found["tokens"]:
@@ -140,7 +140,7 @@ def train_ramp(cfg: ConfigDict) -> Ramp:
 
 
 def why_left_out(values: dict[str, float], norm_limit: float) -> str:
-    """Return why the update with these numbers was left out, if it was."""
+    """Return why the update with these numbers was skipped, if it was."""
     if values["grad_norm"] > norm_limit:
         return (
             f"its gradient norm {values['grad_norm']:.3g} is over {norm_limit:.3g}, "
@@ -150,5 +150,5 @@ def why_left_out(values: dict[str, float], norm_limit: float) -> str:
 
 
 def due(step: int, every: int) -> bool:
-    """Return whether something that happens every so many steps happens now; 0: never."""
+    """Return whether this step is one of every `every` steps; 0: never."""
     return every > 0 and step % every == 0

@@ -1,7 +1,7 @@
-"""Learning-rate schedules: of a 0-based step and numbers that may be traced, the learning rate.
+"""Learning-rate schedules: functions of the 0-based step and of numbers that may be traced.
 
-cosine and linear would reach final_fraction one step after the last, as in nanoGPT and PyTorch: so
-a fraction of 0 wastes no step. wsd has it at the last step, the end of its decay of whole steps.
+cosine and linear would reach final_fraction one step after the last, as in nanoGPT and PyTorch, so
+that a fraction of 0 wastes no step. wsd reaches it in the last step, after a decay of whole steps.
 """
 
 from collections.abc import Callable, Mapping
@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-Hyper = Mapping[str, Any]  # what step.make_hyper gives: numbers, never a shape
+Hyper = Mapping[str, Any]  # the result of step.make_hyper: numbers, never a shape
 
 
 def _progress(hyper: Hyper, begin: jax.Array, step: jax.Array) -> jax.Array:

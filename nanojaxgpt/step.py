@@ -1,4 +1,4 @@
-"""From a config to the pure training step: its state, its loss, its numbers, jitted on a mesh."""
+"""The pure training step of a config: its state, its loss and its numbers, jitted on a mesh."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -22,12 +22,12 @@ from nanojaxgpt.trainable import check_trainable, merge_params, split_params
 
 
 class TrainState(NamedTuple):
-    """All that training carries from step to step; `step` counts the updates done.
+    """The state that training carries from step to step; `step` counts the steps done.
 
-    `params` are those that train; the frozen ones are an argument of the step. They are what is
-    evaluated and sampled: where they are an average, the parameters that the optimizer moves are in
-    its state, see optim.average; where they are stored in less than float32, their float32 copy
-    is, see optim.Master.
+    `params` are those that train; the frozen ones are an argument of the step. Together they are
+    evaluated and sampled. If `params` are an average, the parameters that the optimizer moves are
+    in its state, see optim.average; so is the float32 copy of parameters stored in less, see
+    optim.Master.
     """
 
     step: jax.Array
@@ -36,13 +36,13 @@ class TrainState(NamedTuple):
     recent: optim.Recent
 
     def items(self, frozen: Any) -> dict[str, Any]:
-        """Return what a checkpoint holds by name: all parameters, and all else but the step."""
+        """Return the items of a checkpoint by name: all parameters, and the rest but the step."""
         whole = merge_params(self.params, frozen)
         return {"params": whole, "opt_state": self.opt_state, "recent": self.recent}
 
 
 def open_state(cfg: ConfigDict, step: jax.Array, items: dict[str, Any]) -> tuple[TrainState, Any]:
-    """Return the state and the frozen parameters of what a checkpoint holds."""
+    """Return the state and the frozen parameters from the items of a checkpoint."""
     params, frozen = split_params(items["params"], cfg.optim.trainable)
     return TrainState(step, params, items["opt_state"], items["recent"]), frozen
 
@@ -50,7 +50,7 @@ def open_state(cfg: ConfigDict, step: jax.Array, items: dict[str, Any]) -> tuple
 def make_hyper(cfg: ConfigDict) -> dict[str, Any]:
     """Return the numbers that the step takes as arguments: other values don't recompile it.
 
-    All are scalars; of `rate_multipliers` a tuple of the factors, their patterns are compiled.
+    All are scalars, except `rate_multipliers`, a tuple of factors; their patterns are compiled.
     """
     numbers = {k: v for k, v in cfg.optim.items() if isinstance(v, int | float)}
     numbers |= {"num_steps": cfg.train.num_steps, "z_loss": cfg.train.z_loss}
@@ -68,9 +68,9 @@ def traced_multipliers(cfg: ConfigDict) -> Multipliers:
 
 
 def make_init(cfg: ConfigDict) -> Callable[..., tuple[TrainState, Any]]:
-    """Return init(rng, scale) -> the state at step 0, and the frozen parameters.
+    """Return init(rng, scale) -> (the state at step 0, the frozen parameters).
 
-    `scale` (default: init.scale), which may be traced, multiplies the matrices.
+    `scale` (default: init.scale) multiplies the matrices, and may be traced.
     """
     model_cfg = ModelConfig(**cfg.model)
     matrices = frozenset(path for path, row in parameters(model_cfg).items() if row.is_matrix)
@@ -83,7 +83,7 @@ def make_init(cfg: ConfigDict) -> Callable[..., tuple[TrainState, Any]]:
 
 
 def first_state(cfg: ConfigDict, params: Any) -> tuple[TrainState, Any]:
-    """Return the state at step 0 of these parameters, and those of them that are frozen."""
+    """Return the state at step 0 of these parameters, and the frozen ones among them."""
     params, frozen = split_params(params, cfg.optim.trainable)
     name, ema = cfg.optim.optimizer, cfg.optim.ema_decay > 0
     table = parameters(ModelConfig(**cfg.model))
@@ -100,9 +100,9 @@ def make_train_step(
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """Return the pure train_step(state, batch, hyper, frozen) -> (state, metrics).
 
-    An update whose loss or gradient is not finite, or whose gradient is longer than `norm_limit`,
-    is left out: the state keeps its numbers, and `skipped` counts how many were left out in a row.
-    Of any other, a number that would overflow stays what it is, so the state is always finite.
+    An update is skipped if its loss or gradient is not finite, or if the gradient's norm exceeds
+    `norm_limit`: the state keeps its numbers, and `skipped` counts such updates in a row. In an
+    applied update, a number that would overflow keeps its value, so the state is always finite.
     """
     name, schedule, ema = optim_cfg.optimizer, optim_cfg.schedule, optim_cfg.ema_decay > 0
     decay_pattern, table = optim_cfg.decay_pattern, parameters(model_cfg)
@@ -114,7 +114,7 @@ def make_train_step(
         rng = jax.random.fold_in(jax.random.key(hyper["seed"]), state.step)
         factors = hyper["rate_multipliers"]
         multipliers = [(pattern, f) for (pattern, _), f in zip(entries, factors, strict=False)]
-        multipliers += entries[len(factors) :]  # muP's are the width's
+        multipliers += entries[len(factors) :]  # muP's follow from the width
         point = optim.gradient_point(name, hyper, state.params, state.opt_state)
         loss, grads, weight, metrics = accumulate(
             loss_fn, point, frozen, batch, hyper, rng, accumulation_steps
@@ -130,17 +130,17 @@ def make_train_step(
         updates, new_inner = optimizer.update(grads, inner, weights)
         new_weights = optax.apply_updates(weights, updates)
         limit = state.recent.norm_limit(hyper["spike_factor"])
-        made = jnp.isfinite(loss) & jnp.isfinite(norm) & (norm <= limit)
+        applied = jnp.isfinite(loss) & jnp.isfinite(norm) & (norm <= limit)
 
-        # Number by number, this is part of the update's own pass over the state; to leave out the
-        # whole update for one overflow took a second and a third (1.02x to 1.07x of a step on CPU).
+        # Number by number, within the update's own pass over the state: skipping the whole update
+        # for one overflow took a second and a third pass (1.02x to 1.07x of a step on CPU).
         def keep_finite(new: jax.Array, old: jax.Array, stored: jax.Array) -> jax.Array:
-            return jnp.where(made & jnp.isfinite(new.astype(stored.dtype)), new, old)
+            return jnp.where(applied & jnp.isfinite(new.astype(stored.dtype)), new, old)
 
         weights = jax.tree.map(keep_finite, new_weights, weights, state.params)
         inner = jax.tree.map(keep_finite, new_inner, inner, inner)
         params, opt_state = optim.join_master(weights, inner, state.params)
-        recent = state.recent.remember(norm, made)
+        recent = state.recent.remember(norm, applied)
         numbers = {"loss": loss / weight, "grad_norm": norm, "learning_rate": rate}
         numbers |= {"norm_limit": limit, "skipped": recent.skipped}
         numbers |= {name: total / jnp.maximum(w, 1e-9) for name, (total, w) in metrics.items()}
@@ -154,8 +154,8 @@ def accumulate(
 ) -> tuple[jax.Array, Any, jax.Array, dict[str, Metric]]:
     """Return the sums over the batch of the loss, its gradient, its weight and the metrics.
 
-    They are float32, made in `parts` micro-batches; each micro-batch's gradient has the dtype of
-    the parameters, which are those that train.
+    They are float32, summed over `parts` micro-batches. The gradient is that of `params`, the
+    parameters that train; a micro-batch's has their dtype.
     """
 
     def summed(params: Any, batch: Any, rng: jax.Array) -> tuple[jax.Array, tuple]:
@@ -172,7 +172,7 @@ def accumulate(
         return optim.cast_float32(sums(batch, rng))
 
     def split(x: jax.Array) -> jax.Array:
-        # Rows are dealt out like cards, so that each device's rows stay on that device.
+        # Rows go to the micro-batches in turn, so that each device's rows stay on that device.
         micro = jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 0, 1)
         return sharding.constrain(micro, None, *("batch", "sequence")[: x.ndim])
 
@@ -188,28 +188,28 @@ def accumulate(
 
 
 class Step(NamedTuple):
-    """The jitted train_step of a config on a mesh, and what it takes, without arrays."""
+    """The jitted init and train_step of a config on a mesh, with shardings and abstract arrays."""
 
     shardings: TrainState
     abstract: TrainState
-    frozen: Any  # the parameters that don't train, abstract
+    frozen: Any  # abstract, too
     init: Callable[..., tuple[TrainState, Any]]
     train_step: Callable
 
 
 def make_step(cfg: ConfigDict, mesh: Mesh, loss_fn: Loss | None = None) -> Step:
-    """Return the step on a mesh, whose devices need not be here. Raises ConfigError."""
+    """Return the step on a mesh, whose devices may be absent. Raises ConfigError."""
     shape = cfg.train
     sharding.check_batch(
         "train.batch_size", shape.batch_size, shape.accumulation_steps, cfg.model.seq_len, mesh
     )
-    if shape.ramp_batch_size:  # what divides for the first batch does so for its doublings
+    if shape.ramp_batch_size:  # if the first batch can be divided, so can its doublings
         first = shape.ramp_batch_size, shape.accumulation_steps
         sharding.check_batch("train.ramp_batch_size", *first, cfg.model.seq_len, mesh)
     model = Transformer(ModelConfig(**cfg.model))
     table = parameters(model.cfg)
     check_trainable(cfg.optim.trainable, table)
-    # The key is made in the trace, too: an absent device can make none.
+    # The key is created while tracing, too: on an absent device none can be.
     shapes = jax.eval_shape(lambda: make_init(cfg)(jax.random.key(0)))
     shardings = sharding.tree_shardings(shapes, table, mesh)
     optim.check_pattern("optim.decay_pattern", cfg.optim.decay_pattern, table)

@@ -1,4 +1,4 @@
-"""Which parameters train: the tree split by `optim.trainable`, and put together again."""
+"""Trainable and frozen parameters: the tree split by `optim.trainable`, and merged again."""
 
 import math
 from collections.abc import Sequence
@@ -12,10 +12,10 @@ from nanojaxgpt.model.parameters import Table, row_of
 
 
 def is_trainable(path: str, patterns: Sequence[str]) -> bool:
-    """Return whether the parameter of this path trains.
+    """Return whether the parameter with this path trains.
 
-    The first pattern found in the path decides: `PATTERN` trains, `!PATTERN` freezes. What none is
-    found in is frozen; without patterns everything trains.
+    The first pattern found in the path decides: `PATTERN` trains, `!PATTERN` freezes. A path that
+    no pattern matches is frozen; without patterns everything trains.
     """
     for pattern in patterns:
         if compile_pattern(pattern.removeprefix("!")).search(path):
@@ -24,7 +24,7 @@ def is_trainable(path: str, patterns: Sequence[str]) -> bool:
 
 
 def check_trainable(patterns: Sequence[str], table: Table) -> None:
-    """Raise ConfigError where a pattern is found in no path, or nothing trains."""
+    """Raise ConfigError if a pattern matches no path, or if nothing trains."""
     for pattern in patterns:
         if not any(map(compile_pattern(pattern.removeprefix("!")).search, table)):
             raise ConfigError(
@@ -35,7 +35,7 @@ def check_trainable(patterns: Sequence[str], table: Table) -> None:
 
 
 def split_params(params: Any, patterns: Sequence[str], prefix: str = "") -> tuple[Any, Any]:
-    """Return (trainable, frozen): the nested dict in two, without empty branches."""
+    """Split a nested dict into (trainable, frozen), without empty branches."""
     trainable, frozen = {}, {}
     for name, value in params.items():
         path = f"{prefix}{name}"
@@ -50,7 +50,7 @@ def split_params(params: Any, patterns: Sequence[str], prefix: str = "") -> tupl
 
 
 def merge_params(trainable: Any, frozen: Any) -> Any:
-    """Return the nested dict of both; the reverse of `split_params`."""
+    """Merge two nested dicts into one; the reverse of `split_params`."""
     merged = dict(trainable)
     for name, value in (frozen or {}).items():
         merged[name] = merge_params(merged[name], value) if name in merged else value

@@ -36,7 +36,8 @@ from nanojaxgpt.__main__ import main
 from nanojaxgpt.arguments import split_overrides
 from nanojaxgpt.config import load_config, load_module, sections
 from nanojaxgpt.data import sources
-from nanojaxgpt.model import transformer
+from nanojaxgpt.model import block as layers
+from nanojaxgpt.model import parameters, transformer
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 LANGUAGES = {"python", "bash", "text", "yaml"}
@@ -165,6 +166,8 @@ def enter(patch: pytest.MonkeyPatch, folder: Path) -> None:
     make_mesh, one = sharding.make_mesh, jax.devices()[:1]
     patch.setattr(sharding, "make_mesh", lambda sizes, devices=one: make_mesh(sizes, devices))
     patch.setattr(transformer, "Block", transformer.Block)
+    for module in (layers, parameters):
+        patch.setattr(module, "layer_rows", module.layer_rows)
     for module, name in ((optim, "OPTIMIZERS"), (sources, "SOURCES")):
         patch.setattr(module, name, dict(getattr(module, name)))
     for rule in sections.rules().values():
@@ -172,12 +175,13 @@ def enter(patch: pytest.MonkeyPatch, folder: Path) -> None:
 
 
 @pytest.fixture
-def desk(example, tmp_path, monkeypatch) -> Path:
-    """Return a copy of `example`, which is the working directory."""
+def desk(example, tmp_path, monkeypatch) -> Iterator[Path]:
+    """Yield a copy of `example`, which is the working directory."""
     folder = tmp_path / "desk"
     shutil.copytree(example, folder, symlinks=True)
     enter(monkeypatch, folder)
-    return folder
+    yield folder
+    parameters.parameters.cache_clear()  # a page may have changed the layers
 
 
 def flags(settings: dict[str, Any]) -> list[str]:
@@ -270,6 +274,11 @@ def run_reference(words: list[str]) -> None:
     assert load_script("reference").main(["--check"]) == 0
 
 
+def run_picture(words: list[str]) -> None:
+    """Compare the picture of the layers; it is not written."""
+    assert load_script("draw_architecture").main(["--check"]) == 0
+
+
 def run_nothing(words: list[str]) -> None:
     """Run nothing: OUTSIDE has the reason."""
 
@@ -279,6 +288,7 @@ RUNNERS: list[tuple[str, Callable[[list[str]], None]]] = [
     ("python -m nanojaxgpt", run_nanojaxgpt),
     ("python scripts/launch.py", run_launch),
     ("python scripts/reference.py", run_reference),
+    ("python scripts/draw_architecture.py", run_picture),
     ("pip install", run_pip),
     ("python -c", run_code),
     ("python -m pytest", run_file),
@@ -450,3 +460,7 @@ def test_output_check_sees_differences(shown: str, printed: str, agrees: bool):
     else:
         with pytest.raises(AssertionError, match="not in the output"):
             check_output(block, printed, "")
+
+
+def test_the_picture_of_the_layers_is_up_to_date():
+    assert load_script("draw_architecture").main(["--check"]) == 0

@@ -205,7 +205,7 @@ class Search:
         return optuna.Trial(study, trial_id)
 
     def watch(self, trial: Trial) -> Callable[[int], None]:
-        """Return what is to be called after each evaluation of a trial; it raises Pruned.
+        """Return the function to call after each evaluation of a trial; it raises Pruned.
 
         A trial that ended before, and whose outcome was lost, runs to its end.
         """

@@ -39,14 +39,14 @@ class Range(NamedTuple):
         return self.tidy(self.low + fraction * (self.high - self.low))
 
     def tidy(self, found: float) -> float:
-        """Return a number as a point has it: six digits, which people can type, of a logarithm."""
+        """Return a number of a point: six significant digits on a logarithmic range."""
         if self.whole:
             return round(found)
         return float(f"{found:.6g}") if self.log and self.low < found < self.high else found
 
 
-class Chance(Protocol):
-    """What points are drawn by: dice, or a search that learns (sweep/search.py)."""
+class Sampler(Protocol):
+    """Draws points: at random, or by a search that learns (sweep/search.py)."""
 
     def number(self, field: str, numbers: Range) -> float:
         """Return a number of the range."""
@@ -56,13 +56,13 @@ class Chance(Protocol):
         """Return the index of one of the labels."""
         ...
 
-    def within(self, branch: str) -> "Chance":
-        """Return the chance of what is drawn in a branch alone, where names may come again."""
+    def within(self, branch: str) -> "Sampler":
+        """Return the sampler for one branch of a chain, where names may repeat."""
         ...
 
 
-class Dice:
-    """Draws alike for the same seed, and without learning."""
+class RandomSampler:
+    """Draws at random, the same for the same seed."""
 
     def __init__(self, seed: int) -> None:
         self.rng = random.Random(seed)
@@ -75,16 +75,16 @@ class Dice:
         """Return the index of one of the labels."""
         return self.rng.randrange(len(labels))
 
-    def within(self, branch: str) -> "Dice":
-        """Return the same dice."""
+    def within(self, branch: str) -> "RandomSampler":
+        """Return itself: all branches share one generator."""
         return self
 
 
 class Space(NamedTuple):
-    """What can be tried: `points()` lists all of it in order, `draw(chance)` gives one of it."""
+    """A set of points: `points()` lists all in order, `draw(sampler)` draws one."""
 
     points: Callable[[], list[Point]]
-    draw: Callable[[Chance], Point]
+    draw: Callable[[Sampler], Point]
 
 
 class Tpe(NamedTuple):
@@ -144,7 +144,7 @@ def product(*spaces: Space) -> Space:
             found = [_merge([first, second]) for first in found for second in column]
         return found if spaces else []
 
-    return Space(points, lambda chance: _merge([space.draw(chance) for space in spaces]))
+    return Space(points, lambda sampler: _merge([space.draw(sampler) for space in spaces]))
 
 
 def zip_(*spaces: Space) -> Space:
@@ -159,7 +159,7 @@ def zip_(*spaces: Space) -> Space:
             raise ConfigError(f"zip_ of spaces of different sizes: {[len(c) for c in columns]}")
         return [_merge(row) for row in zip(*columns, strict=True)]
 
-    return Space(points, lambda chance: _pick(chance, points()))
+    return Space(points, lambda sampler: _pick(sampler, points()))
 
 
 def chain(*spaces: Space) -> Space:
@@ -172,11 +172,11 @@ def chain(*spaces: Space) -> Space:
             _check_count(len(found))
         return found
 
-    def draw(chance: Chance) -> Point:
+    def draw(sampler: Sampler) -> Point:
         if not spaces:
             raise ConfigError(EMPTY)
-        branch = chance.pick("chain", [str(number) for number in range(len(spaces))])
-        return spaces[branch].draw(chance.within(f"chain {branch}"))
+        branch = sampler.pick("chain", [str(number) for number in range(len(spaces))])
+        return spaces[branch].draw(sampler.within(f"chain {branch}"))
 
     return Space(points, draw)
 
@@ -186,8 +186,8 @@ def draws(space: Space, num: int, seed: int = 0) -> Space:
     if num < 1:
         raise ConfigError(f"draws of {num} points")
     _check_count(num)
-    dice = Dice(seed)
-    return _listed([space.draw(dice) for _ in range(num)])
+    sampler = RandomSampler(seed)
+    return _listed([space.draw(sampler) for _ in range(num)])
 
 
 def tpe(
@@ -219,14 +219,14 @@ def _check_count(count: int) -> None:
 
 
 def _listed(found: list[Point]) -> Space:
-    return Space(lambda: list(found), lambda chance: _pick(chance, found))
+    return Space(lambda: list(found), lambda sampler: _pick(sampler, found))
 
 
-def _pick(chance: Chance, found: list[Point]) -> Point:
+def _pick(sampler: Sampler, found: list[Point]) -> Point:
     if not found:
         raise ConfigError(EMPTY)
     labels = [", ".join(map(str, point.values())) for point in found]
-    return found[chance.pick("+".join(found[0]), labels)]
+    return found[sampler.pick("+".join(found[0]), labels)]
 
 
 def _range(field: str, numbers: Range, num: int) -> Space:
@@ -238,7 +238,7 @@ def _range(field: str, numbers: Range, num: int) -> Space:
         _check_count(num)
         return [{field: numbers.value(i / (num - 1) if num > 1 else 0.5)} for i in range(num)]
 
-    return Space(points, lambda chance: {field: chance.number(field, numbers)})
+    return Space(points, lambda sampler: {field: sampler.number(field, numbers)})
 
 
 def _merge(parts: Sequence[Point]) -> Point:
