@@ -211,7 +211,7 @@ def make_step(cfg: ConfigDict, mesh: Mesh, loss_fn: Loss | None = None) -> Step:
     check_trainable(cfg.optim.trainable, table)
     # The key is created while tracing, too: on an absent device none can be.
     shapes = jax.eval_shape(lambda: make_init(cfg)(jax.random.key(0)))
-    shardings = sharding.tree_shardings(shapes, table, mesh)
+    shardings = tuple(sharding.tree_shardings(part, table, mesh) for part in shapes)
     optim.check_pattern("optim.decay_pattern", cfg.optim.decay_pattern, table)
     for pattern, _ in map(parse_multiplier, cfg.optim.rate_multipliers):
         optim.check_pattern("optim.rate_multipliers", pattern, table)

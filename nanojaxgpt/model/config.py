@@ -23,7 +23,7 @@ class LayerConfig:
     mlp_dim: int
 
 
-class Stack(NamedTuple):
+class LayerStack(NamedTuple):
     """Layers whose parameters are stacked: the index of the first one, and how many there are."""
 
     first: int
@@ -90,7 +90,7 @@ class ModelConfig(Model):
         return tuple(every[: repeats[0]] if repeats else every)
 
     @functools.cached_property
-    def stacks(self) -> dict[str, Stack]:
+    def stacks(self) -> dict[str, LayerStack]:
         """The stacks of parameters by their names: layers of one shape are one."""
         shapes = [layer.mlp_dim for layer in self.layers]
         period, alike = len(shapes), len(set(shapes)) == 1
@@ -98,7 +98,7 @@ class ModelConfig(Model):
         for number, shape in enumerate(dict.fromkeys(shapes)):
             members = [index for index in range(period) if shapes[index] == shape]
             count = sum(-((index - self.num_layers) // period) for index in members)
-            found["layers" if alike else f"layers_{number}"] = Stack(members[0], count)
+            found["layers" if alike else f"layers_{number}"] = LayerStack(members[0], count)
         return found
 
     @functools.cached_property
