@@ -71,7 +71,7 @@ class Reached(BaseException):
 STOPS: list[tuple[str, tuple[str, ...], str]] = [
     (r"--multihost", ("hosts.joining.joined",), "the other processes are missing"),
     (r"^rehearse", ("rehearse.targets.open_target",), "compiles for minutes"),
-    (r"^train.*/(gpt2|gpt3|llama3)\.py", ("train.fit",), "sized for accelerators"),
+    (r"^train.*/(gpt2|gpt3|llama3)\.py", ("training.fit",), "sized for accelerators"),
     (r"init\.state=all", ("rundir.check_start",), "needs a long run, as test_branch.py has"),
     (r"^reproduce", ("papers.reproduce.reproduce",), "trains for minutes"),
     (r"^coordcheck", ("papers.coordcheck.check_coordinates",), "13 s; test_coordcheck.py runs it"),
@@ -87,6 +87,7 @@ OUTSIDE = {
     "tail -f": "does not end",
     "tensorboard ": "does not end",
     "pre-commit ": "needs a git hook; its hooks are the commands of .ci/run",
+    "NANOJAXGPT_TEST_PLATFORMS=": "needs a GPU",
     "mkdocs ": ".ci/run builds the site",
     "ruff ": ".ci/run calls it",
     "pyright": ".ci/run calls it",

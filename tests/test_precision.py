@@ -122,11 +122,13 @@ def test_gradients_of_bfloat16_weights_are_rounded_once_however_many_micro_batch
     """A rounding to bfloat16 errs by 0.16 % (root mean square)."""
     x_BF = np.random.default_rng(0).normal(size=(64, 4096)).astype(np.float32)
 
-    def loss(params, batch, hyper, rng):
-        return jnp.sum(batch @ params["w"].astype(jnp.float32))
+    def loss(params, frozen, batch, hyper, rng):
+        return jnp.sum(batch @ params["w"].astype(jnp.float32)), jnp.float32(len(batch)), {}
 
     params = {"w": jnp.zeros(4096, jnp.bfloat16)}
-    _, grads = accumulate(loss, params, jnp.asarray(x_BF), {}, jax.random.key(0), parts)
+    batch, key = jnp.asarray(x_BF), jax.random.key(0)
+    _, grads, weight, _ = accumulate(loss, params, {}, batch, {}, key, parts)
+    assert weight == 64
     expected = x_BF.astype(np.float64).sum(0)
     error = np.linalg.norm(np.float64(grads["w"]) - expected) / np.linalg.norm(expected)
     assert 0.0014 < error < 0.0018
