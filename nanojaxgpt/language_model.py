@@ -76,6 +76,8 @@ class LanguageModel:
         config's section `sample`. Raises ConfigError, DataError, MemoryExceeded.
         """
         ids = [self.encode(prompt) for prompt in prompts]
+        if not ids:
+            return
         if wrong := [token for token in end_ids if token >= self.tokenizer.vocab_size]:
             last = self.tokenizer.vocab_size - 1
             raise ConfigError(f"sample.end_ids contains {wrong[0]}, but the last id is {last}")

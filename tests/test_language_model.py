@@ -98,6 +98,7 @@ def test_generate_is_what_the_command_prints(model, run, capsys):
     joined = ["".join(parts) for parts in zip(*streamed, strict=True)]
     assert joined == model.generate(PROMPTS, **GREEDY)
     assert joined[0] == text
+    assert model.generate([]) == []
     seeded = [model.generate(PROMPTS, max_tokens=9, seed=seed) for seed in (1, 1, 2)]
     assert seeded[0] == seeded[1] != seeded[2]
 

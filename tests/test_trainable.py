@@ -89,7 +89,7 @@ def test_what_is_frozen_stays_and_has_no_state(cfg, tmp_path):
     ):
         moved = np.any(np.asarray(before) != np.asarray(after))
         assert moved == is_trainable(checkpoint.path_name(path), QUERIES), path
-    # A run that stopped in between goes on with the same bits.
+    # A run that was stopped in between resumes with the same bits.
     for folder in (tmp_path / "run" / "checkpoints").iterdir():
         if folder.name == "6":
             folder.rename(tmp_path / "gone")
