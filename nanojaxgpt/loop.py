@@ -1,6 +1,6 @@
 """The loop around the step: reads batches, saves, evaluates, stops after a signal."""
 
-from contextlib import nullcontext, suppress
+from contextlib import closing, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -55,20 +55,21 @@ class Loop:
             if missed and self.start not in self.recorder.losses:
                 self.validate(self.start, state)  # the run was stopped between saving and this
             ahead = cfg.data.prefetch_batches
-            batches = fetch_ahead(self.job.train_batch, self.start, last, ahead)
-            for step, batch in enumerate(self.watchdog.each(batches), self.start + 1):
-                grows = step > self.start + 1 and ramp.size(step - 1) > ramp.size(step - 2)
-                if grows:
+            with closing(fetch_ahead(self.job.train_batch, self.start, last, ahead)) as batches:
+                for step, batch in enumerate(self.watchdog.each(batches), self.start + 1):
+                    grows = step > self.start + 1 and ramp.size(step - 1) > ramp.size(step - 2)
+                    if grows:
+                        self.read()
+                    first = grows or step == self.start + 1
+                    with self.progress.compiling(STEP) if first else nullcontext():
+                        state, numbers = self.job.train_step(state, batch, hyper, frozen)
                     self.read()
-                first = grows or step == self.start + 1
-                with self.progress.compiling(STEP) if first else nullcontext():
-                    state, numbers = self.job.train_step(state, batch, hyper, frozen)
-                self.read()
-                if grows:
-                    self.progress.say(f"step {step}: batches of {ramp.size(step - 1)} from here on")
-                    self.recorder.reset_clock(step - 1)  # compiling doesn't count
-                self.unread = step, numbers
-                self.between(step, state)
+                    if grows:
+                        rows = ramp.size(step - 1)
+                        self.progress.say(f"step {step}: batches of {rows} from here on")
+                        self.recorder.reset_clock(step - 1)  # compiling doesn't count
+                    self.unread = step, numbers
+                    self.between(step, state)
             if last not in self.recorder.losses:
                 self.validate(last, state)
         except Exception:

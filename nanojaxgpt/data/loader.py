@@ -6,7 +6,7 @@ Text and generated tasks stand behind the same few functions.
 import inspect
 import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import Future
 from fractions import Fraction
 from pathlib import Path
@@ -34,6 +34,7 @@ from nanojaxgpt.names import unknown_name
 from nanojaxgpt.rundir import load_run, read_identity
 
 Fetched = TypeVar("Fetched")
+FETCH_SECONDS = 5.0  # that the end of a loop waits for a batch in the making
 LARGEST_SUM = 2**31  # of a mixture's weights as integers, see rows.interleave
 
 
@@ -260,11 +261,11 @@ def open_task(spec: str) -> tuple[str, Task]:
 
 def fetch_ahead(
     fetch: Callable[[int], Fetched], first: int, stop: int, ahead: int
-) -> Iterator[Fetched]:
+) -> Generator[Fetched, None, None]:
     """Yield fetch(step) for the steps [first, stop), made by a thread `ahead` of their use.
 
-    An exception of `fetch` is raised where its result would have come, and is the end. The thread
-    ends with the iterator, as soon as the fetch in progress returns.
+    An exception of `fetch` is raised where its result would have come, and is the end. Closing the
+    iterator waits for the fetch in progress, but at most FETCH_SECONDS.
     """
     fetched: SimpleQueue[Future[Fetched]] = SimpleQueue()
     room, closed = threading.Semaphore(ahead), threading.Event()
@@ -282,7 +283,8 @@ def fetch_ahead(
             fetched.put(future)
 
     # A daemon, so that a fetch that hangs does not keep a process that wants to end.
-    threading.Thread(target=work, name="fetch ahead", daemon=True).start()
+    thread = threading.Thread(target=work, name="fetch ahead", daemon=True)
+    thread.start()
     try:
         for _ in range(first, stop):
             batch = fetched.get().result()
@@ -291,3 +293,5 @@ def fetch_ahead(
     finally:
         closed.set()
         room.release()
+        # Where the interpreter ends while this thread is in jaxlib, the process aborts (SIGABRT).
+        thread.join(FETCH_SECONDS)

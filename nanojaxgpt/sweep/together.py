@@ -10,7 +10,7 @@ import functools
 import math
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, redirect_stdout
+from contextlib import ExitStack, closing, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -286,23 +286,23 @@ def train_together(jobs: list[Job], runs: list[Path], stop: StopRequest) -> list
         )
         step = stack.make_step()
         fetch = stacked_batches(jobs, starts, stack)
-        for number, batches in enumerate(
-            fetch_ahead(fetch, 0, rounds, first.cfg.data.prefetch_batches), 1
-        ):
-            states, numbers, going = step(states, batches, hypers, frozen, going)
-            read = {name: np.asarray(values).tolist() for name, values in numbers.items()}
-            stopping = bool(stop.signal)
-            for index, follower in enumerate(followers):
-                own = follower.start + number
-                if not follower.ended:
-                    follower.read(own, {name: v[index] for name, v in read.items()})
-                if not follower.ended:
-                    take = functools.partial(stack.take, (states, frozen), index)
-                    follower.between(own, take, stopping)
-            if stopping:
-                raise stop.stopped(
-                    "saved what was trained together; rerun the same command to resume"
-                )
-            if all(follower.ended for follower in followers):
-                break
+        ahead = first.cfg.data.prefetch_batches
+        with closing(fetch_ahead(fetch, 0, rounds, ahead)) as fetched:
+            for number, batches in enumerate(fetched, 1):
+                states, numbers, going = step(states, batches, hypers, frozen, going)
+                read = {name: np.asarray(values).tolist() for name, values in numbers.items()}
+                stopping = bool(stop.signal)
+                for index, follower in enumerate(followers):
+                    own = follower.start + number
+                    if not follower.ended:
+                        follower.read(own, {name: v[index] for name, v in read.items()})
+                    if not follower.ended:
+                        take = functools.partial(stack.take, (states, frozen), index)
+                        follower.between(own, take, stopping)
+                if stopping:
+                    raise stop.stopped(
+                        "saved what was trained together; rerun the same command to resume"
+                    )
+                if all(follower.ended for follower in followers):
+                    break
         return [follower.message for follower in followers]
