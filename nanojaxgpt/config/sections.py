@@ -105,6 +105,7 @@ class Model(Section):
     norm_bias: bool = field(True, "layernorm only")
     norm_eps: float = field(1e-5, "added to the variance", low=ABOVE_ZERO)
     norm_scale: bool = field(True, "norms multiply by a learned scale")
+    norm_offset: float = field(0.0, "added to that scale, as Gemma's 1; the scale starts at 1 - it")
     final_norm: bool = field(True, "normalize before the head")
     parallel_block: bool = field(False, "attention and MLP read the same input")
     parallel_norms: bool = field(False, "in a parallel block the MLP's input has its own norm")

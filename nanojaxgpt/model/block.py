@@ -90,7 +90,8 @@ class Weights(nn.Module):
             y -= jnp.mean(y, axis, keepdims=True)
         y *= jax.lax.rsqrt(jnp.mean(jnp.square(y), axis, keepdims=True) + cfg.norm_eps)
         if f"{name}_scale" in self.rows:
-            y *= self.weight(f"{name}_scale")
+            scale = self.weight(f"{name}_scale")
+            y *= scale.astype(jnp.float32) + cfg.norm_offset if cfg.norm_offset else scale
         return self.add_bias(y, f"{name}_bias").astype(cfg.compute_dtype)
 
 

@@ -75,7 +75,8 @@ class ParameterRows:
         """Add the scale of a norm, and its bias where norms have one."""
         cfg = self.cfg
         if cfg.norm_scale:
-            self.found.append(Parameter(f"{name}_scale", shape, (), axes, "norm", ones))
+            init = nn.initializers.constant(1 - cfg.norm_offset) if cfg.norm_offset else ones
+            self.found.append(Parameter(f"{name}_scale", shape, (), axes, "norm", init))
         if bias and cfg.norm_bias and cfg.norm == "layernorm":
             self.found.append(Parameter(f"{name}_bias", shape, (), axes, "norm", zeros))
 
