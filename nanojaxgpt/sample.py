@@ -218,9 +218,11 @@ def fill(
     return jax.tree.map(write, cache, filled)
 
 
-_empty_cache = jax.jit(empty_cache, static_argnums=(0, 1, 2))  # a buffer of its own for each array
-_decoding_params = jax.jit(decoding_params, static_argnames=("cfg", "rows"))
-_decode = jax.jit(decode, static_argnames=("model", "how", "width"), donate_argnames=("state",))
+empty_cache_jit = jax.jit(
+    empty_cache, static_argnums=(0, 1, 2)
+)  # a buffer of its own for each array
+decoding_params_jit = jax.jit(decoding_params, static_argnames=("cfg", "rows"))
+decode_jit = jax.jit(decode, static_argnames=("model", "how", "width"), donate_argnames=("state",))
 
 
 def padded_length(length: int, seq_len: int) -> int:
@@ -251,20 +253,20 @@ def stream(
     # Attention reads the whole cache, so it is no longer than these tokens need.
     slots = max(padded_length(longest, cfg.seq_len), -(-(longest + max_tokens) // 64) * 64)
     state = Decoding(
-        _empty_cache(cfg, rows, min(cfg.seq_len, slots)),
+        empty_cache_jit(cfg, rows, min(cfg.seq_len, slots)),
         jnp.array([context[-1] for context in contexts], jnp.int32),
         jnp.array([len(context) - 1 for context in contexts], jnp.int32),
         jnp.zeros(rows, bool),
         jnp.copy(row_keys(rng, rows)),  # the state is donated, the caller's keys are not
     )
-    params = _decoding_params(cfg, params, rows)  # once, not in every chunk
+    params = decoding_params_jit(cfg, params, rows)  # once, not in every chunk
     made, done_B, unread = 0, np.zeros(rows, bool), list(range(rows))
     while made < max_tokens and not done_B.all():
         state = fill_rows(model, params, state, contexts, unread)
         active = [row for row in range(rows) if not done_B[row]]
         left = min(cfg.seq_len + 1 - len(contexts[row]) for row in active)
         count = min(chunk if made else 1, max_tokens - made, left)
-        state, tokens_BC = _decode(model, params, state, count, how, chunk)
+        state, tokens_BC = decode_jit(model, params, state, count, how, chunk)
         tokens_BC = np.asarray(tokens_BC)[:, :count]
         yield tokens_BC
         made, done_B = made + count, np.asarray(state.done_B)

@@ -8,7 +8,7 @@ somebody else's may be lossy: see exactness.py.
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,7 +31,9 @@ class Tokenizer(Protocol):
     kind: str
     vocab_size: int
     end_id: int  # follows each document; -1: this tokenizer has no such token
+    start_id: int  # precedes each document; -1: none does
     spellings: tuple[str, ...]  # of tokens that are no text, or found before all others
+    control: Mapping[str, int]  # ids of the tokens that no text becomes, by their spelling
 
     def encode(self, text: str) -> np.ndarray:
         """Return the int32 ids of `text`, without an end token."""
@@ -60,6 +62,8 @@ class ByteTokenizer:
     vocab_size = 257
     end_id = 256
     spellings = ()
+    start_id = -1
+    control: Mapping[str, int] = {}
 
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
@@ -83,6 +87,8 @@ class CharTokenizer:
     kind = "chars"
     end_id = -1
     spellings = ()
+    start_id = -1
+    control: Mapping[str, int] = {}
 
     def __init__(self, characters: Iterable[str]) -> None:
         self.characters = "".join(sorted(set(characters)))
@@ -123,6 +129,8 @@ class WordTokenizer:
     kind = "words"
     end_id = -1
     spellings = ()
+    start_id = -1
+    control: Mapping[str, int] = {}
 
     def __init__(self, words: Iterable[str]) -> None:
         self.words = tuple(words)
@@ -170,6 +178,7 @@ class SentencePieceTokenizer:
     """
 
     kind = "sentencepiece"
+    start_id = -1
 
     def __init__(self, model: bytes, origin: str) -> None:
         try:
@@ -188,6 +197,7 @@ class SentencePieceTokenizer:
         self._exact = keeps_text and all(map(self._processor.is_byte, self._mark_ids))
         ids = range(self.vocab_size)
         pieces = list(map(self._processor.id_to_piece, ids))
+        self.control = {pieces[i]: i for i in ids if self._processor.is_control(i)}
         textless = zip(ids, pieces, strict=True)
         self.spellings = tuple(piece for i, piece in textless if not self._bytes_V[i])
         self._can_cut = all(SPACE_MARK not in piece.lstrip(SPACE_MARK) for piece in pieces) and all(
@@ -244,7 +254,7 @@ class JsonTokenizer:
     """
 
     def __init__(self, kind: str, files: dict[str, bytes], origin: str) -> None:
-        self.kind, self.files = kind, files
+        self.kind, self.files, self.start_id = kind, files, -1
         build = build_gpt2 if kind == "gpt2" else build_from_json
         try:
             self._tokenizer, settings = build(*files.values())
@@ -263,6 +273,7 @@ class JsonTokenizer:
         self.end_id = next((vocabulary[token] for token in END_TOKENS if token in vocabulary), -1)
         added = self._tokenizer.get_added_tokens_decoder()
         self.spellings = tuple(token.content for token in added.values())
+        self.control = {token.content: i for i, token in added.items() if token.special}
         self._special = {i for i, token in added.items() if token.special} | {self.end_id}
         self._bytes: list[bytes] = [b""] * self.vocab_size
         for piece, number in vocabulary.items():

@@ -1,0 +1,238 @@
+"""A model's own chat template: from messages to token ids.
+
+A template is a program of somebody else. It runs in Jinja's sandbox, for at most SECONDS, and is
+tried in a process of its own, with a limit on its memory, before it is used here.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from types import FrameType
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from nanojaxgpt.errors import DataError
+from nanojaxgpt.extras import require_package
+
+if TYPE_CHECKING:
+    from nanojaxgpt.data.tokenizers import Tokenizer
+
+SECONDS = 2.0
+LARGEST_TEMPLATE = 1 << 16  # characters; the longest of the families that are read has 12,000
+LARGEST_TEXT = 1 << 22  # characters of a conversation, or of what a template repeats
+MEMORY = 1 << 30  # bytes of the process in which a template is tried
+# Stands in a text after the first character of what spells a control token. It is private use, so
+# no text has it, and Jinja's filters leave it alone.
+BREAK = "\U0010fffd"
+
+Message = Mapping[str, Any]  # role, content, and what else the template reads
+TRIAL: tuple[Message, ...] = (
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "Hello."},
+    {"role": "user", "content": "Bye"},
+)
+
+
+class TemplateError(DataError):
+    """A chat template that can't be rendered, or not safely."""
+
+
+class ChatTemplate:
+    """The chat template of a model. Raises TemplateError where it can't be compiled."""
+
+    def __init__(self, source: str, tokenizer: "Tokenizer") -> None:
+        if len(source) > LARGEST_TEMPLATE:
+            raise TemplateError(f"the chat template has {len(source):,} characters, more than "
+                                f"{LARGEST_TEMPLATE:,}")  # fmt: skip
+        self.tokenizer = tokenizer
+        self.render_text = compile_template(source)
+
+    def encode(self, messages: Sequence[Message], answer: bool = True) -> list[int]:
+        """Return the ids of a conversation, with `answer` up to where the model's turn begins.
+
+        Control tokens come from the template alone: what spells one in a message is text. Raises
+        TemplateError.
+        """
+        control = self.tokenizer.control
+        ids: list[int] = []
+        for text, token in split_control(self.text(messages, answer), control):
+            plain = text.replace(BREAK, "")
+            ids += self.tokenizer.encode(plain).tolist() if plain else []
+            ids += [token] if token >= 0 else []
+        return ids
+
+    def text(self, messages: Sequence[Message], answer: bool = True) -> str:
+        """Return the conversation as the template writes it, with BREAK in spelled tokens."""
+        control = self.tokenizer.control
+        spelled = {number: text for text, number in control.items()}
+        names = dict(
+            messages=[break_control(message, control) for message in messages],
+            add_generation_prompt=answer,
+            bos_token=spelled.get(self.tokenizer.start_id, ""),
+            eos_token=spelled.get(self.tokenizer.end_id, ""),
+        )
+        return self.render_text(names)
+
+
+def open_template(source: str, tokenizer: "Tokenizer") -> ChatTemplate:
+    """Return a template after it was tried in another process. Raises TemplateError."""
+    template = ChatTemplate(source, tokenizer)
+    command = [sys.executable, "-I", "-c", TRY, json.dumps(sys.path)]
+    try:
+        tried = subprocess.run(
+            command, input=json.dumps(source), capture_output=True, text=True, timeout=10 * SECONDS
+        )
+    except subprocess.TimeoutExpired:
+        raise TemplateError(f"the chat template runs for more than {10 * SECONDS:.0f} s") from None
+    if tried.returncode:
+        said = tried.stderr.strip().split("\n")[-1][:300].removeprefix("refused: ")
+        raise TemplateError(f"the chat template can't be used: {said or 'its process was ended'}")
+    return template
+
+
+# The resources are limited after the imports.
+TRY = f"""
+import json, sys
+sys.path[:] = json.loads(sys.argv[1])
+from nanojaxgpt.interchange import templates
+import resource
+seconds = int(resource.getrusage(resource.RUSAGE_SELF).ru_utime) + {int(2 * SECONDS)}
+resource.setrlimit(resource.RLIMIT_AS, ({MEMORY}, {MEMORY}))
+resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+try:
+    render = templates.compile_template(json.load(sys.stdin))
+    render(dict(messages=list(templates.TRIAL), add_generation_prompt=True))
+except Exception as error:
+    sys.exit(f"refused: {{error}}")
+"""
+
+
+def compile_template(source: str) -> Callable[[dict[str, Any]], str]:
+    """Return render(variables) -> text, within the limits. Raises TemplateError, as it does."""
+    require_package("jinja2", "chat", "a chat template")
+    import jinja2
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Environment(ImmutableSandboxedEnvironment):
+        """The sandbox; products, powers and formats can't become large."""
+
+        intercepted_binops = frozenset(["*", "**", "%"])
+
+        def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+            """Refuse those that repeat or format text, or make large numbers."""
+            numbers = all(isinstance(v, int | float) and abs(v) < LARGEST_TEXT
+                          for v in (left, right))  # fmt: skip
+            if not numbers or (operator == "**" and abs(right) > 8):
+                raise TemplateError(f"it uses {operator} on other than small numbers")
+            return super().call_binop(context, operator, left, right)
+
+    environment = Environment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", generation()]
+    )
+    environment.filters = {k: v for k, v in environment.filters.items() if k not in REFUSED}
+    environment.filters["tojson"] = to_json
+    environment.globals = {"raise_exception": refuse, "strftime_now": now, "namespace":
+                           environment.globals["namespace"], "range": environment.globals["range"],
+                           "dict": dict}  # fmt: skip
+    try:
+        template = environment.from_string(source)
+    except jinja2.TemplateError as error:
+        raise TemplateError(f"the chat template can't be read: {error}") from error
+
+    def render(variables: dict[str, Any]) -> str:
+        try:
+            text = in_time(lambda: template.render(**variables))
+        except TemplateError:
+            raise
+        except MemoryError:
+            raise TemplateError("the chat template takes too much memory") from None
+        except Exception as error:
+            raise TemplateError(f"the chat template fails: {error}") from error
+        if len(text) > LARGEST_TEXT:
+            raise TemplateError(f"the chat template gives more than {LARGEST_TEXT:,} characters")
+        return text
+
+    return render
+
+
+# Filters that fill up to any width, or do what no chat template needs.
+REFUSED = ("center", "indent", "wordwrap", "format", "urlize", "xmlattr", "pprint", "random",
+           "filesizeformat", "batch", "slice")  # fmt: skip
+
+
+def generation() -> Any:
+    """Return the extension for {% generation %}, which marks the answers; here it adds nothing."""
+    from jinja2 import nodes
+    from jinja2.ext import Extension
+    from jinja2.parser import Parser
+
+    class Generation(Extension):
+        tags = {"generation"}  # noqa: RUF012
+
+        def parse(self, parser: Parser) -> list[nodes.Node]:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    return Generation
+
+
+def to_json(value: Any, indent: int | None = None, **how: Any) -> str:
+    """Return JSON as transformers' templates expect it: not escaped for HTML or ASCII."""
+    return json.dumps(value, ensure_ascii=False, indent=indent, **how)
+
+
+def refuse(message: str) -> NoReturn:
+    """Raise what a template says of the messages."""
+    raise TemplateError(f"the chat template refuses this conversation: {message}")
+
+
+def now(form: str) -> str:
+    """Return the date, as a template asks for it."""
+    return datetime.now().strftime(form)
+
+
+def in_time(work: Callable[[], str]) -> str:
+    """Return what `work` gives. Raises TemplateError where it takes longer than SECONDS."""
+    end = time.monotonic() + SECONDS
+
+    def watch(frame: FrameType, event: str, argument: Any) -> Any:
+        if time.monotonic() > end:
+            raise TemplateError(f"the chat template runs for more than {SECONDS:.0f} s")
+        return watch
+
+    before = sys.gettrace()
+    sys.settrace(watch)
+    try:
+        return work()
+    finally:
+        sys.settrace(before)
+
+
+def break_control(value: Any, control: Mapping[str, int]) -> Any:
+    """Return a message, or a part of one, with BREAK in all that spells a control token."""
+    if isinstance(value, Mapping):
+        return {name: break_control(part, control) for name, part in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [break_control(part, control) for part in value]
+    if not isinstance(value, str):
+        return value
+    text = value.replace(BREAK, "")
+    for token in control:
+        text = text.replace(token, token[:1] + BREAK + token[1:])
+    return text
+
+
+def split_control(text: str, control: Mapping[str, int]) -> list[tuple[str, int]]:
+    """Return (text, the control token after it) of the parts of a text; -1 after the last."""
+    longest = sorted(control, key=len, reverse=True)
+    if not longest:
+        return [(text, -1)]
+    pieces = re.split(f"({'|'.join(map(re.escape, longest))})", text)
+    pieces.append("")
+    return [
+        (before, control.get(token, -1))
+        for before, token in zip(pieces[::2], pieces[1::2], strict=True)
+    ]
