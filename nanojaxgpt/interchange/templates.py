@@ -130,10 +130,12 @@ def compile_template(source: str) -> Callable[[dict[str, Any]], str]:
             return super().call_binop(context, operator, left, right)
 
     environment = Environment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", generation()]
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=["jinja2.ext.loopcontrols", generation_tag()],
     )
     environment.filters = {k: v for k, v in environment.filters.items() if k not in REFUSED}
-    environment.filters["tojson"] = to_json
+    environment.filters["tojson"] = compact_json
     environment.globals = {"raise_exception": refuse, "strftime_now": now, "namespace":
                            environment.globals["namespace"], "range": environment.globals["range"],
                            "dict": dict}  # fmt: skip
@@ -163,7 +165,7 @@ REFUSED = ("center", "indent", "wordwrap", "format", "urlize", "xmlattr", "pprin
            "filesizeformat", "batch", "slice")  # fmt: skip
 
 
-def generation() -> Any:
+def generation_tag() -> Any:
     """Return the extension for {% generation %}, which marks the answers; here it adds nothing."""
     from jinja2 import nodes
     from jinja2.ext import Extension
@@ -179,7 +181,7 @@ def generation() -> Any:
     return Generation
 
 
-def to_json(value: Any, indent: int | None = None, **how: Any) -> str:
+def compact_json(value: Any, indent: int | None = None, **how: Any) -> str:
     """Return JSON as transformers' templates expect it: not escaped for HTML or ASCII."""
     return json.dumps(value, ensure_ascii=False, indent=indent, **how)
 
