@@ -5,10 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from ml_collections import ConfigDict
-
 from nanojaxgpt import config, rundir
 from nanojaxgpt.checks import range_problem, read_float, read_int, show
+from nanojaxgpt.config.sections import Config
 from nanojaxgpt.errors import Answered, ConfigError
 from nanojaxgpt.names import unknown_option
 
@@ -129,7 +128,7 @@ def parse(
 
 def open_experiment(
     command: str, about: str | None, arguments: list[str], options: dict[str, dict[str, Any]]
-) -> tuple[Any, ConfigDict]:
+) -> tuple[Any, Config]:
     """Return the parsed arguments of a command that takes --config or a RUN, and the config."""
     settings = {"default": "", "help": "the experiment: FILE.py or FILE.py:VARIANT"}
     parsed = parse(command, about, arguments, {"config": settings} | options)
@@ -139,9 +138,9 @@ def open_experiment(
             f"nanojaxgpt {command} --config={parsed.path}"
         )
     if parsed.config:
-        cfg = config.load_config(parsed.config, parsed.overrides)
+        cfg = config.typed(config.load_config(parsed.config, parsed.overrides))
     elif parsed.run:
-        cfg = config.override_config(rundir.load_run(Path(parsed.run)), parsed.overrides)
+        cfg = config.override_config(rundir.read_config(Path(parsed.run)), parsed.overrides)
     else:
         raise ConfigError(
             f"{command} needs --config=FILE.py, such as experiments/quickstart.py, or a RUN"
@@ -157,7 +156,7 @@ def is_experiment(path: str | None) -> bool:
 
 def open_run(
     command: str, about: str | None, arguments: list[str], options: dict[str, dict[str, Any]]
-) -> tuple[Any, ConfigDict]:
+) -> tuple[Any, Config]:
     """Return the parsed arguments of a command that reads a run, and the run's config."""
     step = {"default": "", "help": "step of a checkpoint, or best; default: the newest"}
     parsed = parse(command, about, arguments, options | {"step": step})
@@ -174,7 +173,7 @@ def open_run(
             in_range(parsed.step, read_int, 1, MAX_INT)
         except argparse.ArgumentTypeError as error:
             raise ConfigError(f"--step: {error}; give the step of a checkpoint, or best") from None
-    return parsed, config.override_config(rundir.load_run(Path(parsed.run)), parsed.overrides)
+    return parsed, config.override_config(rundir.read_config(Path(parsed.run)), parsed.overrides)
 
 
 def chosen_step(run: Path, text: str) -> int:

@@ -16,6 +16,7 @@ import numpy as np
 from nanojaxgpt import checkpoint, config, rundir
 from nanojaxgpt.errors import CheckpointError, ConfigError
 from nanojaxgpt.hosts.team import ALONE, Team
+from nanojaxgpt.model.config import complete
 from nanojaxgpt.recorder import Job
 from nanojaxgpt.step import make_init, open_state
 
@@ -54,7 +55,7 @@ def check_branch(job: Job, other: Path) -> bool:
 
     Raises ConfigError or DataError if a job can't start from a state of the other run.
     """
-    there = rundir.load_run(other)
+    there = rundir.read_config(other)
     changes = [c for c in config.differences(there, job.cfg) if SAME.fullmatch(c[0])]
     if changes:
         lines = [f"  {name}: {old!r} there, {new!r} here" for name, old, new in changes]
@@ -65,7 +66,7 @@ def check_branch(job: Job, other: Path) -> bool:
         )
 
     def first_state(key: jax.Array) -> dict[str, Any]:
-        state, frozen = make_init(there)(key)
+        state, frozen = make_init(complete(there))(key)
         return state.items(frozen)
 
     old = checkpoint.leaf_kinds(jax.eval_shape(first_state, jax.random.key(0)))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nanojaxgpt import config, metrics, rundir
+from nanojaxgpt.config.sections import Config
 from nanojaxgpt.data.loader import prepare_data, resolve
 from nanojaxgpt.errors import CheckpointError
 from nanojaxgpt.extras import plots_advice
@@ -42,7 +43,7 @@ def report_end(run: Path, report: Callable[[str], None]) -> None:
         report(line)
 
 
-def is_finished(cfg: config.AnyConfig, run: Path, report: Callable[[str], None]) -> bool:
+def is_finished(cfg: Config, run: Path, report: Callable[[str], None]) -> bool:
     """Return whether the run of this very config is at its last step, untouched since it ended.
 
     Where anything is in doubt it is not: then its checkpoint is read and checked as on resuming.
@@ -56,7 +57,7 @@ def is_finished(cfg: config.AnyConfig, run: Path, report: Callable[[str], None])
         if not saved or saved[-1] != cfg.train.num_steps or not is_as_recorded(run):
             return False
         data = prepare_data(cfg, report, run)
-        changes = config.differences(rundir.load_run(run), resolve(config.typed(cfg), data))
+        changes = config.differences(rundir.read_config(run), resolve(cfg, data))
         if not all(config.free_on_resume(name) for name, _, _ in changes):
             return False
         rundir.check_identity(run, data.identity, report)

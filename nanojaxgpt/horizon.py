@@ -3,15 +3,15 @@
 No jax here: whether a run can be resumed with another length is known before a backend starts.
 """
 
-from nanojaxgpt.config import AnyConfig
+from nanojaxgpt.config.sections import Config
 
 
-def decay_begin(cfg: AnyConfig) -> int:
+def decay_begin(cfg: Config) -> int:
     """Return the number of steps before the decay of the schedule wsd, a whole number."""
     return round(cfg.train.num_steps * (1 - cfg.optim.decay_fraction))
 
 
-def warmup_warning(cfg: AnyConfig) -> str:
+def warmup_warning(cfg: Config) -> str:
     """Return what to tell of a warm-up that does not end within the run; "" where it does."""
     warmup, steps = cfg.optim.warmup_steps, cfg.train.num_steps
     if warmup < steps:
@@ -30,7 +30,7 @@ LENGTH = {
 }
 
 
-def length_problem(old: AnyConfig, new: AnyConfig, fields: set[str], step: int) -> str:
+def length_problem(old: Config, new: Config, fields: set[str], step: int) -> str:
     """Return why a run that is at `step` can't be resumed with other `fields`; "" where it can.
 
     It can where each update so far had the learning rate that the new config gives.

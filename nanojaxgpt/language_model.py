@@ -10,14 +10,14 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from nanojaxgpt import checkpoint, config, memory, rundir, sharding
+from nanojaxgpt.config.sections import Config
 from nanojaxgpt.console import warn
 from nanojaxgpt.data.loader import RunData, load_run_tokenizer, open_source, prepare_data
 from nanojaxgpt.data.tokenizers import Tokenizer
 from nanojaxgpt.errors import ConfigError, DataError
-from nanojaxgpt.model.config import ModelConfig
+from nanojaxgpt.model.config import JobConfig, ModelConfig, complete
 from nanojaxgpt.model.transformer import Transformer
 from nanojaxgpt.sample import Sampling, padded_length, stream
 from nanojaxgpt.text_stream import TextStream, encode_prompt
@@ -51,7 +51,7 @@ class LanguageModel:
     params: Any
     tokenizer: Tokenizer
     mesh: Mesh
-    experiment: ConfigDict
+    experiment: JobConfig
     run: Path
     step: int
     chat_template: str = ""
@@ -194,12 +194,12 @@ def load(
     device. Raises ConfigError, DataError, CheckpointError, MemoryExceeded.
     """
     run = Path(model)
-    return open_model(run, rundir.load_run(run), mesh, step, report)
+    return open_model(run, rundir.read_config(run), mesh, step, report)
 
 
 def open_model(
     run: Path,
-    cfg: ConfigDict,
+    cfg: Config,
     mesh: Mesh | Mapping[str, int] | None = None,
     step: int = 0,
     report: Callable[[str], None] = warn,
@@ -209,11 +209,11 @@ def open_model(
     if not isinstance(mesh, Mesh):
         devices = jax.devices() if mesh else jax.devices()[:1]
         mesh = sharding.make_mesh(mesh or {}, devices)
-    model_cfg = ModelConfig(**cfg.model)
+    job_cfg = complete(cfg)
     with memory.explained("loading the model", mesh, lambda: LOWER), jax.set_mesh(mesh):
-        memory.check_model("the model", cfg, mesh, 0, LOWER)
-        step, params = checkpoint.load_params(run, model_cfg, mesh, step, report)
-    return LanguageModel(model_cfg, params, tokenizer, mesh, cfg, run, step)
+        memory.check_model("the model", job_cfg.model, mesh, 0, LOWER)
+        step, params = checkpoint.load_params(run, job_cfg.model, mesh, step, report)
+    return LanguageModel(job_cfg.model, params, tokenizer, mesh, job_cfg, run, step)
 
 
 def evaluate(
@@ -246,8 +246,7 @@ def model_data(model: LanguageModel, source: str, report: Callable[[str], None])
     """Return the data of a model's run, or another source read with the model's tokenizer."""
     cfg = model.experiment
     if source:
-        section = config.sections.Data(**cfg.data)
-        return open_source(source, model.tokenizer, section, config.cache_dir(cfg), report)
+        return open_source(source, model.tokenizer, cfg.data, config.cache_dir(cfg), report)
     data = prepare_data(cfg, report, model.run)
     rundir.check_identity(model.run, data.identity)
     return data

@@ -13,7 +13,6 @@ from nanojaxgpt.errors import CheckpointError, NonFiniteError
 from nanojaxgpt.hosts.process import StopRequest
 from nanojaxgpt.hosts.team import ALONE, Team
 from nanojaxgpt.hosts.watchdog import Watchdog
-from nanojaxgpt.model.config import ModelConfig
 from nanojaxgpt.recorder import Job, Recorder, due
 from nanojaxgpt.step import TrainState, make_hyper
 from nanojaxgpt.trainable import merge_params
@@ -37,7 +36,7 @@ class Loop:
         if team.first:
             self.progress = console.Progress(job.cfg.train.num_steps, start)
         self.recorder = Recorder(job, run, start, self.progress.say, team)
-        model_cfg, seq_len = ModelConfig(**job.cfg.model), job.cfg.model.seq_len
+        model_cfg, seq_len = job.cfg.model, job.cfg.model.seq_len
         peak = flops.peak_flops(job.mesh.devices.flat[0].device_kind) * job.mesh.size
         self.mfu_per_token = flops.train_flops(model_cfg, seq_len) / seq_len / peak if peak else 0
         self.unread: tuple[int, dict[str, jax.Array]] | None = None

@@ -18,13 +18,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from nanojaxgpt import checkpoint, sharding
-from nanojaxgpt.config import check_config
+from nanojaxgpt.config import with_fields
+from nanojaxgpt.config.sections import Config
 from nanojaxgpt.data.rows import Batch
 from nanojaxgpt.errors import ConfigError, MemoryExceeded
-from nanojaxgpt.model.config import ModelConfig
+from nanojaxgpt.model.config import JobConfig, ModelConfig
 from nanojaxgpt.step import make_step
 
 EXHAUSTED = re.compile(r"RESOURCE_EXHAUSTED|out of memory|bad_alloc", re.I)
@@ -72,7 +72,7 @@ def shard_bytes(tree: Any) -> int:
     )
 
 
-def abstract_batch(cfg: ConfigDict, mesh: Mesh, batch_size: int = 0) -> Batch:
+def abstract_batch(cfg: Config, mesh: Mesh, batch_size: int = 0) -> Batch:
     """Return the abstract batch of a step, with the shardings of the loader.
 
     A `batch_size` of 0 means that of training.
@@ -88,9 +88,7 @@ def abstract_batch(cfg: ConfigDict, mesh: Mesh, batch_size: int = 0) -> Batch:
     return whole._replace(segments_BT=rows(jnp.int32), positions_BT=rows(jnp.int32))
 
 
-def state_memory(
-    cfg: ConfigDict, state: Any, frozen: Any, batch: Batch, available: float
-) -> Memory:
+def state_memory(cfg: Config, state: Any, frozen: Any, batch: Batch, available: float) -> Memory:
     """Return the bytes on one device that follow from shapes and shardings.
 
     Temporaries are 0. The optimizer's bytes include a float32 master copy. All gradients exist at
@@ -110,19 +108,19 @@ def as_float32(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=leaf.sharding)
 
 
-def device_tokens(cfg: ConfigDict) -> float:
+def device_tokens(cfg: Config) -> float:
     """Return the tokens of one micro-batch on one device; all mesh axes must have a size."""
     mesh, train = cfg.mesh, cfg.train
     shards = mesh.slice * mesh.data * mesh.fsdp * mesh.sequence
     return train.batch_size * cfg.model.seq_len / train.accumulation_steps / shards
 
 
-def kept_activations(cfg: ConfigDict, policy: str) -> float:
+def kept_activations(cfg: JobConfig, policy: str) -> float:
     """Return the fewest bytes of activations that a device keeps for the backward pass."""
     mesh, model = cfg.mesh, cfg.model
     width = model.embed_dim
     if policy != "full":
-        width += (2 * model.embed_dim + (model.mlp_dim or 4 * model.embed_dim)) / mesh.tensor
+        width += (2 * model.embed_dim + model.mlp_dim) / mesh.tensor
     item = 2 if model.compute_dtype == "bfloat16" else 4
     return model.num_layers * device_tokens(cfg) * width * item
 
@@ -214,7 +212,7 @@ def owner(mesh: Mesh) -> str:
     return "this machine" if count == 1 else f"this machine, divided by {count} CPU devices,"
 
 
-def check_state(cfg: ConfigDict, mesh: Mesh, state: Any, frozen: Any, copies: int = 1) -> None:
+def check_state(cfg: JobConfig, mesh: Mesh, state: Any, frozen: Any, copies: int = 1) -> None:
     """Raise MemoryExceeded where a device can't hold the state of a step and its batch.
 
     `state` and `frozen` are abstract: the TrainState and the parameters that don't train. There
@@ -231,13 +229,13 @@ def check_state(cfg: ConfigDict, mesh: Mesh, state: Any, frozen: Any, copies: in
     check(f"a training step{many}", parts, mesh, lambda: suggestions(cfg, mesh, whole=False))
 
 
-def check_model(what: str, cfg: ConfigDict, mesh: Mesh, cache: int, lower: str) -> None:
+def check_model(what: str, cfg: ModelConfig, mesh: Mesh, cache: int, lower: str) -> None:
     """Raise MemoryExceeded where a device can't hold the parameters and `cache` bytes of keys."""
-    params = shard_bytes(checkpoint.abstract_params(ModelConfig(**cfg.model), mesh))
+    params = shard_bytes(checkpoint.abstract_params(cfg, mesh))
     check(what, {"parameters": params, "cache": cache}, mesh, lambda: lower)
 
 
-def check_evaluation(cfg: ConfigDict, mesh: Mesh, held: Mapping[str, Any]) -> None:
+def check_evaluation(cfg: Config, mesh: Mesh, held: Mapping[str, Any]) -> None:
     """Raise MemoryExceeded where a device or this host can't hold an evaluation's batch.
 
     The device also holds the abstract trees `held`, which the message calls by their names.
@@ -301,28 +299,22 @@ def explained(what: str, mesh: Mesh, lower: Callable[[], str]) -> Iterator[None]
         ) from error
 
 
-def training_explained(cfg: ConfigDict, mesh: Mesh) -> AbstractContextManager[None]:
+def training_explained(cfg: JobConfig, mesh: Mesh) -> AbstractContextManager[None]:
     """Return the context that explains where training runs out of memory."""
     return explained("training", mesh, functools.partial(suggestions, cfg, mesh))
 
 
-def suggestions(cfg: ConfigDict, mesh: Mesh, whole: bool = True) -> str:
+def suggestions(cfg: JobConfig, mesh: Mesh, whole: bool = True) -> str:
     """Return the sentence that names the changes of one field which lower a step's memory most.
 
     Savings are exact for state and batch; those of the `whole` step estimate activations too.
     """
-    cfg = cfg.copy_and_resolve_references().unlock()
-    cfg.mesh.update(dict(mesh.shape))
+    cfg = with_fields(cfg, {f"mesh.{axis}": size for axis, size in mesh.shape.items()})
     devices = list(mesh.devices.flat)
     now, found = step_bytes(cfg, devices, whole), []
     for change in smaller_configs(cfg):
-        trial = cfg.copy_and_resolve_references()
-        for name, value in change.items():
-            section, field = name.split(".")
-            trial[section][field] = value
         try:
-            check_config(trial)
-            saved = now - step_bytes(trial, devices, whole)
+            saved = now - step_bytes(with_fields(cfg, change), devices, whole)
         except ConfigError:
             continue  # something is no longer divisible
         if saved > 0:
@@ -335,12 +327,12 @@ def suggestions(cfg: ConfigDict, mesh: Mesh, whole: bool = True) -> str:
     return "To use less memory, set " + ", ".join(text for *_, text in best)
 
 
-def step_bytes(cfg: ConfigDict, devices: list[Any], whole: bool) -> float:
+def step_bytes(cfg: JobConfig, devices: list[Any], whole: bool) -> float:
     """Return the bytes of state and batch on each device; roughly of all a step, if `whole`.
 
     Raises ConfigError.
     """
-    mesh = sharding.make_mesh(cfg.mesh, devices)
+    mesh = sharding.make_mesh(cfg.mesh.given(), devices)
     with jax.set_mesh(mesh):
         step = make_step(cfg, mesh)
     batch = abstract_batch(cfg, mesh)
@@ -351,7 +343,7 @@ def step_bytes(cfg: ConfigDict, devices: list[Any], whole: bool) -> float:
     return exact + kept_activations(cfg, cfg.model.remat) + 4 * logits
 
 
-def smaller_configs(cfg: ConfigDict) -> Iterator[dict[str, Any]]:
+def smaller_configs(cfg: Config) -> Iterator[dict[str, Any]]:
     """Yield changes that need less memory; some may be invalid."""
     model, train, mesh = cfg.model, cfg.train, cfg.mesh
     if mesh.data > 1:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nanojaxgpt import config, rundir
+from nanojaxgpt.config.sections import Config
 from nanojaxgpt.errors import CheckpointError, ConfigError
 from nanojaxgpt.trackers import close_all, open_trackers
 
@@ -67,7 +68,7 @@ class MetricsWriter:
         self,
         run: Path,
         start_step: int,
-        cfg: config.AnyConfig,
+        cfg: Config,
         report: Callable[[str], None] = print,
     ) -> None:
         self.run, self.identity = Path(run), rundir.identify(Path(run))

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from nanojaxgpt import checkpoint, metrics
+from nanojaxgpt.config.sections import Config
 from nanojaxgpt.data.loader import RunData
 from nanojaxgpt.data.rows import Batch, Ramp, make_ramp
 from nanojaxgpt.hosts.team import ALONE, Team
+from nanojaxgpt.model.config import JobConfig
 from nanojaxgpt.optim import is_average
 from nanojaxgpt.step import TrainState
 
@@ -30,7 +31,7 @@ class Job(NamedTuple):
     it ends the training.
     """
 
-    cfg: ConfigDict
+    cfg: JobConfig
     mesh: Mesh
     data: RunData
     shardings: TrainState
@@ -134,7 +135,7 @@ class Recorder:
         return True
 
 
-def train_ramp(cfg: ConfigDict) -> Ramp:
+def train_ramp(cfg: Config) -> Ramp:
     """Return the sizes of the training batches."""
     return make_ramp(cfg.train.batch_size, cfg.train.ramp_batch_size, cfg.train.ramp_steps)
 

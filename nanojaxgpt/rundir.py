@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 from nanojaxgpt import config, console, horizon
 from nanojaxgpt.checks import show
+from nanojaxgpt.config.sections import Config
 from nanojaxgpt.errors import CheckpointError, ConfigError, DataError, UserError, why
 from nanojaxgpt.regular import read_regular
 
@@ -25,6 +26,11 @@ STEP = re.compile("0|[1-9][0-9]{0,9}")  # the name of a checkpoint's folder
 
 
 def load_run(run: Path) -> ConfigDict:
+    """Return `read_config` of a run as experiments take it, to change it. Raises ConfigError."""
+    return config.editable(read_config(run))
+
+
+def read_config(run: Path) -> Config:
     """Return the resolved config of an existing run. Raises ConfigError."""
     path = Path(run) / "config.json"
     try:
@@ -61,7 +67,7 @@ def check_file(name: str, path: Path) -> None:
         raise ConfigError(f"{name}={show(str(path))}: {error.strerror}") from error
 
 
-def check_start(cfg: config.AnyConfig, run: Path) -> None:
+def check_start(cfg: Config, run: Path) -> None:
     """Raise ConfigError where init.from_run is not a run directory, unless `run` just resumes."""
     if any((Path(run) / "checkpoints").glob("[0-9]*")):
         return
@@ -72,7 +78,7 @@ def check_start(cfg: config.AnyConfig, run: Path) -> None:
         )
     if cfg.init.from_run:
         try:
-            load_run(Path(cfg.init.from_run))
+            read_config(Path(cfg.init.from_run))
         except ConfigError as error:
             raise ConfigError(f"init.from_run: {error}") from None
 
@@ -86,9 +92,7 @@ def saved_steps(folder: Path) -> list[int]:
     return sorted(int(p.name) for p in paths if STEP.fullmatch(p.name) and p.is_dir())
 
 
-def enter_run(
-    run: Path, cfg: config.AnyConfig, step: int | None = None
-) -> list[tuple[str, Any, Any]]:
+def enter_run(run: Path, cfg: Config, step: int | None = None) -> list[tuple[str, Any, Any]]:
     """Write `cfg` as the run's config, or check that it matches the run that is there.
 
     Returns the differences that are allowed: fields that are `config.free_on_resume` and, for a
@@ -97,7 +101,7 @@ def enter_run(
     """
     changes = []
     if (Path(run) / "config.json").exists():
-        old = load_run(run)
+        old = read_config(run)
         changes = config.differences(old, cfg)
         held = {name for name, *_ in changes if not config.free_on_resume(name)}
         problem = "its length can't change here"
@@ -177,7 +181,7 @@ def code_hash() -> str:
 
 
 def write_identity(
-    run: Path, cfg: config.AnyConfig, data: dict, devices: list[str], report: Callable[[str], None]
+    run: Path, cfg: Config, data: dict, devices: list[str], report: Callable[[str], None]
 ) -> None:
     """Write `identity.json` (hashes, versions, devices); report what changed since the last time.
 

@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from ml_collections import ConfigDict
 
 from nanojaxgpt import checkpoint, optim, sharding
 from nanojaxgpt.checks import parse_multiplier
+from nanojaxgpt.config.sections import Config, Optim
 from nanojaxgpt.horizon import decay_begin
-from nanojaxgpt.model.config import MULTIPLIERS, ModelConfig, Multipliers
+from nanojaxgpt.model.config import MULTIPLIERS, JobConfig, ModelConfig, Multipliers
 from nanojaxgpt.model.parameters import parameters
 from nanojaxgpt.model.transformer import Transformer, init_params
 from nanojaxgpt.objectives import Loss, Metric, language
@@ -41,52 +41,51 @@ class TrainState(NamedTuple):
         return {"params": whole, "opt_state": self.opt_state, "recent": self.recent}
 
 
-def open_state(cfg: ConfigDict, step: jax.Array, items: dict[str, Any]) -> tuple[TrainState, Any]:
+def open_state(cfg: Config, step: jax.Array, items: dict[str, Any]) -> tuple[TrainState, Any]:
     """Return the state and the frozen parameters from the items of a checkpoint."""
     params, frozen = split_params(items["params"], cfg.optim.trainable)
     return TrainState(step, params, items["opt_state"], items["recent"]), frozen
 
 
-def make_hyper(cfg: ConfigDict) -> dict[str, Any]:
+def make_hyper(cfg: Config) -> dict[str, Any]:
     """Return the numbers that the step takes as arguments: other values don't recompile it.
 
     All are scalars, except `rate_multipliers`, a tuple of factors; their patterns are compiled.
     """
-    numbers = {k: v for k, v in cfg.optim.items() if isinstance(v, int | float)}
+    numbers = {k: v for k, v in cfg.optim.given().items() if isinstance(v, int | float)}
     numbers |= {"num_steps": cfg.train.num_steps, "z_loss": cfg.train.z_loss}
     numbers["decay_begin"] = decay_begin(cfg)
-    numbers |= {name: cfg.model[name] for name in MULTIPLIERS}
+    numbers |= {name: getattr(cfg.model, name) for name in MULTIPLIERS}
     hyper: dict[str, Any] = {name: np.float32(value) for name, value in numbers.items()}
     entries = optim.rate_multipliers(cfg.optim.rate_multipliers, cfg.optim.optimizer, 1, {})
     hyper["rate_multipliers"] = tuple(np.float32(factor) for _, factor in entries)
     return hyper | {"seed": np.uint32(cfg.train.seed)}
 
 
-def traced_multipliers(cfg: ConfigDict) -> Multipliers:
+def traced_multipliers(cfg: Config) -> Multipliers:
     """Return the model's multipliers as numbers that a jitted function takes as arguments."""
-    return Multipliers(*(np.float32(cfg.model[name]) for name in MULTIPLIERS))
+    return Multipliers(*(np.float32(getattr(cfg.model, name)) for name in MULTIPLIERS))
 
 
-def make_init(cfg: ConfigDict) -> Callable[..., tuple[TrainState, Any]]:
+def make_init(cfg: JobConfig) -> Callable[..., tuple[TrainState, Any]]:
     """Return init(rng, scale) -> (the state at step 0, the frozen parameters).
 
     `scale` (default: init.scale) multiplies the matrices, and may be traced.
     """
-    model_cfg = ModelConfig(**cfg.model)
-    matrices = frozenset(path for path, row in parameters(model_cfg).items() if row.is_matrix)
+    matrices = frozenset(path for path, row in parameters(cfg.model).items() if row.is_matrix)
 
     def init(rng: jax.Array, scale: jax.Array | float = cfg.init.scale) -> tuple[TrainState, Any]:
-        params = optim.scale_paths(init_params(model_cfg, rng), [(matrices, scale)])
+        params = optim.scale_paths(init_params(cfg.model, rng), [(matrices, scale)])
         return first_state(cfg, params)
 
     return init
 
 
-def first_state(cfg: ConfigDict, params: Any) -> tuple[TrainState, Any]:
+def first_state(cfg: JobConfig, params: Any) -> tuple[TrainState, Any]:
     """Return the state at step 0 of these parameters, and the frozen ones among them."""
     params, frozen = split_params(params, cfg.optim.trainable)
     name, ema = cfg.optim.optimizer, cfg.optim.ema_decay > 0
-    table = parameters(ModelConfig(**cfg.model))
+    table = parameters(cfg.model)
     optimizer = optim.make_optimizer(name, table, make_hyper(cfg), 0.0, "", ema=ema)
     opt_state = optim.init_state(optimizer, params)
     return TrainState(jnp.int32(0), params, opt_state, optim.init_recent()), frozen
@@ -94,7 +93,7 @@ def first_state(cfg: ConfigDict, params: Any) -> tuple[TrainState, Any]:
 
 def make_train_step(
     loss_fn: Loss,
-    optim_cfg: ConfigDict,
+    optim_cfg: Optim,
     model_cfg: ModelConfig,
     accumulation_steps: int = 1,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
@@ -197,7 +196,7 @@ class Step(NamedTuple):
     train_step: Callable
 
 
-def make_step(cfg: ConfigDict, mesh: Mesh, loss_fn: Loss | None = None) -> Step:
+def make_step(cfg: JobConfig, mesh: Mesh, loss_fn: Loss | None = None) -> Step:
     """Return the step on a mesh, whose devices may be absent. Raises ConfigError."""
     shape = cfg.train
     sharding.check_batch(
@@ -206,7 +205,7 @@ def make_step(cfg: ConfigDict, mesh: Mesh, loss_fn: Loss | None = None) -> Step:
     if shape.ramp_batch_size:  # if the first batch can be divided, so can its doublings
         first = shape.ramp_batch_size, shape.accumulation_steps
         sharding.check_batch("train.ramp_batch_size", *first, cfg.model.seq_len, mesh)
-    model = Transformer(ModelConfig(**cfg.model))
+    model = Transformer(cfg.model)
     table = parameters(model.cfg)
     check_trainable(cfg.optim.trainable, table)
     # The key is created while tracing, too: on an absent device none can be.

@@ -11,10 +11,11 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from nanojaxgpt import checkpoint, finish, memory, rundir, sharding
 from nanojaxgpt.branch import branch_state
+from nanojaxgpt.config import AnyConfig, typed
+from nanojaxgpt.config.sections import Config
 from nanojaxgpt.data.loader import RunData, fetch_ahead, prepare_data, resolve
 from nanojaxgpt.data.rows import (
     Batch,
@@ -31,7 +32,7 @@ from nanojaxgpt.hosts.joining import preflight
 from nanojaxgpt.hosts.process import StopRequest, stop_signals
 from nanojaxgpt.hosts.team import ALONE, Team
 from nanojaxgpt.loop import Loop
-from nanojaxgpt.model.config import ModelConfig, Multipliers
+from nanojaxgpt.model.config import JobConfig, Multipliers
 from nanojaxgpt.model.parameters import count_params, parameters
 from nanojaxgpt.model.transformer import Transformer
 from nanojaxgpt.objectives import Loss
@@ -44,7 +45,7 @@ from nanojaxgpt.trainable import merge_params, split_lines
 
 
 def prepare_together(
-    cfg: ConfigDict, report: Callable[[str], None], team: Team, run: Path | None = None
+    cfg: Config, report: Callable[[str], None], team: Team, run: Path | None = None
 ) -> RunData:
     """Return the data, prepared by process 0 before the others open it, or make their own copy.
 
@@ -56,7 +57,7 @@ def prepare_together(
     return data
 
 
-def make_job(cfg: ConfigDict, data: RunData, mesh: Mesh, loss_fn: Loss | None = None) -> Job:
+def make_job(cfg: JobConfig, data: RunData, mesh: Mesh, loss_fn: Loss | None = None) -> Job:
     """Return everything the loop needs; allocates nothing.
 
     Raises ConfigError, DataError, and MemoryExceeded where the state alone does not fit.
@@ -68,11 +69,11 @@ def make_job(cfg: ConfigDict, data: RunData, mesh: Mesh, loss_fn: Loss | None = 
     step = step._replace(train_step=train_step)
     params = merge_params(step.abstract.params, step.frozen)
     held = {"parameters": params, "optimizer state": step.abstract.opt_state}
-    job_eval = make_evaluation(cfg, data, mesh, Transformer(ModelConfig(**cfg.model)), held)
+    job_eval = make_evaluation(cfg, data, mesh, Transformer(cfg.model), held)
     return share_job(Job(cfg, mesh, data, *step, train_batch, job_eval), cfg)
 
 
-def share_job(job: Job, cfg: ConfigDict) -> Job:
+def share_job(job: Job, cfg: JobConfig) -> Job:
     """Return the job of another config with the programs of `job`, so that nothing recompiles.
 
     The configs must agree in all that is compiled: see `sweep.plan.program_key`.
@@ -85,7 +86,7 @@ def share_job(job: Job, cfg: ConfigDict) -> Job:
     )
 
 
-def make_train_batch(cfg: ConfigDict, data: RunData, mesh: Mesh) -> Callable[[int], Batch]:
+def make_train_batch(cfg: Config, data: RunData, mesh: Mesh) -> Callable[[int], Batch]:
     """Return batch(step) -> the global batch of a 0-based training step."""
     seq_len, ramp = cfg.model.seq_len, train_ramp(cfg)
     rows = make_train_rows(data.train(seq_len), ramp.full, cfg.train.seed)
@@ -100,7 +101,7 @@ def make_batches(rows: ReadRows, ramp: Ramp, seq_len: int, mesh: Mesh) -> Callab
 
 
 def make_evaluation(
-    cfg: ConfigDict,
+    cfg: AnyConfig,
     data: RunData,
     mesh: Mesh,
     model: Transformer,
@@ -112,6 +113,7 @@ def make_evaluation(
     multipliers of another config. Raises MemoryExceeded where a batch does not fit beside the
     abstract trees that a device holds: `held`, by name.
     """
+    cfg = typed(cfg)  # a paper's measure may have changed the ConfigDict of its run
     size, seq_len = cfg.eval.batch_size or cfg.train.batch_size, cfg.model.seq_len
     sharding.check_batch("eval.batch_size", size, 1, seq_len, mesh)
     count, rows = make_eval_batches(data.validation(seq_len), size)
@@ -156,9 +158,9 @@ def start_state(
     if job.cfg.init.state == "all":
         return branch_state(job, report, team)
     if job.cfg.init.from_run:
-        other, model_cfg = Path(job.cfg.init.from_run), ModelConfig(**job.cfg.model)
+        other = Path(job.cfg.init.from_run)
         step, params = checkpoint.load_params(
-            other, model_cfg, job.mesh, job.cfg.init.step, report, team
+            other, job.cfg.model, job.mesh, job.cfg.init.step, report, team
         )
         report(f"starting from the parameters of {other}, step {step}")
         first = functools.partial(first_state, job.cfg)
@@ -168,7 +170,7 @@ def start_state(
 
 
 def fit(
-    cfg: ConfigDict,
+    cfg: AnyConfig,
     run: Path,
     loss_fn: Loss | None = None,
     report: Callable[[str], None] = print,
@@ -179,7 +181,7 @@ def fit(
     Of several processes, a `team`, the first alone decides, writes and reports. Raises a
     UserError for what the user can mend, Stopped after a signal (the state is saved).
     """
-    run = Path(run)
+    cfg, run = typed(cfg), Path(run)
     if not team.first:
         report = report_nothing
     with stop_signals() as stop, own_run(run) if team.first else nullcontext():
@@ -196,7 +198,7 @@ def report_nothing(text: str) -> None:
 
 
 def open_job(
-    cfg: ConfigDict,
+    cfg: Config,
     loss_fn: Loss | None = None,
     report: Callable[[str], None] = print,
     team: Team = ALONE,
@@ -209,7 +211,7 @@ def open_job(
     if team.first:
         check_installed(cfg.train.trackers)
     data = prepare_together(cfg, report, team, run)
-    return make_job(resolve(cfg, data), data, sharding.make_mesh(cfg.mesh), loss_fn)
+    return make_job(resolve(cfg, data), data, sharding.make_mesh(cfg.mesh.given()), loss_fn)
 
 
 def begin_run(job: Job, run: Path, report: Callable[[str], None]) -> None:
@@ -227,11 +229,10 @@ def write_run(job: Job, run: Path, report: Callable[[str], None]) -> None:
     job.data.tokenizer.save(run / "tokenizer")
     devices = [device.device_kind for device in job.mesh.devices.flat]
     write_identity(run, job.cfg, job.data.identity, devices, report)
-    model_cfg = ModelConfig(**job.cfg.model)
-    num_params = count_params(model_cfg)
+    num_params = count_params(job.cfg.model)
     report(f"{run}: {num_params:,} parameters, {job.data.size}, {len(devices)} x {devices[0]}")
     if job.cfg.optim.trainable:
-        table = parameters(model_cfg)
+        table = parameters(job.cfg.model)
         for line in split_lines(job.abstract.params, job.abstract.opt_state, table):
             report(line)
     if warning := warmup_warning(job.cfg):

@@ -4,7 +4,6 @@ from pathlib import Path
 
 from nanojaxgpt import config
 from nanojaxgpt.arguments import Command, integer, open_experiment
-from nanojaxgpt.config.sections import Data
 from nanojaxgpt.console import warn
 from nanojaxgpt.data.loader import check_data
 
@@ -15,7 +14,7 @@ def prepare(arguments: list[str]) -> None:
     A preparation that was stopped is resumed; one that is complete is opened and checked.
     """
     parsed, cfg = open_experiment("prepare", prepare.__doc__, arguments, {})
-    check_data(Data(**cfg.data))
+    check_data(cfg.data)
     from nanojaxgpt.data import store
     from nanojaxgpt.data.loader import inherited_tokenizer
 
@@ -27,7 +26,7 @@ def prepare(arguments: list[str]) -> None:
 
     run = Path(parsed.run) if parsed.run else None
     inherited = inherited_tokenizer(cfg, warn, run)
-    corpus = store.prepare(Data(**cfg.data), config.cache_dir(cfg), report, inherited)
+    corpus = store.prepare(cfg.data, config.cache_dir(cfg), report, inherited)
     print_table(store.describe_corpus(corpus))
     if not said:
         warn("everything was prepared already")
@@ -49,7 +48,7 @@ def inspect(arguments: list[str]) -> None:
         "split": {"default": "train", "choices": ("train", "validation"), "help": "default: train"},
     }
     parsed, cfg = open_experiment("inspect", inspect.__doc__, arguments, options)
-    check_data(Data(**cfg.data))
+    check_data(cfg.data)
     from nanojaxgpt.data.loader import prepare_data
     from nanojaxgpt.data.rows import make_ramp
     from nanojaxgpt.data.show import show_step

@@ -24,7 +24,7 @@ def evaluate(arguments: list[str]) -> None:
 
     run = Path(parsed.run)
     try:
-        mesh = sharding.make_mesh(cfg.mesh)
+        mesh = sharding.make_mesh(cfg.mesh.given())
     except ConfigError:  # the run's mesh does not fit this machine: one device does
         mesh = None
     model = language_model.open_model(run, cfg, mesh, chosen_step(run, parsed.step), warn)

@@ -4,7 +4,6 @@ from pathlib import Path
 
 from nanojaxgpt import rundir
 from nanojaxgpt.arguments import Command, integer, integers, open_experiment, parse
-from nanojaxgpt.config.sections import Data
 from nanojaxgpt.console import warn
 from nanojaxgpt.data.loader import check_data
 from nanojaxgpt.errors import ConfigError
@@ -26,7 +25,7 @@ def coordcheck(arguments: list[str]) -> None:
     parsed, cfg = open_experiment("coordcheck", coordcheck.__doc__, arguments, options)
     folder = Path(parsed.run or "runs/coordcheck")
     rundir.check_folder("--run", folder)
-    check_data(Data(**cfg.data))
+    check_data(cfg.data)
     from nanojaxgpt.papers.coordcheck import check_coordinates, save_coordinates, table
 
     result = check_coordinates(cfg, parsed.widths, parsed.steps, warn)

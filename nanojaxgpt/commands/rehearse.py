@@ -31,17 +31,21 @@ def rehearse(arguments: list[str]) -> None:
         rundir.check_file("--json", Path(parsed.json))
     topology = parse_topology(parsed.topology, parsed.slices)
     from nanojaxgpt.data.loader import prepare_data, resolve
+    from nanojaxgpt.model.config import complete
     from nanojaxgpt.rehearse import report, search, step, targets
 
     target = targets.open_target(topology)
-    if not cfg.model.vocab_size:
-        cfg = resolve(cfg, prepare_data(cfg, warn, Path(parsed.run) if parsed.run else None))
+    if cfg.model.vocab_size:
+        job_cfg = complete(cfg)
+    else:
+        data = prepare_data(cfg, warn, Path(parsed.run) if parsed.run else None)
+        job_cfg = resolve(cfg, data)
     name = parsed.config or parsed.run
     if parsed.mesh == "auto":
-        found = search.search(cfg, target, warn)
+        found = search.search(job_cfg, target, warn)
         lines = report.search_lines(name, target, found)
     else:
-        found = [step.rehearse_step(cfg, target)]
+        found = [step.rehearse_step(job_cfg, target)]
         lines = report.lines(name, target, found[0])
     print("\n".join(lines))
     if parsed.json:

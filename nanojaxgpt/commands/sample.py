@@ -22,21 +22,22 @@ HELP = {
 
 def sample(arguments: list[str]) -> None:
     """Generate text from a prompt with a checkpoint of a run, and print it as it is drawn."""
-    defaults = config.base_config().sample
+    defaults = config.sections.Sample()
     options: dict[str, dict[str, Any]] = {
         name: {"default": None, "help": HELP.get(name, f"overrides the config's sample.{name}")}
-        for name in defaults
+        for name in defaults.rules()
     }
     options["stop"]["action"] = "append"
     parsed, cfg = open_run("sample", sample.__doc__, arguments, options)
     if parsed.stop is not None:
         parsed.stop = repr(tuple(filter(None, parsed.stop)))
-    given = {f"sample.{name}": getattr(parsed, name) for name in defaults}
+    given = {f"sample.{name}": getattr(parsed, name) for name in defaults.rules()}
     cfg = config.override_config(cfg, {k: v for k, v in given.items() if v is not None})
     run, how = Path(parsed.run), cfg.sample
     from nanojaxgpt import language_model
 
-    mesh = dict(cfg.mesh) if any(name.startswith("mesh.") for name in parsed.overrides) else None
+    given = any(name.startswith("mesh.") for name in parsed.overrides)
+    mesh = cfg.mesh.given() if given else None
     model = language_model.open_model(run, cfg, mesh, chosen_step(run, parsed.step), warn)
     prompt = read_prompt(model.tokenizer, how.prompt, defaults.prompt)
     if len(prompt) > cfg.model.seq_len:
@@ -45,10 +46,10 @@ def sample(arguments: list[str]) -> None:
             "its context"
         )
     shown = model.tokenizer.decode(prompt)
-    choice: Any = how.to_dict()
+    choice = how.given()
     del choice["prompt"], choice["num_samples"]
     texts = print_texts(model.stream([prompt] * how.num_samples, **choice), shown)
-    settings = how.to_dict()
+    settings = how.given()
     save_samples(
         run, [{"prompt": how.prompt, "text": shown + one, "sampling": settings} for one in texts]
     )

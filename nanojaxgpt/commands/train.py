@@ -4,7 +4,6 @@ from pathlib import Path
 
 from nanojaxgpt import rundir
 from nanojaxgpt.arguments import Command, integer, number, open_experiment
-from nanojaxgpt.config.sections import Data
 from nanojaxgpt.console import explain
 from nanojaxgpt.data.loader import check_data
 from nanojaxgpt.errors import ConfigError
@@ -53,7 +52,7 @@ def train(arguments: list[str]) -> None:
         if finish.is_finished(cfg, run, print):
             finish.report_end(run, print)
             return
-    check_data(Data(**cfg.data))
+    check_data(cfg.data)
     from nanojaxgpt.hosts.joining import joined
     from nanojaxgpt.training import fit
 

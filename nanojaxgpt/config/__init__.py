@@ -16,7 +16,6 @@ import re
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
@@ -38,12 +37,18 @@ from nanojaxgpt.errors import ConfigError, Stopped, UserError
 from nanojaxgpt.names import unknown_name
 
 AnyConfig = ConfigDict | Config  # what reads a config's fields takes either
-Either = TypeVar("Either", ConfigDict, Config)
+Either = TypeVar("Either", bound=AnyConfig)
+Typed = TypeVar("Typed", bound=Config)
 
 
 def base_config() -> ConfigDict:
     """Return every field with its default, locked: what an experiment starts from."""
-    return ConfigDict(asdict(sections.Config())).lock()
+    return editable(Config())
+
+
+def editable(cfg: Config) -> ConfigDict:
+    """Return the config as experiments take it: locked, so that no field can be added."""
+    return ConfigDict(to_dict(cfg)).lock()
 
 
 def fields(cfg: AnyConfig) -> Iterator[tuple[str, Any]]:
@@ -54,13 +59,15 @@ def fields(cfg: AnyConfig) -> Iterator[tuple[str, Any]]:
 
 
 def to_dict(cfg: AnyConfig) -> dict[str, dict[str, Any]]:
-    """Return {section: {field: value}}."""
-    return asdict(cfg) if isinstance(cfg, Config) else cfg.to_dict()
+    """Return {section: {field: value}}, the values as they were given."""
+    if isinstance(cfg, ConfigDict):
+        return cfg.to_dict()
+    return {name: getattr(cfg, name).given() for name in sections.kinds()}
 
 
 def typed(cfg: AnyConfig) -> Config:
     """Return the config as frozen dataclasses, which are hashable. Raises as `check_config`."""
-    return cfg if isinstance(cfg, Config) else build(dict(fields(cfg)))
+    return cfg if isinstance(cfg, Config) else build(dict(fields(cfg)), Config)
 
 
 def with_fields(cfg: Either, changes: Mapping[str, Any]) -> Either:
@@ -73,7 +80,7 @@ def with_fields(cfg: Either, changes: Mapping[str, Any]) -> Either:
         if name not in values:
             raise ConfigError(unknown_name("config field", name, list(values)))
     if isinstance(cfg, Config):
-        return build({**values, **changes})
+        return build({**values, **changes}, type(cfg))
     cfg = cfg.copy_and_resolve_references()
     for name, value in changes.items():
         set_field(cfg, name, value)
@@ -81,8 +88,11 @@ def with_fields(cfg: Either, changes: Mapping[str, Any]) -> Either:
     return cfg.lock()
 
 
-def build(values: Mapping[str, Any]) -> Config:
-    """Return the config of {"section.field": value}, checked. Raises as `check_config`."""
+def build(values: Mapping[str, Any], kind: type[Typed]) -> Typed:
+    """Return the config, of the class `kind`, of {"section.field": value}, checked.
+
+    Raises as `check_config`.
+    """
     rules = sections.rules()
     problems = [p for name in values for p in field_problems(name, values[name], rules[name])]
     if problems:
@@ -92,9 +102,7 @@ def build(values: Mapping[str, Any]) -> Config:
         section, field = name.split(".")
         number = float(value) if rules[name].item is float else value  # an integer is one too
         parts.setdefault(section, {})[field] = number
-    kinds = sections.kinds()
-    built: dict[str, Any] = {name: kinds[name](**part) for name, part in parts.items()}
-    cfg = sections.Config(**built)
+    cfg = assemble(parts, Config)
     model = cfg.model
     problems = partner_problems(cfg)
     if model.positions == "rotary":
@@ -102,7 +110,13 @@ def build(values: Mapping[str, Any]) -> Config:
         problems += rotary_problems(model.rotary, model.rotary_base, head_dim)
     if problems:
         raise ConfigError("\n".join(problems))
-    return cfg
+    return assemble(parts, kind)
+
+
+def assemble(parts: Mapping[str, Mapping[str, Any]], kind: type[Typed]) -> Typed:
+    """Return the config of {section: {field: value}}, not checked."""
+    built: Any = {name: one(**parts[name]) for name, one in sections.kinds(kind).items()}
+    return kind(**built)
 
 
 def load_config(experiment: str, overrides: dict[str, str] | None = None) -> ConfigDict:
@@ -214,17 +228,14 @@ def conform(given: dict[str, Any]) -> ConfigDict:
     return cfg.lock()
 
 
-def override_config(cfg: ConfigDict, overrides: dict[str, str]) -> ConfigDict:
+def override_config(cfg: Either, overrides: Mapping[str, str]) -> Either:
     """Return a copy of `cfg` with dotted fields set from text, then checked."""
-    cfg = cfg.copy_and_resolve_references()
-    known = dict(fields(cfg))
+    known, changes = dict(fields(cfg)), {}
     for name, text in overrides.items():
         if name not in known:
             raise ConfigError(unknown_name("config field", name, list(known)))
-        section, field = name.split(".")
-        cfg[section][field] = parse_value(name, text, known[name])
-    check_config(cfg)
-    return cfg.lock()
+        changes[name] = parse_value(name, text, known[name])
+    return with_fields(cfg, changes)
 
 
 def set_field(cfg: ConfigDict, name: str, value: Any) -> None:
@@ -272,24 +283,22 @@ def to_json(cfg: AnyConfig) -> str:
     return json.dumps(to_dict(cfg), indent=2, sort_keys=True) + "\n"
 
 
-def from_json(text: str, origin: str = "config.json") -> ConfigDict:
+def from_json(text: str, origin: str = "config.json") -> Config:
     """Return the checked config in `text`. Raises ConfigError, naming `origin`."""
-    cfg = base_config()
-    known = [name for name, _ in fields(cfg)]
+    found = dict(fields(Config()))
+    known = list(found)
     try:
         for section, values in json.loads(text).items():
             for name, value in values.items():
                 if f"{section}.{name}" not in known:
                     field = unknown_name("config field", f"{section}.{name}", known)
                     raise ConfigError(f"{field}; the file was written by another version")
-                value = tuple(value) if isinstance(value, list) else value
-                set_field(cfg, f"{section}.{name}", value)
-        check_config(cfg)
+                found[f"{section}.{name}"] = tuple(value) if isinstance(value, list) else value
+        return build(found, Config)
     except (ValueError, AttributeError, RecursionError) as error:
         raise ConfigError(f"{origin} is not a config: {error}") from error
     except ConfigError as error:
         raise ConfigError(f"{origin}: {error}") from error
-    return cfg.lock()
 
 
 def config_hash(cfg: AnyConfig) -> str:
@@ -302,7 +311,7 @@ def config_hash(cfg: AnyConfig) -> str:
 
 def hash_fields(values: Mapping[str, Any]) -> str:
     """Return the `config_hash` of {"section.field": value}, where fields may be missing."""
-    defaults = dict(fields(sections.Config()))
+    defaults = dict(fields(Config()))
     changed = {name: value for name, value in values.items() if value != defaults[name]}
     text = json.dumps(changed, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

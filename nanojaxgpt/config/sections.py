@@ -76,6 +76,10 @@ class Section:
         declared = dataclasses.fields(cls)  # pyright: ignore[reportArgumentType]
         return {f.name: f.metadata["rule"] for f in declared if "rule" in f.metadata}
 
+    def given(self) -> dict[str, Any]:
+        """Return {field: value}, each value as it was given."""
+        return {name: getattr(self, name) for name in self.rules()}
+
 
 # fmt: off
 @dataclass(frozen=True)
@@ -295,7 +299,7 @@ class Sample(Section, resume=True, host_only=True):
 # fmt: on
 @dataclass(frozen=True)
 class Config:
-    """All sections: what a job takes. `config.typed` makes it of a ConfigDict."""
+    """All sections. `config.typed` makes it of a ConfigDict; model.config has that of a job."""
 
     model: Model = Model()
     data: Data = Data()
@@ -308,9 +312,9 @@ class Config:
     sample: Sample = Sample()
 
 
-def kinds() -> dict[str, type[Section]]:
+def kinds(config: type[Config] = Config) -> dict[str, type[Section]]:
     """Return the class of each section by its name."""
-    return get_type_hints(Config)
+    return get_type_hints(config)
 
 
 def rules() -> dict[str, Rule]:

@@ -14,7 +14,7 @@ from queue import SimpleQueue
 from typing import Any, NamedTuple, TypeVar
 
 from nanojaxgpt.checks import kind_of, read_float, read_int, show
-from nanojaxgpt.config import AnyConfig, Either, cache_dir, sections, typed, with_fields
+from nanojaxgpt.config import AnyConfig, build, cache_dir, fields, sections, typed
 from nanojaxgpt.data.packing import cover_rows, packed_rows, wrap_rows
 from nanojaxgpt.data.rows import Rows, WeightedRows, join_tables
 from nanojaxgpt.data.sources import check_sources, source_identity
@@ -30,8 +30,9 @@ from nanojaxgpt.data.store import (
 from nanojaxgpt.data.tasks import TASKS, Task, task_rows
 from nanojaxgpt.data.tokenizers import Tokenizer, WordTokenizer, load_tokenizer
 from nanojaxgpt.errors import ConfigError, DataError
+from nanojaxgpt.model.config import JobConfig
 from nanojaxgpt.names import unknown_name
-from nanojaxgpt.rundir import load_run, read_identity
+from nanojaxgpt.rundir import read_config, read_identity
 
 Fetched = TypeVar("Fetched")
 FETCH_SECONDS = 5.0  # that the end of a loop waits for a batch in the making
@@ -56,12 +57,13 @@ def prepare_data(
     `run` is the run directory that it is for, where there is one. Raises as `open_data` and
     `inherited_tokenizer` do.
     """
+    cfg = typed(cfg)
     inherited = inherited_tokenizer(cfg, report, run)
-    return open_data(typed(cfg).data, cache_dir(cfg), report, inherited)
+    return open_data(cfg.data, cache_dir(cfg), report, inherited)
 
 
 def inherited_tokenizer(
-    cfg: AnyConfig, report: Callable[[str], object], run: Path | None = None
+    cfg: sections.Config, report: Callable[[str], object], run: Path | None = None
 ) -> Tokenizer | None:
     """Return the tokenizer of the parameters that a config starts from; None from scratch.
 
@@ -81,7 +83,7 @@ def load_run_tokenizer(run: Path, report: Callable[[str], object]) -> Tokenizer:
     `report` is told where the run's identity.json can't confirm it. Raises ConfigError where `run`
     is not a run directory, DataError where its tokenizer is missing, damaged or another one.
     """
-    cfg, folder = load_run(run), run / "tokenizer"
+    cfg, folder = read_config(run), run / "tokenizer"
     tokenizer = load_tokenizer(folder)
     restore = "restore the tokenizer that the run was trained with"
     if identity := read_identity(run, "the tokenizer", report):
@@ -141,8 +143,8 @@ def check_data(data: sections.Data) -> None:
     check_sources(data)
 
 
-def resolve(cfg: Either, data: RunData) -> Either:
-    """Return the config with the tokenizer and its vocabulary. Raises ConfigError.
+def resolve(cfg: AnyConfig, data: RunData) -> JobConfig:
+    """Return the config with the tokenizer, its vocabulary and the model. Raises ConfigError.
 
     data.tokenizer stays "" where the tokenizer of init.from_run is inherited, unless that is bytes.
     """
@@ -151,8 +153,8 @@ def resolve(cfg: Either, data: RunData) -> Either:
         tokenizer = tokenizer or "bytes"
     if 0 < cfg.model.vocab_size < size:
         raise ConfigError(f"model.vocab_size={cfg.model.vocab_size}, but the tokenizer has {size}")
-    vocab_size = cfg.model.vocab_size or size
-    return with_fields(cfg, {"data.tokenizer": tokenizer, "model.vocab_size": vocab_size})
+    found = {"data.tokenizer": tokenizer, "model.vocab_size": cfg.model.vocab_size or size}
+    return build({**dict(fields(cfg)), **found}, JobConfig)
 
 
 def open_source(

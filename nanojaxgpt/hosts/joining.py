@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from nanojaxgpt import config, rundir
+from nanojaxgpt.config.sections import Config
 from nanojaxgpt.errors import ConfigError, Stopped, UserError
 from nanojaxgpt.hosts.lifeline import GRACE_SECONDS, Lifeline, connect
 from nanojaxgpt.hosts.team import Members, Team
@@ -104,7 +105,7 @@ def end(line: Lifeline, error: BaseException, explain: Callable[[BaseException],
     os._exit(code)  # jax would wait for the others at the interpreter's end
 
 
-def facts(cfg: config.AnyConfig) -> dict[str, Any]:
+def facts(cfg: Config) -> dict[str, Any]:
     """Return what must be the same on all hosts."""
     import jax
 
@@ -118,7 +119,7 @@ def facts(cfg: config.AnyConfig) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def preflight(team: Team, cfg: config.AnyConfig, run: Path) -> None:
+def preflight(team: Team, cfg: Config, run: Path) -> None:
     """Compare all hosts with process 0 before the first step.
 
     Config, code, versions, devices, the one run directory, its free space. Raises ConfigError

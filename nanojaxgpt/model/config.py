@@ -8,8 +8,9 @@ import functools
 import math
 from typing import Any, NamedTuple
 
+from nanojaxgpt import config
 from nanojaxgpt.config.rotary import Rotary, parse_rotary
-from nanojaxgpt.config.sections import Model
+from nanojaxgpt.config.sections import Config, Model
 
 GATED = ("swiglu", "geglu")
 
@@ -44,22 +45,33 @@ MULTIPLIERS = ("embed_multiplier", "attention_multiplier", "logit_multiplier")
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig(Model):
-    """The section `model` of a config, complete: `ModelConfig(**cfg.model)`.
+    """The section `model` of a config, complete.
 
-    Sizes given as 0 (num_kv_heads, head_dim, mlp_dim) are filled in. Raises ValueError where the
-    vocabulary has no size yet.
+    Fields given as 0 (num_kv_heads, head_dim, mlp_dim, attention_scale) are filled in. Raises
+    ValueError where the vocabulary has no size yet.
     """
+
+    filled: tuple[str, ...] = dataclasses.field(default=(), init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.vocab_size < 1:
             raise ValueError("model.vocab_size is 0: it comes from the tokenizer")
         head_dim = self.head_dim or self.embed_dim // self.num_heads
-        object.__setattr__(self, "head_dim", head_dim)
-        object.__setattr__(self, "num_kv_heads", self.num_kv_heads or self.num_heads)
-        object.__setattr__(self, "mlp_dim", self.mlp_dim or 4 * self.embed_dim)
-        power = 1 if self.mup_base_dim else 0.5
-        scale = self.attention_scale or head_dim**-power
-        object.__setattr__(self, "attention_scale", scale)
+        sizes = {
+            "head_dim": head_dim,
+            "num_kv_heads": self.num_heads,
+            "mlp_dim": 4 * self.embed_dim,
+            "attention_scale": head_dim ** -(1 if self.mup_base_dim else 0.5),
+        }
+        filled = tuple(name for name in sizes if not getattr(self, name))
+        object.__setattr__(self, "filled", filled)
+        for name in filled:
+            object.__setattr__(self, name, sizes[name])
+
+    def given(self) -> dict[str, Any]:
+        """Return {field: value} as in the config: 0 for what was filled in."""
+        rules = self.rules()
+        return super().given() | {name: rules[name].default for name in self.filled}
 
     @property
     def width(self) -> float:
@@ -115,3 +127,15 @@ class ModelConfig(Model):
     def layer(self, index: int) -> LayerConfig:
         """Return the layer of this index, from 0."""
         return self.layers[index % len(self.layers)]
+
+
+@dataclasses.dataclass(frozen=True)
+class JobConfig(Config):
+    """A config whose model is complete: what a job takes. `data.loader.resolve` makes it."""
+
+    model: ModelConfig = dataclasses.field()  # no default: the vocabulary must be known
+
+
+def complete(cfg: config.AnyConfig) -> JobConfig:
+    """Return a config whose vocabulary has a size, as that of a run, for a job."""
+    return cfg if isinstance(cfg, JobConfig) else config.build(dict(config.fields(cfg)), JobConfig)

@@ -12,10 +12,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 
 from nanojaxgpt import memory, sharding
-from nanojaxgpt.config import check_config
+from nanojaxgpt.config import AnyConfig, typed, with_fields
+from nanojaxgpt.config.sections import Config
 from nanojaxgpt.console import warn
 from nanojaxgpt.data.loader import prepare_data, resolve
 from nanojaxgpt.data.rows import Batch
@@ -30,9 +30,8 @@ from nanojaxgpt.training import make_job
 PARAMETRIZATIONS = ("mup", "standard")
 
 
-def widened(cfg: ConfigDict, width: int, base: int) -> ConfigDict:
+def widened(cfg: Config, width: int, base: int) -> Config:
     """Return the config at this width, heads of the same size; `base` 0: not by muP."""
-    cfg = cfg.copy_and_resolve_references().unlock()
     model = cfg.model
     head_dim = model.head_dim or model.embed_dim // model.num_heads
     if width % head_dim:
@@ -43,11 +42,12 @@ def widened(cfg: ConfigDict, width: int, base: int) -> ConfigDict:
         raise ConfigError(
             f"the {heads} heads of width {width} are not divisible by the group size, {groups}"
         )
-    model.mlp_dim = model.mlp_dim * width // model.embed_dim
-    model.embed_dim, model.num_heads, model.head_dim = width, heads, head_dim
-    model.num_kv_heads, model.mup_base_dim = heads // groups, base
-    check_config(cfg)
-    return cfg.lock()
+    sizes = {
+        "embed_dim": width, "num_heads": heads, "head_dim": head_dim,
+        "num_kv_heads": heads // groups, "mlp_dim": model.mlp_dim * width // model.embed_dim,
+        "mup_base_dim": base,
+    }  # fmt: skip
+    return with_fields(cfg, {f"model.{name}": size for name, size in sizes.items()})
 
 
 def make_sizes(model_cfg: ModelConfig) -> Callable[[Any, Batch], dict[str, jax.Array]]:
@@ -72,16 +72,16 @@ def make_sizes(model_cfg: ModelConfig) -> Callable[[Any, Batch], dict[str, jax.A
 
 
 def measure_sizes(
-    cfg: ConfigDict, num_steps: int, report: Callable[[str], None]
+    cfg: Config, num_steps: int, report: Callable[[str], None]
 ) -> list[dict[str, float]]:
     """Return the sizes before and after each of `num_steps` steps, on the first batch."""
     data = prepare_data(cfg, report)
-    cfg = resolve(cfg, data)
+    job_cfg = resolve(cfg, data)
     mesh = sharding.make_mesh({}, jax.devices()[:1])
-    job, found = make_job(cfg, data, mesh), []
-    sizes = make_sizes(ModelConfig(**cfg.model))
+    job, found = make_job(job_cfg, data, mesh), []
+    sizes = make_sizes(job_cfg.model)
     hyper = make_hyper(cfg)
-    with memory.training_explained(cfg, mesh), jax.set_mesh(mesh):
+    with memory.training_explained(job_cfg, mesh), jax.set_mesh(mesh):
         first = job.train_batch(0)
         state, frozen = job.init(jax.random.key(cfg.train.seed))
         for step in range(num_steps + 1):
@@ -98,7 +98,7 @@ def slope(widths: Sequence[int], sizes: Sequence[float]) -> float:
 
 
 def check_coordinates(
-    cfg: ConfigDict, widths: Sequence[int], num_steps: int, report: Callable[[str], None] = print
+    cfg: AnyConfig, widths: Sequence[int], num_steps: int, report: Callable[[str], None] = print
 ) -> dict[str, Any]:
     """Return {"widths", "sizes", "slopes"}; sizes[parametrization][layer][step][width].
 
@@ -113,7 +113,7 @@ def check_coordinates(
         runs = []
         for width in widths:
             report(f"{name}, width {width}")
-            wide = widened(cfg, width, base if name == "mup" else 0)
+            wide = widened(typed(cfg), width, base if name == "mup" else 0)
             runs.append(measure_sizes(wide, num_steps, lambda _: None))
         sizes = {
             layer: [[run[step][layer] for run in runs] for step in range(num_steps + 1)]

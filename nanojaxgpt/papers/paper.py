@@ -26,7 +26,8 @@ PASS, FAIL, NOT_RUN = "PASS", "FAIL", "NOT-RUN"
 class Run:
     """A finished run of one arm and seed; `records` are those of its metrics.jsonl.
 
-    One that ended at a loss that is not finite is `diverged`.
+    `cfg` is a copy, which a measure may change. A run that ended at a loss that is not finite is
+    `diverged`.
     """
 
     path: Path
@@ -69,7 +70,7 @@ class Arm:
         for point in self.points():
             parts = [self.name, *([show_point(point)] if point else []), str(seed)]
             name = re.sub(r"[^\w=.+-]+", "-", "-".join(parts))
-            cfg = set_point(self.config, point | {SEED: seed})
+            cfg = set_point(config.typed(self.config), point | {SEED: seed})
             trials.append(Trial(name, point | {SEED: seed}, cfg))
         return trials
 

@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from nanojaxgpt import checkpoint, extras, metrics, rundir, sharding
+from nanojaxgpt import checkpoint, config, extras, metrics, rundir, sharding
 from nanojaxgpt.data.loader import prepare_data, resolve
 from nanojaxgpt.data.rows import Batch, Rows
 from nanojaxgpt.errors import DataError, NonFiniteError
-from nanojaxgpt.model.config import ModelConfig
+from nanojaxgpt.model.config import complete
 from nanojaxgpt.papers.paper import FAIL, NOT_RUN, PASS, Arm, Claim, Paper, Plot, Run, Runs, verdict
 from nanojaxgpt.recorder import Job
 from nanojaxgpt.sweep.claims import read_outcome, run_path
@@ -148,7 +148,7 @@ def find_runs(arm: Arm, seed: int, folder: Path) -> Runs:
             cfg, records = rundir.load_run(path), metrics.read_metrics(path)
             found.append(Run(path, cfg, records, diverged(path)))
         else:
-            found.append(Run(path, trial.cfg, [], diverged=True))
+            found.append(Run(path, config.editable(trial.cfg), [], diverged=True))
     return found if arm.space else found[0]
 
 
@@ -181,9 +181,9 @@ def load_job(run: Run, step: int = 0) -> tuple[Job, Any]:
     For measures that ask for more than the records hold. Raises DataError, CheckpointError.
     """
     mesh = sharding.make_mesh({}, jax.devices()[:1])
-    job = make_job(run.cfg, prepare_data(run.cfg, lambda _: None), mesh)
+    job = make_job(complete(run.cfg), prepare_data(run.cfg, lambda _: None), mesh)
     with jax.set_mesh(mesh):
-        params = checkpoint.load_params(run.path, ModelConfig(**run.cfg.model), mesh, step)[1]
+        params = checkpoint.load_params(run.path, job.cfg.model, mesh, step)[1]
     return job, params
 
 

@@ -4,9 +4,9 @@ import collections
 from typing import Any, NamedTuple
 
 import numpy as np
-from ml_collections import ConfigDict
 
 from nanojaxgpt.chips import Chip
+from nanojaxgpt.config.sections import Config
 from nanojaxgpt.memory import Memory, device_tokens
 from nanojaxgpt.rehearse.collectives import Collective, ring_bytes
 
@@ -112,7 +112,7 @@ def traffic(
 
 
 def roofline(
-    cfg: ConfigDict,
+    cfg: Config,
     memory: Memory,
     model_flops: float,
     extra_flops: float,
@@ -135,7 +135,7 @@ def roofline(
     return Roofline(compute, moved / chip.memory_speed, seconds_sent, mfu)
 
 
-def advice(cfg: ConfigDict, memory: Memory) -> str:
+def advice(cfg: Config, memory: Memory) -> str:
     """Return what to change first where a step does not fit, by what takes most."""
     state = memory.parameters + memory.optimizer + memory.gradients
     mesh, train, model = cfg.mesh, cfg.train, cfg.model

@@ -3,6 +3,7 @@
 from typing import Any
 
 from nanojaxgpt.chips import GIB
+from nanojaxgpt.config import to_dict
 from nanojaxgpt.rehearse.estimate import advice
 from nanojaxgpt.rehearse.step import Rehearsal
 from nanojaxgpt.rehearse.targets import Target
@@ -165,5 +166,5 @@ def rehearsal_dict(name: str, target: Target, one: Rehearsal) -> dict[str, Any]:
         "roofline": bound._asdict() | {"seconds": bound.seconds, "bound": bound.bound}
         if known else None,
         "compile_seconds": round(one.compile_seconds, 1),
-        "config": one.cfg.to_dict(),
+        "config": to_dict(one.cfg),
     }  # fmt: skip

@@ -5,9 +5,10 @@ import math
 from collections.abc import Callable, Iterator
 
 import jax
-from ml_collections import ConfigDict
+from jax.sharding import Mesh
 
 from nanojaxgpt.chips import Chip
+from nanojaxgpt.config import with_fields
 from nanojaxgpt.errors import ConfigError, MemoryExceeded
 from nanojaxgpt.memory import (
     Memory,
@@ -17,7 +18,7 @@ from nanojaxgpt.memory import (
     readable,
     state_memory,
 )
-from nanojaxgpt.model.config import ModelConfig
+from nanojaxgpt.model.config import JobConfig
 from nanojaxgpt.model.parameters import parameters
 from nanojaxgpt.rehearse.report import mesh_name
 from nanojaxgpt.rehearse.step import (
@@ -35,51 +36,51 @@ POLICIES = ("none", "dots_no_batch", "full")  # from the fastest to the smallest
 ALIKE = 0.9  # GPT-2 small on v5e:4x4 asked for 26.2 to 26.7 GiB of temporaries on four meshes
 
 
-def candidates(cfg: ConfigDict, target: Target) -> list[tuple[ConfigDict, float]]:
+def candidates(cfg: JobConfig, target: Target) -> list[tuple[JobConfig, float]]:
     """Return the configs whose mesh divides batch and model, the least traffic first.
 
     Each with the bytes that its state leaves on a device; below 0 it does not fit.
     """
     found = []
     for shape in meshes(cfg, target.topology.count, target.topology.slices):
-        trial = fit_target(cfg, target)
-        trial.mesh.update(shape)
         try:
-            memory = exact_memory(trial, target)
+            trial = with_fields(fit_target(cfg, target), shape)
+            trial, mesh = resolve_mesh(trial, target)
+            memory = exact_memory(trial, mesh, target)
         except ConfigError:
             continue  # something is not divisible
         found.append((trial, memory.available - memory.total))
     return sorted(found, key=lambda trial: expected_seconds(trial[0], target.topology.chip))
 
 
-def meshes(cfg: ConfigDict, count: int, slices: int) -> Iterator[dict[str, int]]:
-    """Yield the sizes of the searched axes that multiply to the devices left by the others."""
-    sizes = {**cfg.mesh, "slice": max(cfg.mesh.slice, slices)}
+def meshes(cfg: JobConfig, count: int, slices: int) -> Iterator[dict[str, int]]:
+    """Yield the fields of the searched axes, which multiply to the devices left by the others."""
+    sizes = {**cfg.mesh.given(), "slice": max(cfg.mesh.slice, slices)}
     others = math.prod(max(size, 1) for axis, size in sizes.items() if axis not in SEARCHED)
     left, rest = divmod(count, others)
     sizes = [n for n in range(1, left + 1) if left % n == 0] if not rest else []
     for fsdp, tensor in itertools.product(sizes, sizes):
         if left % (fsdp * tensor) == 0:
-            yield {"data": left // fsdp // tensor, "fsdp": fsdp, "tensor": tensor}
+            data = left // fsdp // tensor
+            yield {"mesh.data": data, "mesh.fsdp": fsdp, "mesh.tensor": tensor}
 
 
-def exact_memory(cfg: ConfigDict, target: Target) -> Memory:
+def exact_memory(cfg: JobConfig, mesh: Mesh, target: Target) -> Memory:
     """Return what a device holds without temporaries. Raises ConfigError."""
-    cfg, mesh = resolve_mesh(cfg, target)
     with jax.set_mesh(mesh):
         step, available = make_step(cfg, mesh), target.topology.chip.memory
         batch = abstract_batch(cfg, mesh)
         return state_memory(cfg, step.abstract, step.frozen, batch, available)
 
 
-def expected_seconds(cfg: ConfigDict, chip: Chip) -> float:
+def expected_seconds(cfg: JobConfig, chip: Chip) -> float:
     """Return a rough time of the traffic, which only orders the trials.
 
     Weights gathered twice and their gradients scattered over fsdp, gradients summed over data,
     and over tensor four sums of the activations a layer.
     """
     mesh, model, train = cfg.mesh, cfg.model, cfg.train
-    rows = parameters(ModelConfig(**model)).values()
+    rows = parameters(model).values()
     weights = 2 * sum(row.size for row in rows if row.kind == "kernel") / mesh.tensor
     tokens = device_tokens(cfg) * train.accumulation_steps
     sent = 3 * train.accumulation_steps * weights * (1 - 1 / mesh.fsdp)
@@ -90,7 +91,7 @@ def expected_seconds(cfg: ConfigDict, chip: Chip) -> float:
 
 
 def search(
-    cfg: ConfigDict, target: Target, say: Callable[[str], None], limit: int = MAX_COMPILES
+    cfg: JobConfig, target: Target, say: Callable[[str], None], limit: int = MAX_COMPILES
 ) -> list[Rehearsal]:
     """Return at most `limit` rehearsals: for each mesh the fastest policy that fits.
 
@@ -117,8 +118,8 @@ def search(
                 continue
             if len(found) == limit:
                 return found
-            trial.model.remat = policy
-            sizes = mesh_name(trial.mesh)
+            trial = with_fields(trial, {"model.remat": policy})
+            sizes = mesh_name(trial.mesh.given())
             say(f"compiling {len(found) + 1} of at most {limit}: {sizes}, remat {policy}")
             found.append(rehearse_step(trial, target))
             if found[-1].memory.fits:

@@ -6,12 +6,12 @@ from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from nanojaxgpt import sharding
+from nanojaxgpt.config import with_fields
 from nanojaxgpt.flops import attention_flops, train_flops
 from nanojaxgpt.memory import Memory, abstract_batch, state_memory
-from nanojaxgpt.model.config import ModelConfig
+from nanojaxgpt.model.config import JobConfig
 from nanojaxgpt.model.parameters import count_params
 from nanojaxgpt.rehearse import estimate
 from nanojaxgpt.rehearse.collectives import Program, read_collectives
@@ -44,7 +44,7 @@ class Flops(NamedTuple):
 class Rehearsal(NamedTuple):
     """All that is known of one step on one target."""
 
-    cfg: ConfigDict
+    cfg: JobConfig
     mesh: dict[str, int]
     num_params: int
     memory: Memory
@@ -55,46 +55,43 @@ class Rehearsal(NamedTuple):
     compile_seconds: float
 
 
-def fit_target(cfg: ConfigDict, target: Target) -> ConfigDict:
+def fit_target(cfg: JobConfig, target: Target) -> JobConfig:
     """Return the config as it can be compiled: on fake devices without the chip's own kernels."""
-    cfg = cfg.copy_and_resolve_references().unlock()
-    if target.fake:
-        cfg.model.attention = "xla"
-        cfg.model.unroll = cfg.model.unroll or 1  # as it would be on the chip
-    return cfg
+    if not target.fake:
+        return cfg
+    unroll = cfg.model.unroll or 1  # as it would be on the chip
+    return with_fields(cfg, {"model.attention": "xla", "model.unroll": unroll})
 
 
-def resolve_mesh(cfg: ConfigDict, target: Target) -> tuple[ConfigDict, Mesh]:
+def resolve_mesh(cfg: JobConfig, target: Target) -> tuple[JobConfig, Mesh]:
     """Return the config with every mesh axis given, and the mesh. Raises ConfigError.
 
     Where the config has one slice, it gets those of the target.
     """
     slices = cfg.mesh.slice if cfg.mesh.slice > 1 else target.topology.slices
-    mesh = sharding.make_mesh({**cfg.mesh, "slice": slices}, target.devices)
-    cfg.mesh.update(dict(mesh.shape))
-    return cfg, mesh
+    mesh = sharding.make_mesh({**cfg.mesh.given(), "slice": slices}, target.devices)
+    return with_fields(cfg, {f"mesh.{axis}": size for axis, size in mesh.shape.items()}), mesh
 
 
-def trace(cfg: ConfigDict, mesh: Mesh) -> tuple[Step, Any]:
+def trace(cfg: JobConfig, mesh: Mesh) -> tuple[Step, Any]:
     """Return the step of a config and its trace. Raises ConfigError."""
     step = make_step(cfg, mesh)
     batch = abstract_batch(cfg, mesh)
     return step, step.train_step.trace(step.abstract, batch, make_hyper(cfg), step.frozen)
 
 
-def count_flops(cfg: ConfigDict, mesh: Mesh, traced: Any) -> Flops:
+def count_flops(cfg: JobConfig, mesh: Mesh, traced: Any) -> Flops:
     """Return the step's FLOPs by formula and by its jaxpr.
 
     What is recomputed is the difference to the jaxpr of the same step that keeps everything. A
     fused attention kernel shows none of its own: where attention is recomputed, the formula's
     forward pass counts.
     """
-    model, seq_len, rows = ModelConfig(**cfg.model), cfg.model.seq_len, cfg.train.batch_size
+    model, seq_len, rows = cfg.model, cfg.model.seq_len, cfg.train.batch_size
     full = count_matmuls(traced.jaxpr.jaxpr)
     kept = full
     if cfg.model.remat != "none" or cfg.train.loss_chunks > 1:
-        plain = cfg.copy_and_resolve_references().unlock()
-        plain.model.remat, plain.train.loss_chunks = "none", 1
+        plain = with_fields(cfg, {"model.remat": "none", "train.loss_chunks": 1})
         kept = count_matmuls(trace(plain, mesh)[1].jaxpr.jaxpr)
     again = full.weights - kept.weights
     if cfg.model.remat in ("full", "dots_no_batch"):
@@ -137,7 +134,7 @@ def compile_step(traced: Any, memory: Memory) -> tuple[Memory, Program]:
     return memory._replace(temporaries=left), read_collectives(compiled.as_text())
 
 
-def rehearse_step(cfg: ConfigDict, target: Target) -> Rehearsal:
+def rehearse_step(cfg: JobConfig, target: Target) -> Rehearsal:
     """Compile the train step of `cfg` for the target. Raises ConfigError where it can't be."""
     chip = target.topology.chip
     cfg, mesh = resolve_mesh(fit_target(cfg, target), target)
@@ -155,7 +152,7 @@ def rehearse_step(cfg: ConfigDict, target: Target) -> Rehearsal:
     bound = estimate.roofline(
         cfg, memory, flops.formula, flops.recomputed, sum(t.seconds for t in sent), chip, mesh.size
     )
-    num_params = count_params(ModelConfig(**cfg.model))
+    num_params = count_params(cfg.model)
     return Rehearsal(
         cfg, dict(mesh.shape), num_params, memory, flops, sent, program.unknown_loops, bound,
         seconds,

@@ -9,10 +9,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ml_collections import ConfigDict
-
 from nanojaxgpt import config
 from nanojaxgpt.config import sections
+from nanojaxgpt.config.sections import Config
 from nanojaxgpt.errors import ConfigError
 from nanojaxgpt.rundir import write_text
 from nanojaxgpt.sweep.space import Point, Space, Tpe, choice, draws
@@ -30,13 +29,13 @@ class Trial(NamedTuple):
 
     name: str
     point: Point
-    cfg: ConfigDict
+    cfg: Config
 
 
 class Plan(NamedTuple):
     """What a sweep tries: `trials`, or what `tpe` draws of `base` as it goes, these for example."""
 
-    base: ConfigDict
+    base: Config
     trials: list[Trial]
     tpe: Tpe | None
 
@@ -47,7 +46,8 @@ def load_plan(experiment: str, overrides: dict[str, str]) -> Plan:
     `overrides` (from the command line) change every trial. Raises ConfigError, naming the
     point that does not fit the config; of a `tpe` some random points are looked at.
     """
-    base, found = config.load_config(experiment, overrides), load_sweep(experiment)
+    base = config.typed(config.load_config(experiment, overrides))
+    found = load_sweep(experiment)
     if isinstance(found, Tpe):
         tpe, points = found, draws(found.space, EXAMPLES, found.seed).points()
     else:
@@ -73,7 +73,7 @@ def save_plan(folder: Path, plan: Plan, experiment: str, overrides: dict[str, st
     written = dict(
         experiment=experiment,
         overrides=overrides,
-        base=plan.base.to_dict(),
+        base=config.to_dict(plan.base),
         trials=[] if plan.tpe else [dict(name=t.name, point=t.point) for t in plan.trials],
         search=search,
     )
@@ -130,7 +130,7 @@ def load_sweep(experiment: str) -> Space | Tpe:
     return found
 
 
-def make_trial(base: ConfigDict, point: Point) -> Trial:
+def make_trial(base: Config, point: Point) -> Trial:
     """Return the trial of a point. Raises ConfigError, which names the point."""
     try:
         cfg = set_point(base, point)
@@ -140,7 +140,7 @@ def make_trial(base: ConfigDict, point: Point) -> Trial:
     return Trial(config.config_hash(cfg), {field: values[field] for field in point}, cfg)
 
 
-def set_point(base: ConfigDict, point: Point) -> ConfigDict:
+def set_point(base: Config, point: Point) -> Config:
     """Return a copy of `base` with the values of a point, checked. Raises ConfigError."""
     known = dict(config.fields(base))
     plain = {name: plain_value(value, known.get(name)) for name, value in point.items()}
@@ -162,7 +162,7 @@ def show_point(point: Point) -> str:
     return " ".join(f"{field.split('.')[-1]}={value}" for field, value in point.items()) or "as is"
 
 
-def program_key(cfg: ConfigDict) -> str:
+def program_key(cfg: Config) -> str:
     """Return the hash of all that is compiled: trials with the same key share their programs."""
     rules, values = sections.rules(), dict(config.fields(cfg))
     compiled = {n: v for n, v in values.items() if not (rules[n].traced or rules[n].host_only)}
@@ -203,17 +203,16 @@ def describe_plan(trials: list[Trial], report: Callable[[str], None]) -> list[st
     """
     from nanojaxgpt.data.loader import prepare_data, resolve
     from nanojaxgpt.flops import train_flops
-    from nanojaxgpt.model.config import ModelConfig
     from nanojaxgpt.model.parameters import count_params
     from nanojaxgpt.recorder import train_ramp
 
     groups, lines, total, data = group_trials(trials), [], 0, {}
     for number, group in enumerate(groups, 1):
         first = group[0].cfg
-        key = repr((first.data.to_dict(), first.init.from_run))
+        key = first.data, first.init.from_run
         if key not in data:
             data[key] = prepare_data(first, report)
-        model_cfg = ModelConfig(**resolve(first, data[key]).model)
+        model_cfg = resolve(first, data[key]).model
         ramp = train_ramp(first)
         rows = sum(ramp.before(trial.cfg.train.num_steps) for trial in group)
         flops = train_flops(model_cfg, model_cfg.seq_len) * rows

@@ -7,9 +7,8 @@ import math
 from collections.abc import Iterable
 from pathlib import Path
 
-from ml_collections import ConfigDict
-
 from nanojaxgpt import config, console, metrics
+from nanojaxgpt.config.sections import Config
 from nanojaxgpt.extras import plots_advice
 from nanojaxgpt.rundir import write_text
 from nanojaxgpt.sweep.claims import is_running, read_outcome, run_path
@@ -142,9 +141,9 @@ def write_csv(path: Path, results: list[TrialResult], metric: str) -> None:
             writer.writerow([*row, *[values[field] for field in fields]])
 
 
-def experiment_text(cfg: ConfigDict, about: str) -> str:
+def experiment_text(cfg: Config, about: str) -> str:
     """Return an experiment file that gives `cfg`, by its differences to base_config()."""
-    changes = config.differences(config.base_config(), cfg)
+    changes = config.differences(Config(), cfg)
     body = "".join(f"    cfg.{name} = {value!r}\n" for name, _, value in changes)
     return (
         f'"""The best of a sweep: {about}."""\n\n'

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import jax
-from ml_collections import ConfigDict
 
 from nanojaxgpt import console, metrics
+from nanojaxgpt.config.sections import Config
 from nanojaxgpt.data.loader import resolve
 from nanojaxgpt.errors import ConfigError, MemoryExceeded, NonFiniteError
 from nanojaxgpt.hosts.process import StopRequest, stop_signals
@@ -80,7 +80,7 @@ class Sweep(NamedTuple):
             return False
         return True
 
-    def open(self, cfg: ConfigDict, mode: str) -> Job:
+    def open(self, cfg: Config, mode: str) -> Job:
         """Return the job of a config; what is compiled is kept until another one is needed."""
         key = program_key(cfg)
         if mode not in self.jobs or self.jobs[mode][0] != key:
@@ -164,7 +164,7 @@ def run_group(sweep: Sweep, group: list[Trial], mode: str, width: int) -> int:
     return ran
 
 
-def choose_mode(sweep: Sweep, cfg: ConfigDict, mode: str, width: int) -> str:
+def choose_mode(sweep: Sweep, cfg: Config, mode: str, width: int) -> str:
     """Return map or vmap for `width` trials: map on a CPU unless asked, else the faster one."""
     if width == 1 or (mode == "" and jax.default_backend() == "cpu"):
         return "map"
@@ -175,7 +175,7 @@ def choose_mode(sweep: Sweep, cfg: ConfigDict, mode: str, width: int) -> str:
     return best
 
 
-def measured(sweep: Sweep, cfg: ConfigDict, mode: str, width: int) -> float:
+def measured(sweep: Sweep, cfg: Config, mode: str, width: int) -> float:
     """Return the seconds of a step of `width` trials; infinity where they don't fit together."""
     try:
         return MEASURES[mode](sweep.open(cfg, mode), width)

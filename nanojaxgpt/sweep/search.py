@@ -13,9 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ml_collections import ConfigDict
-
 from nanojaxgpt import config
+from nanojaxgpt.config.sections import Config
 from nanojaxgpt.errors import ConfigError, DataError
 from nanojaxgpt.sweep.claims import Claims, read_outcome, run_path
 from nanojaxgpt.sweep.plan import Trial, make_trial
@@ -99,7 +98,7 @@ class Suggestions:
 class Search:
     """The points of a `tpe` that were drawn so far, and the next one."""
 
-    def __init__(self, folder: Path, base: ConfigDict, tpe: Tpe) -> None:
+    def __init__(self, folder: Path, base: Config, tpe: Tpe) -> None:
         self.folder, self.base, self.tpe = folder, base, tpe
         self.journal = folder / "optuna.journal"
         self.made: dict[int, Trial] = {}

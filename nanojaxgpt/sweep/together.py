@@ -18,13 +18,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from ml_collections import ConfigDict
 
 from nanojaxgpt import checkpoint, memory, rundir, sharding
+from nanojaxgpt.config.sections import Config
 from nanojaxgpt.data.loader import fetch_ahead, prepare_data, resolve
 from nanojaxgpt.errors import ConfigError
 from nanojaxgpt.hosts.process import StopRequest
-from nanojaxgpt.model.config import ModelConfig
 from nanojaxgpt.model.transformer import Transformer
 from nanojaxgpt.objectives import language
 from nanojaxgpt.recorder import Job, Recorder, due, train_ramp
@@ -36,12 +35,12 @@ from nanojaxgpt.training import begin_run, make_job, start_state
 MEASURED_STEPS = 5
 
 
-def open_group(cfg: ConfigDict, report: Callable[[str], None]) -> Job:
+def open_group(cfg: Config, report: Callable[[str], None]) -> Job:
     """Return the job of one trial on the first devices, as many as one trial takes.
 
     Raises ConfigError, DataError.
     """
-    sizes = {axis: 1 if size == -1 else size for axis, size in cfg.mesh.items()}
+    sizes = {axis: 1 if size == -1 else size for axis, size in cfg.mesh.given().items()}
     devices, count = jax.devices(), math.prod(sizes.values())
     if len(devices) % count:
         raise ConfigError(
@@ -105,7 +104,7 @@ class Stack:
         leaves out too many.
         """
         shape = self.job.cfg.train
-        model = Transformer(ModelConfig(**self.job.cfg.model))
+        model = Transformer(self.job.cfg.model)
         loss = language.make_loss(model, shape.loss_chunks)
         alone = make_train_step(loss, self.job.cfg.optim, model.cfg, shape.accumulation_steps)
 
