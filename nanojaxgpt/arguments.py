@@ -7,11 +7,16 @@ from typing import Any, NamedTuple, NoReturn
 
 from nanojaxgpt import config, rundir
 from nanojaxgpt.checks import range_problem, read_float, read_int, show
-from nanojaxgpt.config.sections import Config
+from nanojaxgpt.config.sections import Config, Sample
 from nanojaxgpt.errors import Answered, ConfigError
 from nanojaxgpt.names import unknown_option
 
 MAX_INT = 2**31 - 1  # as for the fields of the config
+HELP = {
+    "prompt": "the text to continue; empty for a new document",
+    "stop": "a string to stop before; repeat the option for several, empty for none",
+    "end_ids": "token ids to stop at, besides the tokenizer's end token, as in 5,6",
+}
 
 
 class Command(NamedTuple):
@@ -139,6 +144,7 @@ def open_experiment(
         )
     if parsed.config:
         cfg = config.typed(config.load_config(parsed.config, parsed.overrides))
+        cfg = adopt(cfg, run_folder(parsed))
     elif parsed.run:
         cfg = config.override_config(rundir.read_config(Path(parsed.run)), parsed.overrides)
     else:
@@ -149,19 +155,38 @@ def open_experiment(
     return parsed, cfg
 
 
+def run_folder(parsed: Any) -> Path:
+    """Return the run directory of a command with --config: RUN, or runs/EXPERIMENT[-VARIANT]."""
+    name, _, variant = parsed.config.partition(":")
+    return Path(parsed.run or Path("runs") / (Path(name).stem + (f"-{variant}" if variant else "")))
+
+
+def adopt(cfg: Config, run: Path) -> Config:
+    """Return the config with the section `model` of init.from_model; see `adopt_model`."""
+    if not cfg.init.from_model:
+        return cfg
+    from nanojaxgpt.interchange.opening import adopt_model
+
+    return adopt_model(cfg, run)
+
+
 def is_experiment(path: str | None) -> bool:
     """Return whether a path that should be a run directory is a Python file, `FILE.py:VARIANT`."""
     return (path or "").partition(":")[0].endswith(".py")
 
 
-def open_run(
+def open_model_config(
     command: str, about: str | None, arguments: list[str], options: dict[str, dict[str, Any]]
 ) -> tuple[Any, Config]:
-    """Return the parsed arguments of a command that reads a run, and the run's config."""
+    """Return the parsed arguments of a command that reads a MODEL, and the config of that.
+
+    `parsed.source` is the run directory, or the opened model of another format.
+    """
     step = {"default": "", "help": "step of a checkpoint, or best; default: the newest"}
     parsed = parse(command, about, arguments, options | {"step": step})
     if not parsed.run:
-        raise ConfigError(f"{command} needs a run directory: nanojaxgpt {command} RUN")
+        raise ConfigError(f"{command} needs a model: nanojaxgpt {command} MODEL, a run directory, "
+                          "a Hugging Face folder, a .gguf file or hf:OWNER/NAME")  # fmt: skip
     if is_experiment(parsed.run):
         run = Path("runs") / Path(parsed.run.partition(":")[0]).stem
         raise ConfigError(
@@ -173,11 +198,38 @@ def open_run(
             in_range(parsed.step, read_int, 1, MAX_INT)
         except argparse.ArgumentTypeError as error:
             raise ConfigError(f"--step: {error}; give the step of a checkpoint, or best") from None
-    return parsed, config.override_config(rundir.read_config(Path(parsed.run)), parsed.overrides)
+    from nanojaxgpt.interchange.opening import config_of, find_model
+
+    parsed.source = find_model(parsed.run)
+    if parsed.step and not isinstance(parsed.source, Path):
+        raise ConfigError(f"--step: {parsed.run} has no checkpoints; leave it out")
+    return parsed, config.override_config(config_of(parsed.source), parsed.overrides)
 
 
-def chosen_step(run: Path, text: str) -> int:
-    """Return the checkpoint's step that --step names; 0 for the newest."""
+def open_for_sampling(command: str, about: str | None, arguments: list[str]) -> tuple[Any, Config]:
+    """Return what `open_model_config` does, with each field of the section `sample` as an option.
+
+    `parsed.mesh` holds the sizes of the mesh where they are given, else None: one device.
+    """
+    names = list(Sample().rules())
+    options: dict[str, dict[str, Any]] = {
+        name: {"default": None, "help": HELP.get(name, f"overrides the config's sample.{name}")}
+        for name in names
+    }
+    options["stop"]["action"] = "append"
+    parsed, cfg = open_model_config(command, about, arguments, options)
+    if parsed.stop is not None:
+        parsed.stop = repr(tuple(filter(None, parsed.stop)))
+    given = {f"sample.{name}": getattr(parsed, name) for name in names}
+    cfg = config.override_config(cfg, {k: v for k, v in given.items() if v is not None})
+    has_mesh = any(name.startswith("mesh.") for name in parsed.overrides)
+    parsed.mesh = cfg.mesh.given() if has_mesh else None
+    return parsed, cfg
+
+
+def chosen_step(parsed: Any) -> int:
+    """Return the checkpoint's step that --step names; 0 for the newest, or a model without any."""
+    run, text = parsed.source, parsed.step
     if text != "best":
         return read_int(text) if text else 0
     from nanojaxgpt.metrics import validation_losses

@@ -7,10 +7,10 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
 
 from nanojaxgpt.errors import (
     INTERNAL,
@@ -26,6 +26,7 @@ from nanojaxgpt.errors import (
 )
 
 REPORTED_LINES = 5  # of the errors that libraries logged
+Item = TypeVar("Item")
 COMPILE_SECONDS = 1.0  # a compilation that takes longer is reported
 
 
@@ -263,6 +264,16 @@ class Progress:
         if self.bar is not None:
             self.bar.close()
             self.bar = None
+
+
+def with_bar(items: Collection[Item], what: str) -> Iterator[Item]:
+    """Yield the items; on a terminal a bar shows how far they are. Plain text says nothing."""
+    if not has_screen(sys.stderr):
+        yield from items
+        return
+    from tqdm import tqdm
+
+    yield from tqdm(items, desc=what, leave=False, dynamic_ncols=True)
 
 
 def duration(seconds: float) -> str:

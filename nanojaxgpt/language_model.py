@@ -17,6 +17,15 @@ from nanojaxgpt.console import warn
 from nanojaxgpt.data.loader import RunData, load_run_tokenizer, open_source, prepare_data
 from nanojaxgpt.data.tokenizers import Tokenizer
 from nanojaxgpt.errors import ConfigError, DataError
+from nanojaxgpt.interchange.loading import read_params
+from nanojaxgpt.interchange.opening import adopted, config_of, find_model
+from nanojaxgpt.interchange.pretrained import Pretrained
+from nanojaxgpt.interchange.templates import (
+    ChatTemplate,
+    load_template,
+    open_template,
+    save_template,
+)
 from nanojaxgpt.model.config import JobConfig, ModelConfig, complete
 from nanojaxgpt.model.transformer import Transformer
 from nanojaxgpt.sample import Sampling, padded_length, stream
@@ -72,7 +81,7 @@ class LanguageModel:
         """Yield the new text of each prompt as it becomes final, until all have ended.
 
         Prompts are texts or ids; "" is a new document. A text ends before one of the strings
-        `stop`, or with the tokenizer's end token or one of `end_ids`. The options are those of the
+        `stop`, or with one of the model's end ids or of `end_ids`. The options are those of the
         config's section `sample`. Raises ConfigError, DataError, MemoryExceeded.
         """
         ids = [self.encode(prompt) for prompt in prompts]
@@ -81,7 +90,7 @@ class LanguageModel:
         if wrong := [token for token in end_ids if token >= self.tokenizer.vocab_size]:
             last = self.tokenizer.vocab_size - 1
             raise ConfigError(f"sample.end_ids contains {wrong[0]}, but the last id is {last}")
-        ends = tuple({*end_ids, self.tokenizer.end_id} - {-1})
+        ends = tuple({*end_ids, *self.end_ids})
         texts = [TextStream(self.tokenizer, prompt, stop, ends) for prompt in ids]
         how = Sampling(temperature, top_k, top_p, min_p, self.tokenizer.vocab_size, ends)
         length = min(self.config.seq_len, max(map(len, ids)) + max_tokens)
@@ -148,6 +157,19 @@ class LanguageModel:
         """Return the ids of a prompt; see text_stream.encode_prompt."""
         return encode_prompt(self.tokenizer, prompt) if isinstance(prompt, str) else list(prompt)
 
+    @functools.cached_property
+    def template(self) -> ChatTemplate:
+        """The model's own chat template. Raises ConfigError where it has none, DataError."""
+        if not self.chat_template:
+            raise ConfigError(f"{self.run} has no chat template: it is a base model, which "
+                              "continues texts; use sample")  # fmt: skip
+        return open_template(self.chat_template, self.tokenizer)
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """The ids that end a text: the tokenizer's end token, and sample.end_ids."""
+        return tuple({self.tokenizer.end_id, *self.experiment.sample.end_ids} - {-1})
+
     def save(self, folder: str | Path, format: str = "run") -> None:
         """Write the model as a run directory that every command takes.
 
@@ -162,6 +184,7 @@ class LanguageModel:
         with rundir.writing(run, ConfigError):
             (run / "tokenizer").mkdir(parents=True)
             self.tokenizer.save(run / "tokenizer")
+            save_template(run / "tokenizer", self.chat_template)
             rundir.write_text(run / "config.json", config.to_json(self.experiment))
         keep = checkpoint.Keep(1, 0, 0, dict)
         saved = checkpoint.Checkpoints(run / "checkpoints", keep)
@@ -188,32 +211,41 @@ def load(
     step: int = 0,
     report: Callable[[str], None] = warn,
 ) -> LanguageModel:
-    """Return the model of a run directory, of its newest good checkpoint or of `step`.
+    """Return a model: of a run directory, a Hugging Face folder, a .gguf file, or hf:OWNER/NAME.
 
-    `mesh` is a mesh or the sizes of its axes, as in {"fsdp": 2, "tensor": 2}; the default is one
-    device. Raises ConfigError, DataError, CheckpointError, MemoryExceeded.
+    Of a run its newest good checkpoint, or that of `step`. `mesh` is a mesh or the sizes of its
+    axes, as in {"fsdp": 2, "tensor": 2}; the default is one device. Raises ConfigError, DataError,
+    CheckpointError, MemoryExceeded.
     """
-    run = Path(model)
-    return open_model(run, rundir.read_config(run), mesh, step, report)
+    source = find_model(model)
+    return open_model(source, config_of(source), mesh, step, report)
 
 
 def open_model(
-    run: Path,
+    source: Path | Pretrained,
     cfg: Config,
     mesh: Mesh | Mapping[str, int] | None = None,
     step: int = 0,
     report: Callable[[str], None] = warn,
 ) -> LanguageModel:
-    """Return the model of a run, whose config may have been changed where the model is not."""
-    tokenizer = load_run_tokenizer(run, report)
+    """Return an opened model, whose config may have been changed where the model is not."""
     if not isinstance(mesh, Mesh):
         devices = jax.devices() if mesh else jax.devices()[:1]
         mesh = sharding.make_mesh(mesh or {}, devices)
+    if isinstance(source, Path):
+        origin, tokenizer = source, load_run_tokenizer(source, report)
+        template = load_template(source / "tokenizer")
+    else:
+        origin, tokenizer, template = source.origin, source.tokenizer, source.chat_template
+        cfg = adopted(cfg, source.config, str(origin))
     job_cfg = complete(cfg)
     with memory.explained("loading the model", mesh, lambda: LOWER), jax.set_mesh(mesh):
         memory.check_model("the model", job_cfg.model, mesh, 0, LOWER)
-        step, params = checkpoint.load_params(run, job_cfg.model, mesh, step, report)
-    return LanguageModel(job_cfg.model, params, tokenizer, mesh, job_cfg, run, step)
+        if isinstance(source, Path):
+            step, params = checkpoint.load_params(source, job_cfg.model, mesh, step, report)
+        else:
+            params = read_params(source, job_cfg.model, mesh)
+    return LanguageModel(job_cfg.model, params, tokenizer, mesh, job_cfg, origin, step, template)
 
 
 def evaluate(

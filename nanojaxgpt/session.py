@@ -53,14 +53,14 @@ class Session:
         They are those of LanguageModel.stream, and end where the context is full. Of `ids` what
         the session has not read is read. Raises ValueError where they are longer than the context.
         """
-        ids, room = list(ids), self.model.config.seq_len - len(ids) + 1
-        if not ids or room < 1:
-            raise ValueError(f"{len(ids)} tokens in a context of {self.model.config.seq_len}")
+        text, room = list(ids), self.model.config.seq_len - len(ids) + 1
+        if not text or room < 1:
+            raise ValueError(f"{len(text)} tokens in a context of {self.model.config.seq_len}")
         with self.model.on_devices("sampling"):
-            self.read(ids, min(max_tokens, room))
+            self.read(text, min(max_tokens, room))
         rng_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(1))
         state = Decoding(
-            self.cache, jnp.array([ids[-1]], jnp.int32), jnp.array([len(ids) - 1], jnp.int32),
+            self.cache, jnp.array([text[-1]], jnp.int32), jnp.array([len(text) - 1], jnp.int32),
             jnp.zeros(1, bool), rng_B,
         )  # fmt: skip
         self.cache, drawn = (), 0  # the decoding owns it
@@ -73,8 +73,8 @@ class Session:
                 new = np.asarray(tokens_BC)[0, :count].tolist()
             ends = [place for place, token in enumerate(new) if token in how.end_ids]
             new = new[: ends[0] + 1] if ends else new
-            ids, drawn = ids + new, drawn + len(new)
-            self.held, self.cache = ids[:-1], state.cache
+            text, drawn = text + new, drawn + len(new)
+            self.held, self.cache = text[:-1], state.cache
             yield new
             if ends:
                 return

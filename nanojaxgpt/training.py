@@ -31,6 +31,9 @@ from nanojaxgpt.horizon import warmup_warning
 from nanojaxgpt.hosts.joining import preflight
 from nanojaxgpt.hosts.process import StopRequest, stop_signals
 from nanojaxgpt.hosts.team import ALONE, Team
+from nanojaxgpt.interchange.loading import read_params
+from nanojaxgpt.interchange.opening import adopt_model, find_model, inherited_template
+from nanojaxgpt.interchange.templates import save_template
 from nanojaxgpt.loop import Loop
 from nanojaxgpt.model.config import JobConfig, Multipliers
 from nanojaxgpt.model.parameters import count_params, parameters
@@ -143,9 +146,9 @@ def start_state(
 ) -> tuple[TrainState, Any]:
     """Return the state to start from, and the frozen parameters.
 
-    1. This run's newest good checkpoint. 2. The parameters of another run (init.from_run), or its
-    whole state (init.state=all). 3. Pretrained weights, when there is a reader for them. 4. From
-    scratch, by train.seed.
+    1. This run's newest good checkpoint. 2. The whole state of another run (init.state=all). 3. The
+    parameters of another run (init.from_run) or model (init.from_model). 4. From scratch, by
+    train.seed.
     """
     folder = Path(run) / "checkpoints"
     abstract = job.abstract.items(job.frozen)
@@ -157,16 +160,21 @@ def start_state(
         return open_state(job.cfg, jax.device_put(np.int32(step), job.shardings.step), items)
     if job.cfg.init.state == "all":
         return branch_state(job, report, team)
-    if job.cfg.init.from_run:
-        other = Path(job.cfg.init.from_run)
+    init = job.cfg.init
+    if not (init.from_run or init.from_model):
+        return job.init(jax.random.key(job.cfg.train.seed))
+    source = find_model(init.from_model) if init.from_model else Path(init.from_run)
+    if isinstance(source, Path):
         step, params = checkpoint.load_params(
-            other, job.cfg.model, job.mesh, job.cfg.init.step, report, team
+            source, job.cfg.model, job.mesh, init.step, report, team
         )
-        report(f"starting from the parameters of {other}, step {step}")
-        first = functools.partial(first_state, job.cfg)
-        frozen = jax.tree.map(lambda leaf: leaf.sharding, job.frozen)
-        return jax.jit(first, out_shardings=(job.shardings, frozen), donate_argnums=0)(params)
-    return job.init(jax.random.key(job.cfg.train.seed))
+        report(f"starting from the parameters of {source}, step {step}")
+    else:
+        params = read_params(source, job.cfg.model, job.mesh)
+        report(f"starting from the parameters of {source.origin}")
+    first = functools.partial(first_state, job.cfg)
+    frozen = jax.tree.map(lambda leaf: leaf.sharding, job.frozen)
+    return jax.jit(first, out_shardings=(job.shardings, frozen), donate_argnums=0)(params)
 
 
 def fit(
@@ -181,7 +189,8 @@ def fit(
     Of several processes, a `team`, the first alone decides, writes and reports. Raises a
     UserError for what the user can mend, Stopped after a signal (the state is saved).
     """
-    cfg, run = typed(cfg), Path(run)
+    run = Path(run)
+    cfg = adopt_model(typed(cfg), run)
     if not team.first:
         report = report_nothing
     with stop_signals() as stop, own_run(run) if team.first else nullcontext():
@@ -227,6 +236,7 @@ def write_run(job: Job, run: Path, report: Callable[[str], None]) -> None:
         report(f"changed since the run began: {name} {old!r} -> {new!r}")
     (run / "tokenizer").mkdir(exist_ok=True)
     job.data.tokenizer.save(run / "tokenizer")
+    save_template(run / "tokenizer", inherited_template(job.cfg.init, run))
     devices = [device.device_kind for device in job.mesh.devices.flat]
     write_identity(run, job.cfg, job.data.identity, devices, report)
     num_params = count_params(job.cfg.model)

@@ -70,13 +70,13 @@ COMMANDS = {
         prepare,
         "--config=EXPERIMENT.py[:VARIANT]",
         "tokenize the corpus ahead of training",
-        order=5,
+        order=6,
         writes_files=True,
     ),
     "inspect": Command(
         inspect,
         "--config=EXPERIMENT.py [--step=N] [--rows=4]",
         "print the batch of a step",
-        order=6,
+        order=7,
     ),
 }

@@ -127,6 +127,6 @@ COMMANDS = {
         diff,
         "RUN RUN [--step=N] [--check] [--json]",
         "what differs between two runs",
-        order=4,
+        order=5,
     )
 }

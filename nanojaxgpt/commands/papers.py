@@ -70,14 +70,14 @@ COMMANDS = {
         coordcheck,
         "--config=EXPERIMENT.py",
         "activations over widths, to check muP",
-        order=7,
+        order=8,
         writes_files=True,
     ),
     "reproduce": Command(
         reproduce,
         "experiments/papers/NAME.py [--dir=DIR]",
         "a paper's figures beside measured ones",
-        order=10,
+        order=11,
         writes_files=True,
     ),
 }

@@ -60,6 +60,6 @@ COMMANDS = {
         rehearse,
         "--config=EXPERIMENT.py --topology=v5e:4x4",
         "memory and speed on hardware you don't have",
-        order=8,
+        order=9,
     )
 }

@@ -1,45 +1,27 @@
-"""In: the arguments of `nanojaxgpt sample`. Out: the text that a run's checkpoint continues."""
+"""In: the arguments of `nanojaxgpt sample`. Out: the text that a model continues."""
 
 import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nanojaxgpt import config
-from nanojaxgpt.arguments import Command, chosen_step, open_run
+from nanojaxgpt.arguments import Command, chosen_step, open_for_sampling
+from nanojaxgpt.config.sections import Sample
 from nanojaxgpt.console import warn
 from nanojaxgpt.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from nanojaxgpt.data.tokenizers import Tokenizer
 
-HELP = {
-    "prompt": "the text to continue; empty for a new document",
-    "stop": "a string to stop before; repeat the option for several, empty for none",
-    "end_ids": "token ids to stop at, besides the tokenizer's end token, as in 5,6",
-}
-
 
 def sample(arguments: list[str]) -> None:
-    """Generate text from a prompt with a checkpoint of a run, and print it as it is drawn."""
-    defaults = config.sections.Sample()
-    options: dict[str, dict[str, Any]] = {
-        name: {"default": None, "help": HELP.get(name, f"overrides the config's sample.{name}")}
-        for name in defaults.rules()
-    }
-    options["stop"]["action"] = "append"
-    parsed, cfg = open_run("sample", sample.__doc__, arguments, options)
-    if parsed.stop is not None:
-        parsed.stop = repr(tuple(filter(None, parsed.stop)))
-    given = {f"sample.{name}": getattr(parsed, name) for name in defaults.rules()}
-    cfg = config.override_config(cfg, {k: v for k, v in given.items() if v is not None})
-    run, how = Path(parsed.run), cfg.sample
+    """Generate text from a prompt with a model, and print it as it is drawn."""
+    parsed, cfg = open_for_sampling("sample", sample.__doc__, arguments)
+    how, default = cfg.sample, Sample().prompt
     from nanojaxgpt import language_model
 
-    given = any(name.startswith("mesh.") for name in parsed.overrides)
-    mesh = cfg.mesh.given() if given else None
-    model = language_model.open_model(run, cfg, mesh, chosen_step(run, parsed.step), warn)
-    prompt = read_prompt(model.tokenizer, how.prompt, defaults.prompt)
+    model = language_model.open_model(parsed.source, cfg, parsed.mesh, chosen_step(parsed), warn)
+    prompt = read_prompt(model.tokenizer, how.prompt, default)
     if len(prompt) > cfg.model.seq_len:
         warn(
             f"the prompt has {len(prompt)} tokens; the model sees the last {cfg.model.seq_len}, "
@@ -49,10 +31,9 @@ def sample(arguments: list[str]) -> None:
     choice = how.given()
     del choice["prompt"], choice["num_samples"]
     texts = print_texts(model.stream([prompt] * how.num_samples, **choice), shown)
-    settings = how.given()
-    save_samples(
-        run, [{"prompt": how.prompt, "text": shown + one, "sampling": settings} for one in texts]
-    )
+    if isinstance(parsed.source, Path):
+        written = dict(prompt=how.prompt, sampling=how.given())
+        save_samples(parsed.source, [written | {"text": shown + one} for one in texts])
 
 
 def read_prompt(tokenizer: "Tokenizer", text: str, default: str) -> list[int]:
@@ -97,4 +78,6 @@ def save_samples(run: Path, samples: list[dict[str, Any]]) -> None:
         warn(f"can't save the samples in {run}: {error.strerror}")
 
 
-COMMANDS = {"sample": Command(sample, "RUN --prompt=TEXT", "generate text from a prompt", order=3)}
+COMMANDS = {
+    "sample": Command(sample, "MODEL --prompt=TEXT", "generate text from a prompt", order=3)
+}

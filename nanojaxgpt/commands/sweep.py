@@ -156,7 +156,7 @@ COMMANDS = {
         sweep,
         "plan|run|status|resume|report --config=...",
         "many runs from one experiment, and a report",
-        order=9,
+        order=10,
         writes_files=True,
     )
 }

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from nanojaxgpt import rundir
-from nanojaxgpt.arguments import Command, integer, number, open_experiment
+from nanojaxgpt.arguments import Command, integer, number, open_experiment, run_folder
 from nanojaxgpt.console import explain
 from nanojaxgpt.data.loader import check_data
 from nanojaxgpt.errors import ConfigError
@@ -38,8 +38,7 @@ def train(arguments: list[str]) -> None:
         },
     }
     parsed, cfg = open_experiment("train", train.__doc__, arguments, options)
-    name, _, variant = parsed.config.partition(":")
-    run = Path(parsed.run or Path("runs") / (Path(name).stem + (f"-{variant}" if variant else "")))
+    run = run_folder(parsed) if parsed.config else Path(parsed.run)
     given = (parsed.coordinator, parsed.num_processes, parsed.process_id)
     if not parsed.multihost and given != ("", -1, -1):
         raise ConfigError("--coordinator, --num_processes and --process_id need --multihost")

@@ -272,6 +272,8 @@ class Init(Section):
     """What the first step starts from."""
 
     from_run: str = field("", "start from the parameters of this run")
+    from_model: str = field("",
+        "start from this model, whose section model and tokenizer it takes; see docs/models.md")
     state: str = field("params", "all: also its optimizer state, step and place in the data",
         host_only=True, choices=("params", "all"))
     step: int = field(0, "checkpoint of from_run; 0: the newest", host_only=True)

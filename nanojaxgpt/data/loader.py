@@ -30,6 +30,7 @@ from nanojaxgpt.data.store import (
 from nanojaxgpt.data.tasks import TASKS, Task, task_rows
 from nanojaxgpt.data.tokenizers import Tokenizer, WordTokenizer, load_tokenizer
 from nanojaxgpt.errors import ConfigError, DataError
+from nanojaxgpt.interchange.opening import find_model
 from nanojaxgpt.model.config import JobConfig
 from nanojaxgpt.names import unknown_name
 from nanojaxgpt.rundir import read_config, read_identity
@@ -67,14 +68,15 @@ def inherited_tokenizer(
 ) -> Tokenizer | None:
     """Return the tokenizer of the parameters that a config starts from; None from scratch.
 
-    A run that was begun keeps a copy, so that it does not need init.from_run any more. Raises
-    ConfigError where init.from_run is not a run, DataError as `load_run_tokenizer` does.
+    A run that was begun keeps a copy, so that it does not need the other model any more. Raises
+    ConfigError where init.from_run is not a run, as `find_model` and `load_run_tokenizer` do.
     """
-    if not cfg.init.from_run:
+    if not (cfg.init.from_run or cfg.init.from_model):
         return None
     if run and (Path(run) / "identity.json").exists():  # it is written after the tokenizer
         return load_run_tokenizer(Path(run), report)
-    return load_run_tokenizer(Path(cfg.init.from_run), report)
+    source = find_model(cfg.init.from_model) if cfg.init.from_model else Path(cfg.init.from_run)
+    return load_run_tokenizer(source, report) if isinstance(source, Path) else source.tokenizer
 
 
 def load_run_tokenizer(run: Path, report: Callable[[str], object]) -> Tokenizer:
@@ -146,10 +148,10 @@ def check_data(data: sections.Data) -> None:
 def resolve(cfg: AnyConfig, data: RunData) -> JobConfig:
     """Return the config with the tokenizer, its vocabulary and the model. Raises ConfigError.
 
-    data.tokenizer stays "" where the tokenizer of init.from_run is inherited, unless that is bytes.
+    data.tokenizer stays "" where that of another model is inherited, unless that is bytes.
     """
     tokenizer, size = cfg.data.tokenizer, data.tokenizer.vocab_size
-    if not cfg.init.from_run or data.tokenizer.kind in ("bytes", "words"):
+    if not (cfg.init.from_run or cfg.init.from_model) or data.tokenizer.kind in ("bytes", "words"):
         tokenizer = tokenizer or "bytes"
     if 0 < cfg.model.vocab_size < size:
         raise ConfigError(f"model.vocab_size={cfg.model.vocab_size}, but the tokenizer has {size}")

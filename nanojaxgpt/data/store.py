@@ -237,7 +237,7 @@ def check_exact(tokenizer: Tokenizer, data: sections.Data, cache_dir: Path) -> b
     """Return whether the tokenizer is lossy. Raises DataError if so and `data` won't have it."""
     loss = find_loss(tokenizer)
     if loss and not data.lossy_tokenizer:
-        name, advice = data.tokenizer or "of init.from_run", ACCEPT_LOSS
+        name, advice = data.tokenizer or "of init", ACCEPT_LOSS
         if data.tokenizer in TRAINED:  # by an older version: today's are exact
             advice = f"delete the folder {cache_dir}/tokenizers to train it again"
         raise DataError(f"the tokenizer {name} is lossy: {loss}; {advice}")
@@ -254,7 +254,7 @@ def check_inherited(
             for one in (inherited, tokenizer)
         )
         raise ConfigError(
-            f"{named} gives a different tokenizer ({here}) from that of the run in init.from_run "
+            f"{named} gives a different tokenizer ({here}) from that of the model in init "
             f"({there}), so token ids would select the wrong embeddings; {advice}"
         )
 

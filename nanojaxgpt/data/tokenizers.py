@@ -8,7 +8,7 @@ somebody else's may be lossy: see exactness.py.
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -33,7 +33,7 @@ class Tokenizer(Protocol):
     end_id: int  # follows each document; -1: this tokenizer has no such token
     start_id: int  # precedes each document; -1: none does
     spellings: tuple[str, ...]  # of tokens that are no text, or found before all others
-    control: Mapping[str, int]  # ids of the tokens that no text becomes, by their spelling
+    control: dict[str, int]  # ids of the tokens that no text becomes, by their spelling
 
     def encode(self, text: str) -> np.ndarray:
         """Return the int32 ids of `text`, without an end token."""
@@ -63,7 +63,7 @@ class ByteTokenizer:
     end_id = 256
     spellings = ()
     start_id = -1
-    control: Mapping[str, int] = {}
+    control: dict[str, int] = {}
 
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
@@ -88,7 +88,7 @@ class CharTokenizer:
     end_id = -1
     spellings = ()
     start_id = -1
-    control: Mapping[str, int] = {}
+    control: dict[str, int] = {}
 
     def __init__(self, characters: Iterable[str]) -> None:
         self.characters = "".join(sorted(set(characters)))
@@ -130,7 +130,7 @@ class WordTokenizer:
     end_id = -1
     spellings = ()
     start_id = -1
-    control: Mapping[str, int] = {}
+    control: dict[str, int] = {}
 
     def __init__(self, words: Iterable[str]) -> None:
         self.words = tuple(words)
@@ -273,7 +273,7 @@ class JsonTokenizer:
         self.end_id = next((vocabulary[token] for token in END_TOKENS if token in vocabulary), -1)
         added = self._tokenizer.get_added_tokens_decoder()
         self.spellings = tuple(token.content for token in added.values())
-        self.control = {token.content: i for i, token in added.items() if token.special}
+        self.control: dict[str, int] = {t.content: i for i, t in added.items() if t.special}
         self._special = {i for i, token in added.items() if token.special} | {self.end_id}
         self._bytes: list[bytes] = [b""] * self.vocab_size
         for piece, number in vocabulary.items():

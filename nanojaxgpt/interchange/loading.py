@@ -1,7 +1,7 @@
 """Weights of another format, tensor by tensor, straight into the shards of a mesh."""
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -10,24 +10,23 @@ import numpy as np
 from jax.sharding import Mesh
 
 from nanojaxgpt.checkpoint import abstract_params
+from nanojaxgpt.console import with_bar
 from nanojaxgpt.errors import CheckpointError
 from nanojaxgpt.interchange.pretrained import Pretrained
 from nanojaxgpt.interchange.tensors import from_parts, to_parts
 from nanojaxgpt.model.config import ModelConfig
 
-Each = Callable[[Iterable[str]], Iterable[str]]
 
-
-def read_params(source: Pretrained, cfg: ModelConfig, mesh: Mesh, each: Each = iter) -> Any:
+def read_params(source: Pretrained, cfg: ModelConfig, mesh: Mesh) -> Any:
     """Return the parameters of an opened model on `mesh`, as cfg.param_dtype.
 
-    `cfg` may have a shorter context than the model: learned positions are cut. Tensors are read
-    one at a time: beside the shards no more than the largest of them is in memory. `each` passes
-    the names through, as a progress bar does. Raises CheckpointError where a number is not finite.
+    Where `cfg` has a shorter context, learned positions are cut; where it has a larger vocabulary,
+    rows of zeros are added. Tensors are read one at a time: beside the shards no more than the
+    largest of them is in memory. Raises CheckpointError where a number is not finite.
     """
     abstract = abstract_params(cfg, mesh)
     params: dict[str, Any] = {}
-    for name in each(source.slots):
+    for name in with_bar(source.slots, "reading weights"):
         slot = source.slots[name]
         array = source.read(name)
         if not np.isfinite(array.astype(np.float32, copy=False)).all():
@@ -37,7 +36,7 @@ def read_params(source: Pretrained, cfg: ModelConfig, mesh: Mesh, each: Each = i
             stack, leaf = place.row.stack, place.row.name
             target = abstract[stack][leaf] if stack else abstract[leaf]
             if not stack:
-                whole = part[tuple(map(slice, target.shape))].astype(target.dtype)
+                whole = fit_rows(part, target.shape).astype(target.dtype)
                 params[leaf] = jax.device_put(whole, target.sharding)
                 continue
             held = params.setdefault(stack, {})
@@ -45,6 +44,12 @@ def read_params(source: Pretrained, cfg: ModelConfig, mesh: Mesh, each: Each = i
                 held[leaf] = _empty(target)
             held[leaf] = _put(held[leaf], part.astype(target.dtype), place.index)
     return params
+
+
+def fit_rows(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Return the array with as many rows as `shape` says: the first ones, or zeros added."""
+    missing = max(0, shape[0] - len(array))
+    return np.pad(array[: shape[0]], [(0, missing)] + [(0, 0)] * (array.ndim - 1))
 
 
 def _empty(target: jax.ShapeDtypeStruct) -> jax.Array:

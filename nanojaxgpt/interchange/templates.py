@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -20,6 +21,7 @@ from nanojaxgpt.extras import require_package
 if TYPE_CHECKING:
     from nanojaxgpt.data.tokenizers import Tokenizer
 
+FILE = "chat_template.jinja"  # as transformers calls it
 SECONDS = 2.0
 LARGEST_TEMPLATE = 1 << 16  # characters; the longest of the families that are read has 12,000
 LARGEST_TEXT = 1 << 22  # characters of a conversation, or of what a template repeats
@@ -238,3 +240,19 @@ def split_control(text: str, control: Mapping[str, int]) -> list[tuple[str, int]
         (before, control.get(token, -1))
         for before, token in zip(pieces[::2], pieces[1::2], strict=True)
     ]
+
+
+def load_template(folder: Path) -> str:
+    """Return the chat template in the folder `tokenizer` of a run, or "". Raises DataError."""
+    try:
+        return (folder / FILE).read_text()
+    except FileNotFoundError:
+        return ""
+    except (OSError, ValueError) as error:
+        raise DataError(f"can't read {folder / FILE}: {error}") from error
+
+
+def save_template(folder: Path, source: str) -> None:
+    """Write the chat template beside a run's tokenizer, where the model has one."""
+    if source:
+        (folder / FILE).write_text(source)

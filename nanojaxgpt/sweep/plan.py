@@ -209,7 +209,7 @@ def describe_plan(trials: list[Trial], report: Callable[[str], None]) -> list[st
     groups, lines, total, data = group_trials(trials), [], 0, {}
     for number, group in enumerate(groups, 1):
         first = group[0].cfg
-        key = first.data, first.init.from_run
+        key = first.data, first.init.from_run, first.init.from_model
         if key not in data:
             data[key] = prepare_data(first, report)
         model_cfg = resolve(first, data[key]).model
