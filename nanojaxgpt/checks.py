@@ -118,7 +118,8 @@ def field_problems(name: str, value: Any, rule: "Rule") -> list[str]:
     """Return what is wrong with one field by itself."""
     default = rule.default
     if isinstance(default, float) and type(value) is int:
-        value = float(value) if abs(value) < 2**1000 else math.copysign(math.inf, value)
+        huge = math.inf if value > 0 else -math.inf
+        value = float(value) if abs(value) < 2**1000 else huge
     if type(value) is not type(default):
         return [f"{name}={show(value)} is {kind_of(value)}, not {kind_of(default)}"]
     items = value if isinstance(value, tuple) else (value,)

@@ -30,20 +30,20 @@ def jax_steps(shape: dict[str, int], dtype: str) -> Callable[[int], None]:
     import jax
     import numpy as np
 
-    from nanojaxgpt.config import base_config
+    from nanojaxgpt.config import base_config, with_fields
     from nanojaxgpt.data.rows import Batch
-    from nanojaxgpt.model.config import ModelConfig
+    from nanojaxgpt.model.config import complete
     from nanojaxgpt.model.transformer import Transformer
     from nanojaxgpt.objectives.language import make_loss
     from nanojaxgpt.step import make_hyper, make_init, make_train_step
 
-    cfg = base_config().unlock()
-    cfg.model.update({k: v for k, v in shape.items() if k != "batch_size"})
-    cfg.model.update(vocab_size=VOCAB_SIZE, compute_dtype=dtype)
+    sizes = {k: v for k, v in shape.items() if k != "batch_size"}
+    sizes |= {"vocab_size": VOCAB_SIZE, "compute_dtype": dtype}
+    changes = {f"model.{name}": value for name, value in sizes.items()}
+    cfg = complete(with_fields(base_config(), changes))
     state, _ = jax.jit(make_init(cfg))(jax.random.key(0))
-    model = Transformer(ModelConfig(**cfg.model))
-    loss = make_loss(model, 1)
-    step = jax.jit(make_train_step(loss, cfg.optim, model.cfg), donate_argnums=0)
+    loss = make_loss(Transformer(cfg.model), 1)
+    step = jax.jit(make_train_step(loss, cfg.optim, cfg.model), donate_argnums=0)
     rng, size = np.random.default_rng(0), (shape["batch_size"], shape["seq_len"])
     tokens = rng.integers(0, VOCAB_SIZE, size, np.int32)
     batch, hyper = Batch(tokens, tokens, np.ones(size, np.float32)), make_hyper(cfg)

@@ -82,7 +82,7 @@ def row(name: str, rule: Rule) -> str:
 def config_page() -> str:
     """Return docs/config.md."""
     tables = []
-    for section, kind in sections.kinds().items():
+    for section, kind in sections.kinds(sections.Config).items():
         lines = [f"## {section}", "", inspect.getdoc(kind) or "", ""]
         lines += ["| field | default | values | resume | |", "|---|---|---|---|---|"]
         lines += [row(f"{section}.{name}", rule) for name, rule in kind.rules().items()]

@@ -11,7 +11,7 @@ from conftest import write_corpus
 
 from nanojaxgpt import sharding
 from nanojaxgpt.branch import branch_state
-from nanojaxgpt.config import base_config, override_config
+from nanojaxgpt.config import base_config, override_config, typed
 from nanojaxgpt.data.loader import prepare_data, resolve
 from nanojaxgpt.errors import CheckpointError, ConfigError, DataError
 from nanojaxgpt.horizon import LENGTH, length_problem
@@ -122,7 +122,7 @@ def test_a_length_can_change_exactly_where_the_rates_so_far_stay_what_they_were(
         return cfg
 
     def rates(cfg) -> list[float]:
-        hyper = make_hyper(cfg)
+        hyper = make_hyper(typed(cfg))
         return [float(learning_rate(schedule, step, hyper)) for step in range(24)]
 
     settings = list(itertools.product((12, 24), (0.25, 0.5), (0.0, 0.1)))

@@ -19,7 +19,7 @@ from nanojaxgpt.data.tokenizers import train_tokenizer
 from nanojaxgpt.errors import ConfigError
 from nanojaxgpt.hosts import process
 from nanojaxgpt.metrics import read_metrics
-from nanojaxgpt.model.config import ModelConfig
+from nanojaxgpt.model.config import complete
 
 USAGE, DATA, NON_FINITE, CHECKPOINT = 2, 3, 4, 5
 
@@ -453,7 +453,7 @@ def test_a_loss_that_is_no_number(folder, tmp_path):
     steps = rundir.saved_steps(run / "checkpoints")
     assert steps
     assert f"step {steps[-1]} is saved" in found.stderr
-    model_cfg = ModelConfig(**rundir.load_run(run).model)
+    model_cfg = complete(rundir.read_config(run)).model
     mesh = sharding.make_mesh({}, jax.devices()[:1])
     for step in steps:
         _, params = checkpoint.load_params(run, model_cfg, mesh, step)
@@ -474,6 +474,6 @@ def test_run_whose_config_is_no_text(run, tmp_path, refused):
 
 
 def test_config_of_a_run_is_read_back(run):
-    cfg = rundir.load_run(run)
+    cfg = rundir.read_config(run)
     assert cfg.model.vocab_size > 0
     assert config.from_json((run / "config.json").read_text()) == cfg

@@ -71,7 +71,7 @@ def test_every_field_says_what_it_may_hold(name):
 
 def test_annotations_are_the_types_of_the_defaults():
     assert set(RULES) == set(DEFAULTS)
-    for section, kind in sections.kinds().items():
+    for section, kind in sections.kinds(Config).items():
         for declared in dataclasses.fields(kind):
             expected = get_origin(declared.type) or declared.type
             assert type(getattr(getattr(Config(), section), declared.name)) is expected
@@ -195,8 +195,8 @@ def test_a_program_depends_on_what_is_neither_traced_nor_the_hosts():
 
 def test_what_is_traced_are_the_numbers_that_the_step_takes():
     traced = {name.split(".")[1] for name, rule in RULES.items() if rule.traced}
-    assert set(make_hyper(base_config())) - traced == {"decay_begin", "rate_multipliers"}
-    assert traced <= set(make_hyper(base_config()))
+    assert set(make_hyper(Config())) - traced == {"decay_begin", "rate_multipliers"}
+    assert traced <= set(make_hyper(Config()))
 
 
 def test_what_a_paper_may_set_is_where_the_data_and_the_devices_are():
@@ -462,13 +462,11 @@ def test_json_brings_everything_back():
     cfg = override(model__windows="64,0", optim__learning_rate="0.1", sample__prompt="é\n\"'")
     assert cfg != base_config()
     back = from_json(to_json(cfg))
-    assert back == cfg
+    assert back == typed(cfg)
     assert back.model.windows == (64, 0)
     assert type(back.model.windows) is tuple
     assert config.config_hash(back) == config.config_hash(cfg)
     assert config.config_hash(back) != config.config_hash(base_config())
-    with pytest.raises(AttributeError):
-        back.train.sed = 6
 
 
 @pytest.mark.parametrize(
@@ -504,7 +502,7 @@ def test_json_of_another_shape_is_refused(text, words):
 def test_json_of_an_older_version_takes_the_defaults_of_new_fields():
     old = json.loads(to_json(base_config()))
     del old["model"]["qk_norm"]
-    assert from_json(json.dumps(old)) == base_config()
+    assert from_json(json.dumps(old)) == Config()
 
 
 def test_differences_name_field_old_and_new():

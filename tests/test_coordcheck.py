@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from nanojaxgpt.config import typed
 from nanojaxgpt.errors import ConfigError
 from nanojaxgpt.papers.coordcheck import check_coordinates, save_coordinates, slope, table, widened
 
@@ -40,7 +41,7 @@ def test_slope_is_the_power_of_the_width():
 
 
 def test_widths_keep_the_shape_of_a_head(small_config):
-    cfg = small_config(**{"model.num_heads": "4", "model.num_kv_heads": "2"})
+    cfg = typed(small_config(**{"model.num_heads": "4", "model.num_kv_heads": "2"}))
     model = widened(cfg, 48, 16).model
     assert (model.num_heads, model.num_kv_heads, model.head_dim, model.mup_base_dim) == (
         12,

@@ -86,7 +86,7 @@ CHANGES = {
 def test_a_copied_run_is_still_finished(finished, tmp_path):
     """Copies and backups change times, not content."""
     shutil.copytree(finished[1], tmp_path / "run", copy_function=shutil.copyfile)
-    cfg = rundir.load_run(tmp_path / "run")
+    cfg = rundir.read_config(tmp_path / "run")
     assert finish.is_finished(cfg, tmp_path / "run", print)
 
 
@@ -101,7 +101,7 @@ def test_without_matplotlib_a_run_has_no_plot_and_is_finished_all_the_same(
     assert said[0] == "no loss.png: matplotlib is not installed: pip install 'nanojaxgpt[plots]'"
     assert not [line for line in said[1:] if line.startswith("  plot")]
     assert not (run / "loss.png").exists()
-    cfg = rundir.load_run(run)
+    cfg = rundir.read_config(run)
     assert finish.is_finished(cfg, run, print)
     monkeypatch.undo()
     assert not finish.is_finished(cfg, run, print)  # the next `train` draws it
@@ -113,7 +113,7 @@ def test_a_checkpoint_too_large_to_hash_is_read_instead(finished, tmp_path, monk
     monkeypatch.setattr(finish, "HASHED_BYTES", 100)
     finish.end_run(run, lambda line: None)
     assert not (run / "finished.json").exists()
-    assert not finish.is_finished(rundir.load_run(run), run, print)
+    assert not finish.is_finished(rundir.read_config(run), run, print)
 
 
 @pytest.mark.parametrize("name", ["lock", "metrics.jsonl", "identity.json", "loss.png"])

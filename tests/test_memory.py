@@ -17,7 +17,7 @@ from nanojaxgpt.config import base_config, override_config
 from nanojaxgpt.errors import MemoryExceeded
 from nanojaxgpt.hosts import process
 from nanojaxgpt.memory import cache_bytes, explained, group_bytes, host_bytes, readable
-from nanojaxgpt.model.config import ModelConfig
+from nanojaxgpt.model.config import complete
 from nanojaxgpt.model.parameters import count_params
 from nanojaxgpt.step import make_step
 
@@ -42,7 +42,7 @@ def experiment(tmp_path_factory):
 
 def config(**overrides):
     overrides = {k.replace("__", "."): str(v) for k, v in overrides.items()}
-    return override_config(base_config(), {"model.vocab_size": "256"} | overrides)
+    return complete(override_config(base_config(), {"model.vocab_size": "256"} | overrides))
 
 
 def state(cfg, mesh):
@@ -52,7 +52,7 @@ def state(cfg, mesh):
 
 def test_the_bytes_are_those_of_adam_by_hand(limit):
     cfg, mesh = config(), sharding.make_mesh({}, jax.devices()[:1])
-    count = count_params(ModelConfig(**cfg.model))
+    count = count_params(cfg.model)
     # Parameters, gradients and two moments; Adam's counter and the step; tokens, targets, weights.
     needed = 4 * 4 * count + 2 * 4 + 3 * 4 * cfg.train.batch_size * cfg.model.seq_len
     abstract = state(cfg, mesh)
@@ -189,7 +189,7 @@ except memory.MemoryExceeded as error:
 
 
 def test_a_cache_has_the_bytes_of_its_arrays():
-    cfg = ModelConfig(**config(model__num_kv_heads=2, model__compute_dtype="bfloat16").model)
+    cfg = config(model__num_kv_heads=2, model__compute_dtype="bfloat16").model
     shape = cfg.num_layers, 3, 5, cfg.num_kv_heads, cfg.head_dim, cfg.compute_dtype
     real = init_cache(*shape)
     assert cache_bytes(cfg, 3, 5) == sum(leaf.nbytes for leaf in jax.tree.leaves(real))

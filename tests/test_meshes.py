@@ -14,7 +14,6 @@ from nanojaxgpt.attention.request import Mask
 from nanojaxgpt.data.loader import prepare_data, resolve
 from nanojaxgpt.data.rows import Batch
 from nanojaxgpt.errors import ConfigError
-from nanojaxgpt.model.config import ModelConfig
 from nanojaxgpt.model.transformer import Transformer
 from nanojaxgpt.objectives.language import make_loss
 from nanojaxgpt.step import accumulate, make_hyper, make_init
@@ -78,8 +77,8 @@ def one_step(build, sizes: dict, options: tuple, **changes: str) -> tuple[dict, 
     data = prepare_data(cfg, lambda _: None)
     job = make_job(resolve(cfg, data), data, mesh)
     loss_fn, hyper = (
-        make_loss(Transformer(ModelConfig(**job.cfg.model)), int(chunks)),
-        make_hyper(cfg),
+        make_loss(Transformer(job.cfg.model), int(chunks)),
+        make_hyper(job.cfg),
     )
 
     def gradients(params, batch):
@@ -90,7 +89,7 @@ def one_step(build, sizes: dict, options: tuple, **changes: str) -> tuple[dict, 
         batch = sharding.global_batch(
             lambda first, last: jax.tree.map(lambda x: x[first:last], rows), *shape, mesh
         )
-        init = jax.jit(make_init(cfg), out_shardings=(job.shardings, {}))
+        init = jax.jit(make_init(job.cfg), out_shardings=(job.shardings, {}))
         state, _ = init(jax.random.key(0))
         held = {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(state.params)}
         loss, grads = jax.jit(gradients)(state.params, batch)
@@ -237,7 +236,7 @@ def test_sharding_constraints_are_in_the_program(cfg, on_mesh):
         jax.clear_caches()  # a trace made under another mesh must not be found again
         fresh = make_job(resolve(cfg, store), store, mesh)
         lowered = fresh.train_step.__wrapped__.lower(
-            job.abstract, job.train_batch(0), make_hyper(cfg)
+            job.abstract, job.train_batch(0), make_hyper(job.cfg)
         )
         text = lowered.as_text()
         return text.count("sdy.sharding_constraint") + text.count("custom_call @Sharding")

@@ -18,6 +18,7 @@ from test_hosts import free_address
 from nanojaxgpt import checkpoint, rundir, sharding
 from nanojaxgpt.data.loader import prepare_data
 from nanojaxgpt.metrics import read_metrics
+from nanojaxgpt.model.config import complete
 from nanojaxgpt.training import make_job
 
 NUM_STEPS = 12
@@ -106,7 +107,7 @@ def losses(run) -> np.ndarray:
 
 def params(run) -> dict[str, np.ndarray]:
     """Return the parameters of the last checkpoint by their paths."""
-    cfg = rundir.load_run(run)
+    cfg = complete(rundir.read_config(run))
     mesh = sharding.make_mesh({}, jax.devices()[:1])
     job = make_job(cfg, prepare_data(cfg, print), mesh)
     _, items = checkpoint.restore(run / "checkpoints", {"params": job.abstract.params}, NUM_STEPS)

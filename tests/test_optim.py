@@ -7,7 +7,7 @@ import optax
 import pytest
 from conftest import small_model
 
-from nanojaxgpt.config import base_config
+from nanojaxgpt.config import base_config, typed
 from nanojaxgpt.config.sections import rules
 from nanojaxgpt.errors import ConfigError
 from nanojaxgpt.model.parameters import parameters
@@ -82,7 +82,7 @@ def test_wsd_decays_over_whole_steps_to_the_last(num_steps, fraction, expected):
     cfg = base_config().unlock()
     cfg.train.num_steps, cfg.optim.decay_fraction = num_steps, fraction
     cfg.optim.learning_rate, cfg.optim.warmup_steps, cfg.optim.final_fraction = 1.0, 0, 0.0
-    hyper = make_hyper(cfg)
+    hyper = make_hyper(typed(cfg))
     found = [float(learning_rate("wsd", step, hyper)) for step in range(num_steps)]
     np.testing.assert_allclose(found, expected, atol=1e-6)
     begin = num_steps - round(num_steps * fraction)

@@ -12,7 +12,7 @@ from nanojaxgpt import training as train_module
 from nanojaxgpt.config import base_config, override_config
 from nanojaxgpt.data.loader import prepare_data, resolve
 from nanojaxgpt.data.rows import Batch
-from nanojaxgpt.model.config import ModelConfig
+from nanojaxgpt.model.config import complete
 from nanojaxgpt.optim import OPTIMIZERS
 from nanojaxgpt.step import accumulate, first_state, make_hyper, make_step, make_train_step
 from nanojaxgpt.training import fit, make_job
@@ -43,7 +43,7 @@ def config(name: str, ema: float, dtype: str):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("name", "ema"), CASES)
 def test_a_step_keeps_the_structure_shapes_and_dtypes_of_the_state(name, ema, dtype):
-    cfg = config(name, ema, dtype)
+    cfg = complete(config(name, ema, dtype))
     step = make_step(cfg, one_device_mesh())
     batch = Batch(rows(jnp.int32), rows(jnp.int32), rows())
     after, _ = jax.eval_shape(step.train_step, step.abstract, batch, make_hyper(cfg))
@@ -83,13 +83,13 @@ def follow(pulls: np.ndarray, **optim: str) -> np.ndarray:
             "optim.weight_decay": "0", "optim.clip_norm": "0", "optim.schedule": "constant",
             "optim.warmup_steps": "0", "optim.decay_pattern": "",
             "model.vocab_size": "257"}  # fmt: skip
-    cfg = override_config(base_config(), base | optim)
+    cfg = complete(override_config(base_config(), base | optim))
 
     def loss(params, frozen, batch, hyper, rng):
         pull = batch.tokens_BT[0, 0] * params["w"].astype(jnp.float32)[0]
         return pull, jnp.sum(batch.weights_BT), {}
 
-    step = make_train_step(loss, cfg.optim, ModelConfig(**cfg.model))
+    step = make_train_step(loss, cfg.optim, cfg.model)
     hyper = make_hyper(cfg)
     state, _ = first_state(cfg, {"w": jnp.ones(1, jnp.bfloat16)})
 

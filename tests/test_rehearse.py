@@ -19,7 +19,7 @@ from nanojaxgpt.errors import ConfigError
 from nanojaxgpt.flops import forward_flops
 from nanojaxgpt.hosts import process
 from nanojaxgpt.memory import Memory, device_tokens
-from nanojaxgpt.model.config import ModelConfig
+from nanojaxgpt.model.config import complete
 from nanojaxgpt.rehearse import estimate, report, search, step, targets
 from nanojaxgpt.rehearse.collectives import (
     array_bytes,
@@ -45,7 +45,7 @@ def config(**changes):
         "model.seq_len": "16", "model.vocab_size": "64", "model.unroll": "1",
         "train.batch_size": "16",
     }  # fmt: skip
-    return override_config(base_config(), small | changes)
+    return complete(override_config(base_config(), small | changes))
 
 
 @pytest.fixture(scope="module")
@@ -62,8 +62,11 @@ SHAPES = [
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "-".join(s.values()))
 def test_exact_bytes_are_those_of_real_shards(shape, eight):
-    memory = search.exact_memory(config(**shape).unlock(), eight)
-    cfg, mesh = resolve_mesh(config(**shape).copy_and_resolve_references().unlock(), eight)
+    def exact(**changes):
+        return search.exact_memory(*resolve_mesh(config(**shape | changes), eight), eight)
+
+    memory = exact()
+    cfg, mesh = resolve_mesh(config(**shape), eight)
     real = make_step(cfg, mesh)
     zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), real.abstract)
     state = jax.device_put(zeros, real.shardings)
@@ -76,12 +79,12 @@ def test_exact_bytes_are_those_of_real_shards(shape, eight):
     assert 2 * memory.parameters < memory.optimizer < 2 * memory.parameters + 100
     assert memory.batch == 3 * 16 * 16 * 4 // 8 * (2 if "mesh.tensor" in shape else 1)
     stored = {"model.param_dtype": "bfloat16", "train.accumulation_steps": "2"}
-    half = search.exact_memory(config(**shape | stored).unlock(), eight)
+    half = exact(**stored)
     assert 2 * half.parameters == memory.parameters
     assert half.optimizer == memory.optimizer + memory.parameters  # a float32 master copy
     assert half.gradients == memory.gradients  # the micro-batches' sum
     one = stored | {"train.accumulation_steps": "1"}
-    assert search.exact_memory(config(**shape | one).unlock(), eight).gradients == half.parameters
+    assert exact(**one).gradients == half.parameters
 
 
 STEPS = {
@@ -98,12 +101,12 @@ STEPS = {
 
 @pytest.mark.parametrize("name", STEPS)
 def test_the_jaxpr_has_the_formulas_flops(name, eight):
-    cfg, mesh = resolve_mesh(config(**{"mesh.data": "8"} | STEPS[name]).unlock(), eight)
+    cfg, mesh = resolve_mesh(config(**{"mesh.data": "8"} | STEPS[name]), eight)
     with jax.set_mesh(mesh):
         flops = count_flops(cfg, mesh, trace(cfg, mesh)[1])
     assert flops.weights_counted > 0
     assert abs(flops.difference) < 0.01
-    model = ModelConfig(**cfg.model)
+    model = cfg.model
     head = 2 * 16 * 16 * 32 * 64
     attention = 4 * 2 * 16 * 16 * 16 * 32
     layers = forward_flops(model, 16) * 16 - head - attention
@@ -395,7 +398,7 @@ def test_the_first_axis_crosses_the_slices():
 
 
 def test_running_out_of_memory_is_read(eight):
-    memory = search.exact_memory(config(**{"mesh.data": "8"}).unlock(), eight)
+    memory = search.exact_memory(*resolve_mesh(config(**{"mesh.data": "8"}), eight), eight)
     apart = "RESOURCE_EXHAUSTED: ... required for HLO temporaries (44.05G) exceeds available HBM"
     whole = "RESOURCE_EXHAUSTED: ... Used 20.00G of 15.75G hbm."
     error = jax.errors.JaxRuntimeError

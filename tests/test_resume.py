@@ -19,7 +19,7 @@ from nanojaxgpt.config import override_config
 from nanojaxgpt.data.loader import prepare_data
 from nanojaxgpt.errors import INTERRUPTED, PREEMPTED, Stopped
 from nanojaxgpt.metrics import read_metrics
-from nanojaxgpt.model.config import ModelConfig
+from nanojaxgpt.model.config import complete
 from nanojaxgpt.model.transformer import Transformer
 from nanojaxgpt.training import fit, make_evaluation, make_job
 
@@ -91,7 +91,7 @@ def stop_at(process, run, step, number) -> tuple[int, str, int]:
 
 def leaves(run) -> dict[str, np.ndarray]:
     """Return the arrays of the last step's checkpoint by their paths."""
-    cfg = rundir.load_run(run)
+    cfg = complete(rundir.read_config(run))
     job = make_job(cfg, prepare_data(cfg, print), one_device_mesh())
     step, items = checkpoint.restore(run / "checkpoints", job.abstract.items({}), NUM_STEPS)
     assert step == NUM_STEPS
@@ -184,7 +184,7 @@ def test_killed_at_random_moments(seed, start, uninterrupted, tmp_path):
 def compiled(uninterrupted):
     """Return the job of that run on one device; every `fit` shares it, so that it compiles once."""
     changes = {"checkpoint.every_steps": "7", "checkpoint.keep_last": "3"}
-    cfg = override_config(rundir.load_run(uninterrupted), changes)
+    cfg = complete(override_config(rundir.read_config(uninterrupted), changes))
     return make_job(cfg, prepare_data(cfg, print), one_device_mesh())
 
 
@@ -258,7 +258,7 @@ def test_a_warm_up_longer_than_the_run_is_said_once(warmup, warned, job, tmp_pat
 
 def test_no_validation_split_gives_no_validation_loss(job, tmp_path, monkeypatch):
     cfg = override_config(job.cfg, {"data.validation_fraction": "0"})
-    model = Transformer(ModelConfig(**cfg.model))
+    model = Transformer(cfg.model)
     evaluate = make_evaluation(cfg, prepare_data(cfg, print), job.mesh, model)
     share(job._replace(evaluate=evaluate), monkeypatch)
     fit(job.cfg, tmp_path / "run", report=lambda text: None)

@@ -1,5 +1,6 @@
 """Sweeps: the algebra, the plan's checks, one compile with the bits of runs alone, the report."""
 
+import dataclasses
 import json
 import re
 import signal
@@ -15,6 +16,7 @@ from nanojaxgpt.data.loader import prepare_data, resolve
 from nanojaxgpt.errors import ConfigError, NonFiniteError, Stopped
 from nanojaxgpt.hosts import process
 from nanojaxgpt.metrics import read_metrics
+from nanojaxgpt.model.config import complete
 from nanojaxgpt.recorder import Job
 from nanojaxgpt.step import make_hyper
 from nanojaxgpt.sweep import run, together
@@ -175,15 +177,20 @@ def test_other_mistakes_at_the_door_exit_2(write_experiment, capsys, tmp_path):
 
 
 def test_what_shares_its_programs_is_what_make_hyper_traces(small_config):
-    base = small_config()
+    base = config.typed(small_config())
+
+    def changed(name: str, value):
+        """Return the config with a value that it may not have."""
+        section, field = name.split(".")
+        part = dataclasses.replace(getattr(base, section), **{field: value})
+        return dataclasses.replace(base, **{section: part})
+
     other = {int: lambda x: x + 1, float: lambda x: x / 2 + 0.25, str: lambda x: x + "x"}
     seen = {True: 0, False: 0}
     for name, value in config.fields(base):
         if type(value) not in other:
             continue
-        section, field = name.split(".")
-        cfg = base.copy_and_resolve_references()
-        cfg[section][field] = other[type(value)](value)
+        cfg = changed(name, other[type(value)](value))
         traced = not isinstance(value, str) and make_hyper(cfg) != make_hyper(base)
         unseen = name.split(".")[0] in ("sample", "checkpoint", "init") or name in (
             "eval.every_steps", "train.log_every_steps",
@@ -192,8 +199,7 @@ def test_what_shares_its_programs_is_what_make_hyper_traces(small_config):
         if (
             name == "optim.ema_decay"
         ):  # whether there is an average is compiled, how it fades is not
-            longer = cfg.copy_and_resolve_references()
-            longer.optim.ema_decay = 0.9
+            longer = changed(name, 0.9)
             assert program_key(base) != program_key(cfg) == program_key(longer)
             continue
         assert (program_key(cfg) == program_key(base)) == (traced or unseen), name
@@ -224,8 +230,8 @@ def test_the_plan_counts_trials_programs_parameters_and_flops(write_experiment, 
 
 def leaves(path) -> dict[str, np.ndarray]:
     """Return the arrays of a run's newest checkpoint by their paths."""
-    cfg = rundir.load_run(path)
-    job = make_job(cfg, prepare_data(cfg, print), sharding.make_mesh(cfg.mesh))
+    cfg = complete(rundir.read_config(path))
+    job = make_job(cfg, prepare_data(cfg, print), sharding.make_mesh(cfg.mesh.given()))
     wanted = {"params": job.abstract.params, "opt_state": job.abstract.opt_state}
     step, items = checkpoint.restore(path / "checkpoints", wanted)
     assert step == cfg.train.num_steps
@@ -347,8 +353,7 @@ def test_vmap_that_is_stopped_goes_on(trials, mapped, tmp_path, monkeypatch):
 @pytest.mark.parametrize("fsdp", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_vmap_spreads_the_trials_over_the_devices(write_experiment, fsdp):
     trials = load_trials(write_experiment(f"choice('{SEED}', *range(7))"), {})
-    with trials[0].cfg.unlocked():
-        trials[0].cfg.mesh.fsdp = fsdp
+    trials[0] = trials[0]._replace(cfg=config.with_fields(trials[0].cfg, {"mesh.fsdp": fsdp}))
     job = together.open_group(trials[0].cfg, quiet)
     assert job.mesh.size == fsdp
     jobs = [share_job(job, resolve(trial.cfg, job.data)) for trial in trials]

@@ -13,12 +13,12 @@ from conftest import random_tokens
 from nanojaxgpt import metrics, sharding
 from nanojaxgpt import training as train_module
 from nanojaxgpt.__main__ import main
-from nanojaxgpt.config import override_config
+from nanojaxgpt.config import override_config, with_fields
 from nanojaxgpt.data.loader import prepare_data, resolve
 from nanojaxgpt.data.rows import Batch
 from nanojaxgpt.errors import CheckpointError, ConfigError, NonFiniteError
 from nanojaxgpt.metrics import read_metrics
-from nanojaxgpt.model.config import ModelConfig
+from nanojaxgpt.model.config import complete
 from nanojaxgpt.model.transformer import Transformer
 from nanojaxgpt.objectives.language import make_loss
 from nanojaxgpt.optim import OPTIMIZERS
@@ -31,7 +31,7 @@ make_mesh = sharding.make_mesh
 
 @pytest.fixture
 def cfg(small_config):
-    return small_config(**{"model.vocab_size": "31", "mesh.data": "-1"})
+    return complete(small_config(**{"model.vocab_size": "31", "mesh.data": "-1"}))
 
 
 def batch(seed: int = 0, weights=None) -> Batch:
@@ -44,9 +44,8 @@ def batch(seed: int = 0, weights=None) -> Batch:
 def step_of(cfg, accumulation_steps=1, chunks=1):
     """Return (state, jitted train_step)."""
     state, _ = jax.jit(make_init(cfg))(jax.random.key(0))
-    model = Transformer(ModelConfig(**cfg.model))
-    loss = make_loss(model, chunks)
-    return state, jax.jit(make_train_step(loss, cfg.optim, model.cfg, accumulation_steps))
+    loss = make_loss(Transformer(cfg.model), chunks)
+    return state, jax.jit(make_train_step(loss, cfg.optim, cfg.model, accumulation_steps))
 
 
 def assert_close(a, b, bound=1e-5):
@@ -92,8 +91,7 @@ def test_other_numbers_do_not_recompile_and_do_act(cfg):
 
 
 def test_factors_of_rates_are_numbers_of_the_step(cfg):
-    cfg = cfg.copy_and_resolve_references().unlock()
-    cfg.optim.rate_multipliers = ("embed_=0.5", "q_D=1")
+    cfg = with_fields(cfg, {"optim.rate_multipliers": ("embed_=0.5", "q_D=1")})
     state, step = step_of(cfg)
     hyper = make_hyper(cfg)
     assert hyper["rate_multipliers"] == (0.5, 1)
@@ -111,8 +109,7 @@ def test_factors_of_rates_are_numbers_of_the_step(cfg):
 def test_the_scale_of_the_start_is_of_the_matrices_alone(cfg):
     data = prepare_data(cfg, lambda _: None)
     job = make_job(resolve(cfg, data), data, sharding.make_mesh({}, jax.devices()[:1]))
-    twice = cfg.copy_and_resolve_references().unlock()
-    twice.init.scale = 2.0
+    twice = with_fields(cfg, {"init.scale": 2.0})
     one, other = (
         share_job(job, resolve(c, data)).init(jax.random.key(0))[0].params for c in (cfg, twice)
     )
@@ -166,7 +163,7 @@ def test_a_run_goes_on_over_as_many_bad_updates_as_it_may(
         "data.validation_fraction": "0",
     })  # fmt: skip
     resolved = resolve(cfg, prepare_data(cfg, lambda _: None))
-    real = make_loss(Transformer(ModelConfig(**resolved.model)), 1)
+    real = make_loss(Transformer(resolved.model), 1)
     seed = jax.random.key(cfg.train.seed)
     bad = [jax.random.key_data(jax.random.fold_in(seed, step)) for step in (21, 22)]
 
@@ -254,11 +251,9 @@ def test_a_run_directory_deleted_while_it_trains(moved, small_config, tmp_path, 
 
 def test_mup_at_its_base_width_is_the_standard_one(cfg):
     def after(**changes):
-        changed = cfg.copy_and_resolve_references().unlock()
-        changed.model.update(attention_scale=0.25, **changes)
-        state, _ = step_of(changed)
-        loss = make_loss(Transformer(model := ModelConfig(**changed.model)), 1)
-        step = jax.jit(make_train_step(loss, changed.optim, model))
+        changes = {f"model.{name}": value for name, value in changes.items()}
+        changed = with_fields(cfg, {"model.attention_scale": 0.25} | changes)
+        state, step = step_of(changed)
         return step(state, batch(), make_hyper(changed))
 
     standard = after()
@@ -349,8 +344,7 @@ def test_what_is_evaluated_saved_and_started_from_is_the_average(
 
 
 def test_dropout_depends_on_seed_and_step_alone(cfg):
-    cfg = cfg.copy_and_resolve_references().unlock()
-    cfg.model.dropout = 0.5
+    cfg = with_fields(cfg, {"model.dropout": 0.5})
     state, step = step_of(cfg)
     hyper = make_hyper(cfg)
     losses = [
@@ -363,8 +357,7 @@ def test_dropout_depends_on_seed_and_step_alone(cfg):
 
 def test_a_vocabulary_smaller_than_the_tokenizers_is_refused(cfg):
     store = prepare_data(cfg, lambda _: None)
-    small = cfg.copy_and_resolve_references().unlock()
-    small.model.vocab_size = 3
+    small = with_fields(cfg, {"model.vocab_size": 3})
     with pytest.raises(ConfigError, match=r"model.vocab_size=3, but the tokenizer has"):
         resolve(small, store)
 
@@ -375,17 +368,13 @@ def test_a_run_starts_from_another_runs_parameters(cfg, tmp_path):
 
     cfg = override_config(cfg, {"train.num_steps": "2"})
     first = quiet(cfg, "first")
-    other = cfg.copy_and_resolve_references().unlock()
-    other.init.from_run = str(tmp_path / "first")
-    other.optim.learning_rate = 0.0
-    other.train.num_steps = 1
+    start = {"init.from_run": str(tmp_path / "first"), "optim.learning_rate": 0.0}
+    other = with_fields(cfg, start | {"train.num_steps": 1})
     second = quiet(other, "second")
     jax.tree.map(np.testing.assert_array_equal, first.params, second.params)
     assert int(second.step) == 1
-    other.init.from_run = str(tmp_path / "nowhere")
     with pytest.raises(ConfigError, match="nowhere"):
-        quiet(other, "third")
+        quiet(with_fields(other, {"init.from_run": str(tmp_path / "nowhere")}), "third")
     shutil.rmtree(tmp_path / "first" / "checkpoints")
-    other.init.from_run = str(tmp_path / "first")
     with pytest.raises(CheckpointError, match="first has no checkpoint"):
         quiet(other, "third")

@@ -10,10 +10,10 @@ from conftest import small_model
 
 from nanojaxgpt import checkpoint, memory, sharding
 from nanojaxgpt.__main__ import main
-from nanojaxgpt.config import override_config
+from nanojaxgpt.config import override_config, to_json
 from nanojaxgpt.data.loader import prepare_data, resolve
 from nanojaxgpt.errors import ConfigError
-from nanojaxgpt.model.config import ModelConfig
+from nanojaxgpt.model.config import complete
 from nanojaxgpt.model.parameters import parameters
 from nanojaxgpt.step import make_step
 from nanojaxgpt.trainable import check_trainable, is_trainable, merge_params, split_params
@@ -79,7 +79,7 @@ def test_what_is_frozen_stays_and_has_no_state(cfg, tmp_path):
     assert sum(sizes) == 2 * sum(leaf.nbytes for leaf in jax.tree.leaves(state.params))
     # In the checkpoint are all parameters; the frozen ones are those of the first step.
     mesh = sharding.make_mesh({"data": -1})
-    model_cfg = ModelConfig(**resolve(cfg, prepare_data(cfg, said.append)).model)
+    model_cfg = resolve(cfg, prepare_data(cfg, said.append)).model
     first, last = (
         checkpoint.load_params(tmp_path / "run", model_cfg, mesh, step, said.append)[1]
         for step in (3, 6)
@@ -98,7 +98,7 @@ def test_what_is_frozen_stays_and_has_no_state(cfg, tmp_path):
 
 
 def test_gradients_and_state_take_the_bytes_of_what_trains(cfg, tmp_path):
-    wide = override_config(cfg, {"model.vocab_size": "64"})
+    wide = complete(override_config(cfg, {"model.vocab_size": "64"}))
     mesh = sharding.make_mesh({"fsdp": 2, "data": -1})
     with jax.set_mesh(mesh):
         step = make_step(wide, mesh)
@@ -111,7 +111,7 @@ def test_gradients_and_state_take_the_bytes_of_what_trains(cfg, tmp_path):
     # Two float32 moments of what trains, and three counters.
     assert found.optimizer == 2 * share + 8
     wrote = tmp_path / "config.json"
-    wrote.write_text(json.dumps(wide.to_dict()))
+    wrote.write_text(to_json(wide))
     assert main(["rehearse", str(tmp_path), "--topology=cpu:8", "--config.mesh.fsdp=2",
                  f"--json={tmp_path}/found.json"]) == 0  # fmt: skip
     (printed,) = json.loads((tmp_path / "found.json").read_text())

@@ -43,7 +43,7 @@ Typed = TypeVar("Typed", bound=Config)
 
 def base_config() -> ConfigDict:
     """Return every field with its default, locked: what an experiment starts from."""
-    return editable(Config())
+    return editable(sections.Config())
 
 
 def editable(cfg: Config) -> ConfigDict:
@@ -62,12 +62,12 @@ def to_dict(cfg: AnyConfig) -> dict[str, dict[str, Any]]:
     """Return {section: {field: value}}, the values as they were given."""
     if isinstance(cfg, ConfigDict):
         return cfg.to_dict()
-    return {name: getattr(cfg, name).given() for name in sections.kinds()}
+    return {name: getattr(cfg, name).given() for name in sections.kinds(type(cfg))}
 
 
 def typed(cfg: AnyConfig) -> Config:
     """Return the config as frozen dataclasses, which are hashable. Raises as `check_config`."""
-    return cfg if isinstance(cfg, Config) else build(dict(fields(cfg)), Config)
+    return cfg if isinstance(cfg, Config) else build(dict(fields(cfg)), sections.Config)
 
 
 def with_fields(cfg: Either, changes: Mapping[str, Any]) -> Either:
@@ -102,7 +102,7 @@ def build(values: Mapping[str, Any], kind: type[Typed]) -> Typed:
         section, field = name.split(".")
         number = float(value) if rules[name].item is float else value  # an integer is one too
         parts.setdefault(section, {})[field] = number
-    cfg = assemble(parts, Config)
+    cfg = assemble(parts, sections.Config)
     model = cfg.model
     problems = partner_problems(cfg)
     if model.positions == "rotary":
@@ -285,7 +285,7 @@ def to_json(cfg: AnyConfig) -> str:
 
 def from_json(text: str, origin: str = "config.json") -> Config:
     """Return the checked config in `text`. Raises ConfigError, naming `origin`."""
-    found = dict(fields(Config()))
+    found = dict(fields(sections.Config()))
     known = list(found)
     try:
         for section, values in json.loads(text).items():
@@ -294,7 +294,7 @@ def from_json(text: str, origin: str = "config.json") -> Config:
                     field = unknown_name("config field", f"{section}.{name}", known)
                     raise ConfigError(f"{field}; the file was written by another version")
                 found[f"{section}.{name}"] = tuple(value) if isinstance(value, list) else value
-        return build(found, Config)
+        return build(found, sections.Config)
     except (ValueError, AttributeError, RecursionError) as error:
         raise ConfigError(f"{origin} is not a config: {error}") from error
     except ConfigError as error:
@@ -311,7 +311,7 @@ def config_hash(cfg: AnyConfig) -> str:
 
 def hash_fields(values: Mapping[str, Any]) -> str:
     """Return the `config_hash` of {"section.field": value}, where fields may be missing."""
-    defaults = dict(fields(Config()))
+    defaults = dict(fields(sections.Config()))
     changed = {name: value for name, value in values.items() if value != defaults[name]}
     text = json.dumps(changed, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -314,7 +314,7 @@ class Config:
     sample: Sample = Sample()
 
 
-def kinds(config: type[Config] = Config) -> dict[str, type[Section]]:
+def kinds(config: type[Config]) -> dict[str, type[Section]]:
     """Return the class of each section by its name."""
     return get_type_hints(config)
 
@@ -323,6 +323,6 @@ def rules() -> dict[str, Rule]:
     """Return the rule of each field by its dotted name, in the order of the source."""
     return {
         f"{section}.{name}": rule
-        for section, kind in kinds().items()
+        for section, kind in kinds(Config).items()
         for name, rule in kind.rules().items()
     }
