@@ -17,15 +17,15 @@ LAYERS = {
         "config.sections", "config.rotary", "horizon", "sweep", "sweep.space", "commands", "papers",
         "hosts", "data", "rehearse", "model", "interchange"},
     # The model, and what is computed with it.
-    1: {"model.config", "model.parameters", "interchange.tensors", "model.projection", "model.rotary", "model.block",
-        "model.transformer", "attention", "attention.*", "sharding", "loss", "schedules",
+    1: {"model.config", "model.parameters", "model.projection", "model.rotary", "model.block",
+        "model.transformer", "interchange.tensors", "attention", "attention.*", "sharding", "loss", "schedules",
         "matrices", "optim", "trainable", "objectives", "objectives.*", "flops", "data.rows",
         "data.tasks", "data.tokenizers", "data.subwords", "papers.scaling", "papers.probe"},
     # Runs, data, hosts; parameters are read, evaluated, sampled.
     2: {"rundir", "arguments", "hosts.process", "hosts.lifeline", "hosts.team", "hosts.joining",
         "hosts.watchdog", "checkpoint", "rundiff", "metrics", "trackers", "finish", "sample",
-        "perplexity", "text_stream", "interchange.*", "data.sources", "data.sources.*", "data.shards",
-        "data.manifests", "data.exactness", "data.store", "data.packing", "data.loader",
+        "perplexity", "text_stream", "interchange.*", "data.sources", "data.sources.*",
+        "data.shards", "data.manifests", "data.exactness", "data.store", "data.packing", "data.loader",
         "data.show"},
     # Training.
     3: {"step", "recorder", "loop", "training", "memory", "branch",
