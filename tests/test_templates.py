@@ -95,7 +95,7 @@ HARMFUL = {
     "{{ '%999999999d' % 1 }}": "small numbers",
     "{{ 'x' | center(999999999) }}": "No filter",
     "{% for": "can't be read",
-    DOUBLING: "memory",
+    DOUBLING: "memory|more than 2 s",
 }
 
 

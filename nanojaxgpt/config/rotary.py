@@ -67,6 +67,19 @@ def parse_rotary(entry: str, base: float) -> Rotary | None:
     return found
 
 
+def write_rotary(found: Rotary | None, base: float) -> str:
+    """Return the shortest entry that `parse_rotary` reads as `found`."""
+    if found is None:
+        return "none"
+    words = {}
+    for name, value in vars(found).items():
+        default = base if name == "base" else getattr(Rotary, name, None)
+        if value != default:
+            items = value if isinstance(value, tuple) else (value,)
+            words[name] = ",".join(str(item).removesuffix(".0") for item in items)
+    return " ".join(f"{name}={text}" for name, text in words.items())
+
+
 def rotary_problem(found: Rotary, given: Iterable[str]) -> str:
     """Return what is wrong with one entry, of which the words `given` are written out; or ""."""
     if found.scaling not in SCALINGS:

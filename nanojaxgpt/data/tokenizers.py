@@ -22,6 +22,7 @@ from nanojaxgpt.regular import read_regular
 KINDS = (
     "bytes, chars, sentencepiece, sentencepiece-unigram, sentencepiece:FILE, gpt2:FOLDER, hf:FILE"
 )
+NO_CONTROL: dict[str, int] = {}
 TRAINED = {"chars": "", "sentencepiece": "bpe", "sentencepiece-unigram": "unigram"}
 
 
@@ -63,7 +64,7 @@ class ByteTokenizer:
     end_id = 256
     spellings = ()
     start_id = -1
-    control: dict[str, int] = {}
+    control = NO_CONTROL
 
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
@@ -88,7 +89,7 @@ class CharTokenizer:
     end_id = -1
     spellings = ()
     start_id = -1
-    control: dict[str, int] = {}
+    control = NO_CONTROL
 
     def __init__(self, characters: Iterable[str]) -> None:
         self.characters = "".join(sorted(set(characters)))
@@ -130,7 +131,7 @@ class WordTokenizer:
     end_id = -1
     spellings = ()
     start_id = -1
-    control: dict[str, int] = {}
+    control = NO_CONTROL
 
     def __init__(self, words: Iterable[str]) -> None:
         self.words = tuple(words)
