@@ -12,6 +12,7 @@ from nanojaxgpt.errors import Answered, ConfigError
 from nanojaxgpt.names import unknown_option
 
 MAX_INT = 2**31 - 1  # as for the fields of the config
+MODEL = ("MODEL", "a run directory, a Hugging Face folder, a .gguf file, or hf:OWNER/NAME")
 HELP = {
     "prompt": "the text to continue; empty for a new document",
     "stop": "a string to stop before; repeat the option for several, empty for none",
@@ -176,14 +177,18 @@ def is_experiment(path: str | None) -> bool:
 
 
 def open_model_config(
-    command: str, about: str | None, arguments: list[str], options: dict[str, dict[str, Any]]
+    command: str,
+    about: str | None,
+    arguments: list[str],
+    options: dict[str, dict[str, Any]],
+    other: tuple[str, str] | None = None,
 ) -> tuple[Any, Config]:
     """Return the parsed arguments of a command that reads a MODEL, and the config of that.
 
     `parsed.source` is the run directory, or the opened model of another format.
     """
     step = {"default": "", "help": "step of a checkpoint, or best; default: the newest"}
-    parsed = parse(command, about, arguments, options | {"step": step})
+    parsed = parse(command, about, arguments, options | {"step": step}, MODEL, other)
     if not parsed.run:
         raise ConfigError(f"{command} needs a model: nanojaxgpt {command} MODEL, a run directory, "
                           "a Hugging Face folder, a .gguf file or hf:OWNER/NAME")  # fmt: skip

@@ -27,6 +27,7 @@ from nanojaxgpt.interchange.templates import (
     save_template,
 )
 from nanojaxgpt.model.config import JobConfig, ModelConfig, complete
+from nanojaxgpt.model.parameters import count_params
 from nanojaxgpt.model.transformer import Transformer
 from nanojaxgpt.sample import Sampling, padded_length, stream
 from nanojaxgpt.text_stream import TextStream, encode_prompt
@@ -170,17 +171,38 @@ class LanguageModel:
         """The ids that end a text: the tokenizer's end token, and sample.end_ids."""
         return tuple({self.tokenizer.end_id, *self.experiment.sample.end_ids} - {-1})
 
-    def save(self, folder: str | Path, format: str = "run") -> None:
-        """Write the model as a run directory that every command takes.
+    def save(self, folder: str | Path, format: str = "run", dtype: str = "") -> None:
+        """Write the model as a run directory, a Hugging Face folder or a GGUF file.
 
-        Raises ConfigError where the folder has something in it, or for another format.
+        `format` is run, hf or gguf; `dtype` (default: that of the parameters) float32, bfloat16 or
+        float16, and q8_0 for gguf. Rows of the vocabulary that only pad it are left out, unless
+        they are those of the model that it started from. Raises ConfigError where there is
+        something at `folder`, or where the format can't express the model.
         """
-        run = Path(folder)
-        if format != "run":
-            raise ConfigError(f"format={format!r} must be one of run")
-        rundir.check_folder("folder", run)
-        if run.exists() and any(run.iterdir()):
-            raise ConfigError(f"{run} is not empty: choose another folder")
+        target, dtype = Path(folder), dtype or self.config.param_dtype
+        rundir.check_folder("folder", target.parent)
+        if target.exists() and (target.is_file() or any(target.iterdir())):
+            raise ConfigError(f"{target} is not empty: choose another one")
+        own = self.experiment.init.from_model or self.experiment.init.from_run
+        rows = self.config.vocab_size if own else self.tokenizer.vocab_size
+        cfg = dataclasses.replace(self.config, vocab_size=rows)
+        parts = cfg, self.params, self.tokenizer, self.chat_template
+        if format == "run":
+            self.save_run(target)
+        elif format == "hf":
+            from nanojaxgpt.interchange import huggingface
+
+            sample = self.experiment.sample
+            huggingface.write_folder(target, *parts, sample, dtype, self.card(target.name))
+        elif format == "gguf":
+            from nanojaxgpt.interchange import gguf_file
+
+            gguf_file.write_file(target, *parts, target.stem, dtype)
+        else:
+            raise ConfigError(f"format={format!r} must be one of run, hf, gguf")
+
+    def save_run(self, run: Path) -> None:
+        """Write the model as a run directory that every command takes."""
         with rundir.writing(run, ConfigError):
             (run / "tokenizer").mkdir(parents=True)
             self.tokenizer.save(run / "tokenizer")
@@ -190,6 +212,25 @@ class LanguageModel:
         saved = checkpoint.Checkpoints(run / "checkpoints", keep)
         saved.save(self.step, {"params": self.params})
         saved.close()
+
+    def card(self, name: str) -> str:
+        """Return a model card in Markdown: what the model is, and where it comes from."""
+        cfg, init = self.config, self.experiment.init
+        size = f"{cfg.num_layers} layers, {cfg.embed_dim} wide, context {cfg.seq_len}"
+        lines = [
+            f"# {name}",
+            "",
+            f"A language model of {count_params(cfg):,} parameters: {size}.",
+            "",
+        ]
+        if origin := init.from_model or init.from_run:
+            lines += [f"It started from `{origin}`, whose licence holds for it.", ""]
+        if self.step:
+            data = self.experiment.data
+            source = ", ".join(data.mixture) or data.source
+            lines += [f"Trained with nanojaxgpt to step {self.step} on `{source}`; config "
+                      f"{config.config_hash(self.experiment)}.", ""]  # fmt: skip
+        return "\n".join(lines)
 
     def on_devices(self, what: str) -> Any:
         """Return the context in which functions run on the mesh, and a lack of memory is told."""
