@@ -128,7 +128,7 @@ def parse(
 
 def open_experiment(
     command: str, about: str | None, arguments: list[str], options: dict[str, dict[str, Any]]
-) -> tuple[Any, Config]:
+) -> tuple[argparse.Namespace, Config]:
     """Return the parsed arguments of a command that takes --config or a RUN, and the config."""
     settings = {"default": "", "help": "the experiment: FILE.py or FILE.py:VARIANT"}
     parsed = parse(command, about, arguments, {"config": settings} | options)
@@ -156,7 +156,7 @@ def is_experiment(path: str | None) -> bool:
 
 def open_run(
     command: str, about: str | None, arguments: list[str], options: dict[str, dict[str, Any]]
-) -> tuple[Any, Config]:
+) -> tuple[argparse.Namespace, Config]:
     """Return the parsed arguments of a command that reads a run, and the run's config."""
     step = {"default": "", "help": "step of a checkpoint, or best; default: the newest"}
     parsed = parse(command, about, arguments, options | {"step": step})

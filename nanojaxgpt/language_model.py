@@ -18,6 +18,7 @@ from nanojaxgpt.data.loader import RunData, load_run_tokenizer, open_source, pre
 from nanojaxgpt.data.tokenizers import Tokenizer
 from nanojaxgpt.errors import ConfigError, DataError
 from nanojaxgpt.model.config import JobConfig, ModelConfig, complete
+from nanojaxgpt.model.parameters import Params
 from nanojaxgpt.model.transformer import Transformer
 from nanojaxgpt.sample import Sampling, padded_length, stream
 from nanojaxgpt.text_stream import TextStream, encode_prompt
@@ -48,7 +49,7 @@ class LanguageModel:
     """
 
     config: ModelConfig
-    params: Any
+    params: Params
     tokenizer: Tokenizer
     mesh: Mesh
     experiment: JobConfig
@@ -168,7 +169,7 @@ class LanguageModel:
         saved.save(self.step, {"params": self.params})
         saved.close()
 
-    def on_devices(self, what: str) -> Any:
+    def on_devices(self, what: str) -> contextlib.AbstractContextManager:
         """Return the context in which functions run on the mesh, and a lack of memory is told."""
         stack = contextlib.ExitStack()
         stack.enter_context(memory.explained(what, self.mesh, lambda: LOWER))
@@ -177,7 +178,7 @@ class LanguageModel:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _logits(model: Transformer, params: Any, ids_BT: jax.Array) -> jax.Array:
+def _logits(model: Transformer, params: Params, ids_BT: jax.Array) -> jax.Array:
     return model.apply({"params": params}, ids_BT)[0]  # pyright: ignore[reportReturnType]
 
 

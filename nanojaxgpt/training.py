@@ -6,7 +6,6 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -33,7 +32,7 @@ from nanojaxgpt.hosts.process import StopRequest, stop_signals
 from nanojaxgpt.hosts.team import ALONE, Team
 from nanojaxgpt.loop import Loop
 from nanojaxgpt.model.config import JobConfig, Multipliers
-from nanojaxgpt.model.parameters import count_params, parameters
+from nanojaxgpt.model.parameters import Params, PyTree, count_params, parameters
 from nanojaxgpt.model.transformer import Transformer
 from nanojaxgpt.objectives import Loss
 from nanojaxgpt.perplexity import evaluate_batches, make_eval_step
@@ -105,7 +104,7 @@ def make_evaluation(
     data: RunData,
     mesh: Mesh,
     model: Transformer,
-    held: Mapping[str, Any] | None = None,
+    held: Mapping[str, PyTree] | None = None,
 ) -> Callable[..., dict[str, float]]:
     """Return evaluate(params) -> the numbers over the validation split, or its first batches.
 
@@ -126,7 +125,7 @@ def make_evaluation(
     eval_step = memory.checked(eval_step, mesh, "an evaluation step", lower)
 
     def run_evaluation(
-        params: Any,
+        params: Params,
         each: Callable[[Iterable[Batch]], Iterable[Batch]] = iter,
         multipliers: Multipliers | None = None,
     ) -> dict[str, float]:
@@ -140,7 +139,7 @@ def make_evaluation(
 
 def start_state(
     job: Job, run: Path, report: Callable[[str], None], team: Team = ALONE
-) -> tuple[TrainState, Any]:
+) -> tuple[TrainState, Params]:
     """Return the state to start from, and the frozen parameters.
 
     1. This run's newest good checkpoint. 2. The parameters of another run (init.from_run), or its
