@@ -1,7 +1,6 @@
 """Objectives: what training minimizes, one file each, all with the contract `Loss`."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 
