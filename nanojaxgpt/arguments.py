@@ -134,7 +134,7 @@ def parse(
 
 def open_experiment(
     command: str, about: str | None, arguments: list[str], options: dict[str, dict[str, Any]]
-) -> tuple[Any, Config]:
+) -> tuple[argparse.Namespace, Config]:
     """Return the parsed arguments of a command that takes --config or a RUN, and the config."""
     settings = {"default": "", "help": "the experiment: FILE.py or FILE.py:VARIANT"}
     parsed = parse(command, about, arguments, {"config": settings} | options)
@@ -156,7 +156,7 @@ def open_experiment(
     return parsed, cfg
 
 
-def run_folder(parsed: Any) -> Path:
+def run_folder(parsed: argparse.Namespace) -> Path:
     """Return the run directory of a command with --config: RUN, or runs/EXPERIMENT[-VARIANT]."""
     name, _, variant = parsed.config.partition(":")
     return Path(parsed.run or Path("runs") / (Path(name).stem + (f"-{variant}" if variant else "")))
@@ -182,7 +182,7 @@ def open_model_config(
     arguments: list[str],
     options: dict[str, dict[str, Any]],
     other: tuple[str, str] | None = None,
-) -> tuple[Any, Config]:
+) -> tuple[argparse.Namespace, Config]:
     """Return the parsed arguments of a command that reads a MODEL, and the config of that.
 
     `parsed.source` is the run directory, or the opened model of another format.
@@ -211,7 +211,7 @@ def open_model_config(
     return parsed, config.override_config(config_of(parsed.source), parsed.overrides)
 
 
-def open_for_sampling(command: str, about: str | None, arguments: list[str]) -> tuple[Any, Config]:
+def open_for_sampling(command: str, about: str | None, arguments: list[str]) -> tuple[argparse.Namespace, Config]:
     """Return what `open_model_config` does, with each field of the section `sample` as an option.
 
     `parsed.mesh` holds the sizes of the mesh where they are given, else None: one device.
@@ -232,7 +232,7 @@ def open_for_sampling(command: str, about: str | None, arguments: list[str]) -> 
     return parsed, cfg
 
 
-def chosen_step(parsed: Any) -> int:
+def chosen_step(parsed: argparse.Namespace) -> int:
     """Return the checkpoint's step that --step names; 0 for the newest, or a model without any."""
     run, text = parsed.source, parsed.step
     if text != "best":

@@ -8,7 +8,6 @@ run would have, if its config had changed to this one at that step.
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -17,6 +16,7 @@ from nanojaxgpt import checkpoint, config, rundir
 from nanojaxgpt.errors import CheckpointError, ConfigError
 from nanojaxgpt.hosts.team import ALONE, Team
 from nanojaxgpt.model.config import complete
+from nanojaxgpt.model.parameters import PyTree
 from nanojaxgpt.recorder import Job
 from nanojaxgpt.step import make_init, open_state
 
@@ -65,7 +65,7 @@ def check_branch(job: Job, other: Path) -> bool:
             + "\nuse the same values here, or take only its parameters with init.state=params"
         )
 
-    def first_state(key: jax.Array) -> dict[str, Any]:
+    def first_state(key: jax.Array) -> dict[str, PyTree]:
         state, frozen = make_init(complete(there))(key)
         return state.items(frozen)
 

@@ -16,12 +16,12 @@ from nanojaxgpt.console import LIBRARY_ERRORS
 from nanojaxgpt.errors import CheckpointError, why
 from nanojaxgpt.hosts.team import ALONE, Team
 from nanojaxgpt.model.config import ModelConfig
-from nanojaxgpt.model.parameters import parameters
+from nanojaxgpt.model.parameters import Params, PyTree, parameters
 from nanojaxgpt.model.transformer import init_params
 from nanojaxgpt.rundir import check_present, identify, saved_steps, writing
 
 
-def fingerprint(tree: Any) -> dict[str, jax.Array]:
+def fingerprint(tree: PyTree) -> dict[str, jax.Array]:
     """Return two uint32 sums for each leaf, by path: of its bits, and of its bits by position.
 
     Flipped bits change the first, swapped elements the second. Sums modulo 2^32 don't depend
@@ -50,13 +50,13 @@ def fingerprint(tree: Any) -> dict[str, jax.Array]:
 _fingerprint = jax.jit(fingerprint)
 
 
-def describe_leaves(items: dict[str, Any]) -> dict[str, list]:
+def describe_leaves(items: dict[str, PyTree]) -> dict[str, list]:
     """Return dtype, shape and fingerprint of every leaf, as JSON takes it."""
     sums, kinds = jax.device_get(_fingerprint(items)), leaf_kinds(items)
     return {name: [*kind, *map(int, sums[name])] for name, kind in kinds.items()}
 
 
-def leaf_kinds(tree: Any) -> dict[str, list]:
+def leaf_kinds(tree: PyTree) -> dict[str, list]:
     """Return [dtype, shape] of every leaf by its path."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {path_name(path): [str(leaf.dtype), list(leaf.shape)] for path, leaf in leaves}
@@ -99,7 +99,7 @@ class Checkpoints:
         )
         self.manager = ocp.CheckpointManager(self.folder.absolute(), options=options)
 
-    def save(self, step: int, items: dict[str, Any]) -> None:
+    def save(self, step: int, items: dict[str, PyTree]) -> None:
         """Start to save trees by their names; the arrays may be donated as soon as this returns."""
         meta = {"step": step, "leaves": describe_leaves(items)}
         self.check(wait=True)
@@ -146,11 +146,11 @@ class Checkpoints:
 
 def restore(
     folder: Path,
-    abstract: dict[str, Any],
+    abstract: dict[str, PyTree],
     step: int = 0,
     report: Callable[[str], None] = print,
     team: Team = ALONE,
-) -> tuple[int, dict[str, Any]] | None:
+) -> tuple[int, dict[str, PyTree]] | None:
     """Return (step, items) of the newest good checkpoint, or None where there are none at all.
 
     `abstract` maps the wanted items ("params", "opt_state", ...) to trees of ShapeDtypeStruct with
@@ -177,8 +177,8 @@ def restore(
 
 
 def restore_step(
-    folder: Path, step: int, abstract: dict[str, Any], team: Team = ALONE
-) -> dict[str, Any]:
+    folder: Path, step: int, abstract: dict[str, PyTree], team: Team = ALONE
+) -> dict[str, PyTree]:
     """Return the items of one checkpoint, checked leaf by leaf. Raises ValueError."""
     path = Path(folder).absolute() / str(step)
     wanted = leaf_kinds(abstract)
@@ -207,7 +207,7 @@ def read_leaves(path: Path, wanted: dict[str, list]) -> dict[str, list]:
     return saved
 
 
-def read_items(path: Path, abstract: dict[str, Any]) -> dict[str, Any]:
+def read_items(path: Path, abstract: dict[str, PyTree]) -> dict[str, PyTree]:
     """Return the arrays of a checkpoint, read into the shardings of `abstract`."""
     items = {}
     with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
@@ -245,7 +245,7 @@ def load_params(
     step: int = 0,
     report: Callable[[str], None] = print,
     team: Team = ALONE,
-) -> tuple[int, Any]:
+) -> tuple[int, Params]:
     """Return (step, parameters) of a run's newest good checkpoint, or of `step`, on `mesh`.
 
     Raises CheckpointError where there is none.
@@ -258,13 +258,13 @@ def load_params(
     return found[0], found[1]["params"]
 
 
-def abstract_params(cfg: ModelConfig, mesh: Mesh) -> Any:
+def abstract_params(cfg: ModelConfig, mesh: Mesh) -> Params:
     """Return the parameters of a model without arrays, with their shardings."""
     shapes = jax.eval_shape(lambda: init_params(cfg, jax.random.key(0)))
     return with_shardings(shapes, sharding.tree_shardings(shapes, parameters(cfg), mesh))
 
 
-def with_shardings(shapes: Any, shardings: Any) -> Any:
+def with_shardings(shapes: PyTree, shardings: PyTree) -> PyTree:
     """Return the tree of ShapeDtypeStruct that `restore` reads into."""
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings

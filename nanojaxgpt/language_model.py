@@ -27,7 +27,7 @@ from nanojaxgpt.interchange.templates import (
     save_template,
 )
 from nanojaxgpt.model.config import JobConfig, ModelConfig, complete
-from nanojaxgpt.model.parameters import count_params
+from nanojaxgpt.model.parameters import Params, count_params
 from nanojaxgpt.model.transformer import Transformer
 from nanojaxgpt.sample import Sampling, padded_length, stream
 from nanojaxgpt.text_stream import TextStream, encode_prompt
@@ -58,7 +58,7 @@ class LanguageModel:
     """
 
     config: ModelConfig
-    params: Any
+    params: Params
     tokenizer: Tokenizer
     mesh: Mesh
     experiment: JobConfig
@@ -232,7 +232,7 @@ class LanguageModel:
                       f"{config.config_hash(self.experiment)}.", ""]  # fmt: skip
         return "\n".join(lines)
 
-    def on_devices(self, what: str) -> Any:
+    def on_devices(self, what: str) -> contextlib.AbstractContextManager:
         """Return the context in which functions run on the mesh, and a lack of memory is told."""
         stack = contextlib.ExitStack()
         stack.enter_context(memory.explained(what, self.mesh, lambda: LOWER))
@@ -241,7 +241,7 @@ class LanguageModel:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _logits(model: Transformer, params: Any, ids_BT: jax.Array) -> jax.Array:
+def _logits(model: Transformer, params: Params, ids_BT: jax.Array) -> jax.Array:
     return model.apply({"params": params}, ids_BT)[0]  # pyright: ignore[reportReturnType]
 
 

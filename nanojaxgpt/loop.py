@@ -2,7 +2,6 @@
 
 from contextlib import closing, nullcontext, suppress
 from pathlib import Path
-from typing import Any
 
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
@@ -13,6 +12,7 @@ from nanojaxgpt.errors import CheckpointError, NonFiniteError
 from nanojaxgpt.hosts.process import StopRequest
 from nanojaxgpt.hosts.team import ALONE, Team
 from nanojaxgpt.hosts.watchdog import Watchdog
+from nanojaxgpt.model.parameters import Params
 from nanojaxgpt.recorder import Job, Recorder, due
 from nanojaxgpt.step import TrainState, make_hyper
 from nanojaxgpt.trainable import merge_params
@@ -32,7 +32,7 @@ class Loop:
     ) -> None:
         self.job, self.run, self.start, self.stop = job, run, start, stop
         self.team = team
-        self.progress: Any = metrics.NoMetrics()
+        self.progress: console.Progress | metrics.NoMetrics = metrics.NoMetrics()
         if team.first:
             self.progress = console.Progress(job.cfg.train.num_steps, start)
         self.recorder = Recorder(job, run, start, self.progress.say, team)
@@ -41,7 +41,7 @@ class Loop:
         self.mfu_per_token = flops.train_flops(model_cfg, seq_len) / seq_len / peak if peak else 0
         self.unread: tuple[int, dict[str, jax.Array]] | None = None
 
-    def train(self, state: TrainState, frozen: Any) -> TrainState:
+    def train(self, state: TrainState, frozen: Params) -> TrainState:
         """Run the remaining steps; save at the end. Raises NonFiniteError, Stopped."""
         cfg, ramp = self.job.cfg, self.recorder.ramp
         last = cfg.train.num_steps

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
-from nanojaxgpt.model.parameters import Parameter, Table, row_of
+from nanojaxgpt.model.parameters import Parameter, Params, PyTree, Table, row_of
 
 
 def leaf_row(path: tuple, table: Table) -> Parameter | None:
@@ -17,7 +17,7 @@ def leaf_row(path: tuple, table: Table) -> Parameter | None:
     return row_of(jax.tree_util.keystr(path, simple=True, separator="/"), table)
 
 
-def muon_dimensions(params: Any, table: Table) -> Any:
+def muon_dimensions(params: PyTree, table: Table) -> PyTree:
     """Return the axes of each leaf that are the rows and columns of a matrix for Muon.
 
     The kernels of the layers are matrices, one for each layer; tables, norms, biases and the head
@@ -36,7 +36,7 @@ def muon_dimensions(params: Any, table: Table) -> Any:
     return jax.tree_util.tree_map_with_path(dimensions, params)
 
 
-def is_dimensions(x: Any) -> bool:
+def is_dimensions(x: object) -> bool:
     """Return whether this is a leaf of the tree that `muon_dimensions` returns."""
     return x is None or isinstance(x, MuonDimensionNumbers)
 
@@ -50,11 +50,11 @@ def muon(
     and one decay (Liu 2025, "Muon is scalable for LLM training").
     """
 
-    def labels(params: Any) -> Any:
+    def labels(params: PyTree) -> PyTree:
         found = muon_dimensions(params, table)
         return jax.tree.map(lambda d: "muon" if d else "adam", found, is_leaf=is_dimensions)
 
-    def resize(updates: Any, _: Any) -> Any:
+    def resize(updates: PyTree, _: PyTree) -> PyTree:
         def leaf(update: jax.Array, dimensions: Any) -> jax.Array:
             sides = [math.prod(update.shape[axis] for axis in axes) for axes in dimensions]
             return update * (0.2 * math.sqrt(max(sides)))
@@ -74,14 +74,14 @@ class Factored(NamedTuple):
     """
 
     count: jax.Array
-    rows: Any
-    columns: Any
+    rows: PyTree
+    columns: PyTree
 
 
-def adafactor_axes(params: Any, table: Table) -> Any:
+def adafactor_axes(params: Params, table: Table) -> PyTree:
     """Return the axes of rows and columns of each leaf: Muon's, and those of the tables."""
 
-    def axes(path: tuple, dimensions: Any) -> Any:
+    def axes(path: tuple, dimensions: MuonDimensionNumbers | None) -> MuonDimensionNumbers | None:
         row = leaf_row(path, table)
         if row and row.is_matrix and dimensions is None:
             return MuonDimensionNumbers((0,), (1,))
@@ -98,7 +98,7 @@ def scale_by_adafactor(table: Table) -> optax.GradientTransformation:
     of 1. Learning rate, decay and schedule are those of all optimizers.
     """
 
-    def init(params: Any) -> Factored:
+    def init(params: PyTree) -> Factored:
         def zeros(leaf: jax.Array, without: tuple[int, ...]) -> jax.Array:
             kept = [size for axis, size in enumerate(leaf.shape) if axis not in without]
             return jnp.zeros(kept, jnp.float32)
@@ -116,7 +116,7 @@ def scale_by_adafactor(table: Table) -> optax.GradientTransformation:
             jax.tree.map(columns, *both, is_leaf=is_dimensions),
         )
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Factored]:
+    def update(updates: PyTree, state: PyTree, params: PyTree = None) -> tuple[PyTree, Factored]:
         count = state.count + 1
         fade = 1 - count.astype(jnp.float32) ** -0.8
 

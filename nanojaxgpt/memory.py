@@ -25,7 +25,8 @@ from nanojaxgpt.config.sections import Config
 from nanojaxgpt.data.rows import Batch
 from nanojaxgpt.errors import ConfigError, MemoryExceeded
 from nanojaxgpt.model.config import JobConfig, ModelConfig
-from nanojaxgpt.step import make_step
+from nanojaxgpt.model.parameters import Params, PyTree
+from nanojaxgpt.step import TrainState, make_step
 
 EXHAUSTED = re.compile(r"RESOURCE_EXHAUSTED|out of memory|bad_alloc", re.I)
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB", "ZiB", "YiB")
@@ -64,7 +65,7 @@ class Memory(NamedTuple):
         return self.compiled and self.total <= self.available
 
 
-def shard_bytes(tree: Any) -> int:
+def shard_bytes(tree: PyTree) -> int:
     """Return the bytes that one device holds of a tree of abstract arrays with shardings."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
@@ -88,7 +89,9 @@ def abstract_batch(cfg: Config, mesh: Mesh, batch_size: int = 0) -> Batch:
     return whole._replace(segments_BT=rows(jnp.int32), positions_BT=rows(jnp.int32))
 
 
-def state_memory(cfg: Config, state: Any, frozen: Any, batch: Batch, available: float) -> Memory:
+def state_memory(
+    cfg: Config, state: TrainState, frozen: Params, batch: Batch, available: float
+) -> Memory:
     """Return the bytes on one device that follow from shapes and shardings.
 
     Temporaries are 0. The optimizer's bytes include a float32 master copy. All gradients exist at
@@ -212,7 +215,9 @@ def owner(mesh: Mesh) -> str:
     return "this machine" if count == 1 else f"this machine, divided by {count} CPU devices,"
 
 
-def check_state(cfg: JobConfig, mesh: Mesh, state: Any, frozen: Any, copies: int = 1) -> None:
+def check_state(
+    cfg: JobConfig, mesh: Mesh, state: TrainState, frozen: Params, copies: int = 1
+) -> None:
     """Raise MemoryExceeded where a device can't hold the state of a step and its batch.
 
     `state` and `frozen` are abstract: the TrainState and the parameters that don't train. There
@@ -235,7 +240,7 @@ def check_model(what: str, cfg: ModelConfig, mesh: Mesh, cache: int, lower: str)
     check(what, {"parameters": params, "cache": cache}, mesh, lambda: lower)
 
 
-def check_evaluation(cfg: Config, mesh: Mesh, held: Mapping[str, Any]) -> None:
+def check_evaluation(cfg: Config, mesh: Mesh, held: Mapping[str, PyTree]) -> None:
     """Raise MemoryExceeded where a device or this host can't hold an evaluation's batch.
 
     The device also holds the abstract trees `held`, which the message calls by their names.
@@ -269,7 +274,7 @@ def checked(program: Callable, mesh: Mesh, what: str, lower: Callable[[], str]) 
     seen: set[tuple] = set()
 
     @functools.wraps(program)
-    def run(state: Any, batch: Any, *rest: Any, **named: Any) -> Any:
+    def run(state: PyTree, batch: PyTree, *rest: PyTree, **named: PyTree) -> PyTree:
         key = tuple(leaf.shape for leaf in jax.tree.leaves(batch))
         if key not in seen and mesh.local_devices[0].platform == "cpu":
             stats = program.lower(state, batch, *rest, **named).compile().memory_analysis()

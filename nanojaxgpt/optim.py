@@ -10,7 +10,7 @@ import optax
 from nanojaxgpt.checks import compile_pattern, parse_multiplier
 from nanojaxgpt.errors import ConfigError
 from nanojaxgpt.matrices import muon, scale_by_adafactor
-from nanojaxgpt.model.parameters import Table
+from nanojaxgpt.model.parameters import Params, PyTree, Table
 from nanojaxgpt.schedules import Hyper
 
 # A choice of parameters: a pattern to search for in their paths, "a/b/c", or the paths.
@@ -21,7 +21,7 @@ Chosen = str | frozenset[str]
 Multipliers = Sequence[tuple[Chosen, jax.Array | float]]
 
 
-def path_mask(tree: Any, chosen: Chosen) -> Any:
+def path_mask(tree: PyTree, chosen: Chosen) -> PyTree:
     """Return a tree of bools: True for the chosen leaves; "" chooses none."""
 
     def found(path: tuple, _: Any) -> bool:
@@ -49,7 +49,7 @@ def decay_weights(
     weight_decay p) (Wortsman 2023). Parameters with a factor of 0 do not decay either.
     """
 
-    def add_decay(updates: Any, params: Any) -> Any:
+    def add_decay(updates: PyTree, params: PyTree) -> PyTree:
         mask = path_mask(params, pattern)
         factors = scale_paths(jax.tree.map(lambda _: jnp.float32(1), params), multipliers)
 
@@ -108,8 +108,8 @@ def make_optimizer(
 class Averaged(NamedTuple):
     """The state of an optimizer that moves parameters of its own, `fast`, and averages them."""
 
-    inner: Any
-    fast: Any
+    inner: PyTree
+    fast: PyTree
     weight: jax.Array  # total of the steps in the average, float32
 
 
@@ -125,10 +125,10 @@ def average(
     fades = 1.0 if name == "schedule_free" else hyper["ema_decay"]
     newest = jnp.square(rate) if name == "schedule_free" else 1.0
 
-    def init(params: Any) -> Averaged:
+    def init(params: PyTree) -> Averaged:
         return Averaged(inner.init(params), jax.tree.map(jnp.copy, params), jnp.float32(0))
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Averaged]:
+    def update(updates: PyTree, state: PyTree, params: PyTree = None) -> tuple[PyTree, Averaged]:
         point = gradient_point(name, hyper, params, state)
         steps, inner_state = inner.update(updates, state.inner, point)
         fast = optax.apply_updates(state.fast, steps)
@@ -140,7 +140,7 @@ def average(
     return optax.GradientTransformation(init, update)
 
 
-def gradient_point(name: str, hyper: Hyper, params: Any, opt_state: Any) -> Any:
+def gradient_point(name: str, hyper: Hyper, params: Params, opt_state: PyTree) -> Params:
     """Return the parameters at which the gradient is taken.
 
     If the parameters are an average, these are the fast ones; for schedule_free a point between
@@ -163,34 +163,34 @@ class Master(NamedTuple):
     `weights`, and the parameters are its rounded values; `inner` is the optimizer's own state.
     """
 
-    inner: Any
-    weights: Any
+    inner: PyTree
+    weights: Params
 
 
-def cast_float32(tree: Any) -> Any:
+def cast_float32(tree: PyTree) -> PyTree:
     """Return the tree in float32; float32 leaves are returned unchanged."""
     return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
 
 
-def cast_like(tree: Any, like: Any) -> Any:
+def cast_like(tree: PyTree, like: PyTree) -> PyTree:
     """Return the tree with the dtypes of another."""
     return jax.tree.map(lambda x, y: x.astype(y.dtype), tree, like)
 
 
-def init_state(optimizer: optax.GradientTransformation, params: Any) -> Any:
+def init_state(optimizer: optax.GradientTransformation, params: Params) -> PyTree:
     """Return the optimizer's initial state, all float32, with a master copy where needed."""
     weights = cast_float32(params)
     return join_master(weights, optimizer.init(weights), params)[1]
 
 
-def split_master(params: Any, opt_state: Any) -> tuple[Any, Any]:
+def split_master(params: Params, opt_state: PyTree) -> tuple[Params, PyTree]:
     """Return the float32 weights and the optimizer's state without them."""
     if isinstance(opt_state, Master):
         return opt_state.weights, opt_state.inner
     return params, opt_state
 
 
-def join_master(weights: Any, inner: Any, params: Any) -> tuple[Any, Any]:
+def join_master(weights: Params, inner: PyTree, params: Params) -> tuple[Params, PyTree]:
     """Return (parameters, optimizer state) from float32 weights, with the dtypes of `params`.
 
     The reverse of `split_master`.
@@ -200,12 +200,12 @@ def join_master(weights: Any, inner: Any, params: Any) -> tuple[Any, Any]:
     return stored, inner if is_float32 else Master(inner, weights)
 
 
-def is_average(opt_state: Any) -> bool:
+def is_average(opt_state: PyTree) -> bool:
     """Return whether the parameters are an average of those that the optimizer moves."""
-    return isinstance(split_master(None, opt_state)[1], Averaged)
+    return isinstance(split_master({}, opt_state)[1], Averaged)
 
 
-def scale_paths(tree: Any, multipliers: Multipliers) -> Any:
+def scale_paths(tree: PyTree, multipliers: Multipliers) -> PyTree:
     """Return the tree with the leaves of each pattern's paths multiplied by its factor.
 
     A factor of 0 gives zeros, also where a value is not finite.
@@ -223,7 +223,7 @@ def scale_paths(tree: Any, multipliers: Multipliers) -> Any:
     return tree
 
 
-def frozen_gradients(grads: Any, multipliers: Multipliers) -> Any:
+def frozen_gradients(grads: PyTree, multipliers: Multipliers) -> PyTree:
     """Return the gradients with zeros where the factor is 0, so that clipping ignores them."""
     alive = [(pattern, jnp.where(factor == 0, 0.0, 1.0)) for pattern, factor in multipliers]
     return scale_paths(grads, alive)

@@ -3,14 +3,15 @@
 import functools
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from nanojaxgpt.data.rows import Batch
 from nanojaxgpt.loss import loss_sum
 from nanojaxgpt.model.config import Multipliers
+from nanojaxgpt.model.parameters import Params
 from nanojaxgpt.model.transformer import Transformer
 from nanojaxgpt.sharding import constrain
 
@@ -25,7 +26,7 @@ def make_eval_step(
     bytes_V = jnp.zeros(model.cfg.vocab_size, jnp.float32).at[: len(token_bytes)].set(token_bytes)
 
     @jax.jit
-    def eval_step(params: Any, batch: Any, multipliers: Multipliers) -> jax.Array:
+    def eval_step(params: Params, batch: Batch, multipliers: Multipliers) -> jax.Array:
         (x_BTD, head), _ = model.apply(
             {"params": params}, batch.tokens_BT, batch.positions_BT, batch.segments_BT,
             logits=False, multipliers=multipliers,
@@ -39,7 +40,7 @@ def make_eval_step(
 
 
 def evaluate_batches(
-    eval_step: Callable[[Any, Any], jax.Array], params: Any, batches: Iterable[Any]
+    eval_step: Callable[[Params, Batch], jax.Array], params: Params, batches: Iterable[Batch]
 ) -> dict[str, float]:
     """Return loss (nats per token), perplexity, bits_per_byte and tokens over all batches."""
     sums = np.zeros(3)
@@ -61,7 +62,7 @@ def evaluate_batches(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def exact_match(model: Transformer, params: Any, batch: Any) -> jax.Array:
+def exact_match(model: Transformer, params: Params, batch: Batch) -> jax.Array:
     """Return for each row whether all its scored tokens are the likeliest, bool [B].
 
     Greedy decoding of the answer finds the same: it goes on from right tokens, or has failed.

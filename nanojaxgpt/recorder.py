@@ -6,7 +6,7 @@ The loop has one recorder; trials that train together have one each.
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from jax.sharding import Mesh
 
@@ -16,6 +16,7 @@ from nanojaxgpt.data.loader import RunData
 from nanojaxgpt.data.rows import Batch, Ramp, make_ramp
 from nanojaxgpt.hosts.team import ALONE, Team
 from nanojaxgpt.model.config import JobConfig
+from nanojaxgpt.model.parameters import Params, PyTree
 from nanojaxgpt.optim import is_average
 from nanojaxgpt.step import TrainState
 
@@ -36,8 +37,8 @@ class Job(NamedTuple):
     data: RunData
     shardings: TrainState
     abstract: TrainState
-    frozen: Any
-    init: Callable[..., tuple[TrainState, Any]]
+    frozen: Params
+    init: Callable[..., tuple[TrainState, Params]]
     train_step: Callable
     train_batch: Callable[[int], Batch]
     evaluate: Callable[..., dict[str, float]]
@@ -54,7 +55,7 @@ class Recorder:
         self, job: Job, run: Path, start: int, say: Callable[[str], None], team: Team = ALONE
     ) -> None:
         self.job, self.run, self.say = job, run, say
-        self.writer: Any = metrics.NoMetrics()
+        self.writer: metrics.MetricsWriter | metrics.NoMetrics = metrics.NoMetrics()
         if team.first:
             self.writer = metrics.MetricsWriter(run, start, job.cfg, say)
         self.losses = dict(team.decide(lambda: list(metrics.validation_losses(run).items())))
@@ -105,13 +106,13 @@ class Recorder:
         if self.clock:
             self.clock, self.clock_step = time.monotonic(), step
 
-    def save(self, step: int, state: TrainState, frozen: Any) -> None:
+    def save(self, step: int, state: TrainState, frozen: Params) -> None:
         """Start to save a state; its arrays may be donated as soon as this returns."""
         self.checkpoints.save(step, state.items(frozen))
         self.saved = step
         self.reset_clock(step)
 
-    def validate(self, step: int, params: Any, opt_state: Any, *through: Any) -> bool:
+    def validate(self, step: int, params: Params, opt_state: PyTree, *through: Callable) -> bool:
         """Evaluate parameters and write the numbers; return False without validation data.
 
         `through` are further arguments of the evaluation, see training.make_evaluation.

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +11,7 @@ import numpy as np
 
 from nanojaxgpt.attention.cache import Cache, init_cache
 from nanojaxgpt.model.config import ModelConfig
+from nanojaxgpt.model.parameters import Params
 from nanojaxgpt.model.projection import decoding_params
 from nanojaxgpt.model.transformer import Transformer
 
@@ -122,8 +123,8 @@ def empty_cache(cfg: ModelConfig, rows: int, slots: int) -> tuple[Cache, ...]:
 
 
 def read(
-    model: Transformer, params: Any, ids_BT: jax.Array, cache_len: int
-) -> tuple[tuple[jax.Array, Any], tuple[Cache, ...]]:
+    model: Transformer, params: Params, ids_BT: jax.Array, cache_len: int
+) -> tuple[tuple[jax.Array, Callable], tuple[Cache, ...]]:
     """Return ((x_BTD, head), cache) of the model after ids from position 0 on.
 
     Slot s of the cache holds position s. What padding on the right writes is overwritten by the
@@ -139,7 +140,7 @@ def read(
 
 def decode(
     model: Transformer,
-    params: Any,
+    params: Params,
     state: Decoding,
     count: jax.Array | int,
     how: Sampling,
@@ -176,7 +177,7 @@ def row_keys(rng: jax.Array, rows: int) -> jax.Array:
 @functools.partial(jax.jit, static_argnames=("model", "max_tokens", "how"))
 def generate(
     model: Transformer,
-    params: Any,
+    params: Params,
     prompts_BT: jax.Array,
     lengths_B: jax.Array,
     rng: jax.Array,
@@ -205,7 +206,11 @@ def generate(
 
 @functools.partial(jax.jit, static_argnames="model", donate_argnames="cache")
 def fill(
-    model: Transformer, params: Any, cache: tuple[Cache, ...], ids_T: jax.Array, rows_B: jax.Array
+    model: Transformer,
+    params: Params,
+    cache: tuple[Cache, ...],
+    ids_T: jax.Array,
+    rows_B: jax.Array,
 ) -> tuple[Cache, ...]:
     """Return the cache with these ids, from position 0 on, in the rows where `rows_B` is true."""
     _, filled = read(model, params, ids_T[None], len(ids_T))
@@ -232,7 +237,7 @@ def padded_length(length: int, seq_len: int) -> int:
 
 def stream(
     cfg: ModelConfig,
-    params: Any,
+    params: Params,
     prompts: Sequence[Sequence[int]],
     *,
     max_tokens: int,
@@ -280,7 +285,7 @@ def stream(
 
 def fill_rows(
     model: Transformer,
-    params: Any,
+    params: Params,
     state: Decoding,
     contexts: Sequence[Sequence[int]],
     rows: Sequence[int],

@@ -10,7 +10,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from nanojaxgpt.errors import ConfigError
-from nanojaxgpt.model.parameters import Table, row_of
+from nanojaxgpt.model.parameters import PyTree, Table, row_of
 
 # From the slowest links to the fastest: slices are joined by the data-centre network.
 AXES = ("slice", "data", "fsdp", "sequence", "tensor")
@@ -114,7 +114,7 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
 
 
-def tree_shardings(tree: Any, table: Table, mesh: Mesh) -> Any:
+def tree_shardings(tree: PyTree, table: Table, mesh: Mesh) -> PyTree:
     """Return the NamedSharding of every leaf of a tree of parameters, or of what is kept of them.
 
     A leaf whose path ends with that of a parameter is laid out like it; all others (steps,
@@ -122,7 +122,7 @@ def tree_shardings(tree: Any, table: Table, mesh: Mesh) -> Any:
     not divisible.
     """
 
-    def leaf_sharding(path: tuple, leaf: Any) -> NamedSharding:
+    def leaf_sharding(path: tuple, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         row = row_of(name, table)
         names = row.logical_axes if row and len(row.logical_axes) == len(leaf.shape) else ()
@@ -164,7 +164,9 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, partition_spec(["batch", "sequence"]))
 
 
-def global_batch(rows: Callable[[int, int], Any], batch_size: int, seq_len: int, mesh: Mesh) -> Any:
+def global_batch(
+    rows: Callable[[int, int], PyTree], batch_size: int, seq_len: int, mesh: Mesh
+) -> PyTree:
     """Return the batch as global arrays [B, T]; each device asks only for its own rows.
 
     `rows(first, last)` gives a tree of numpy arrays [B, T] with the rows [first, last).

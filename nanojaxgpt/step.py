@@ -1,7 +1,7 @@
 """The pure training step of a config: its state, its loss and its numbers, jitted on a mesh."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from nanojaxgpt.checks import parse_multiplier
 from nanojaxgpt.config.sections import Config, Optim
 from nanojaxgpt.horizon import decay_begin
 from nanojaxgpt.model.config import MULTIPLIERS, JobConfig, ModelConfig, Multipliers
-from nanojaxgpt.model.parameters import parameters
+from nanojaxgpt.model.parameters import Params, PyTree, parameters
 from nanojaxgpt.model.transformer import Transformer, init_params
 from nanojaxgpt.objectives import Loss, Metric, language
 from nanojaxgpt.schedules import Hyper, learning_rate
@@ -31,23 +31,23 @@ class TrainState(NamedTuple):
     """
 
     step: jax.Array
-    params: Any
-    opt_state: Any
+    params: Params
+    opt_state: PyTree
     recent: optim.Recent
 
-    def items(self, frozen: Any) -> dict[str, Any]:
+    def items(self, frozen: Params) -> dict[str, PyTree]:
         """Return the items of a checkpoint by name: all parameters, and the rest but the step."""
         whole = merge_params(self.params, frozen)
         return {"params": whole, "opt_state": self.opt_state, "recent": self.recent}
 
 
-def open_state(cfg: Config, step: jax.Array, items: dict[str, Any]) -> tuple[TrainState, Any]:
+def open_state(cfg: Config, step: jax.Array, items: dict[str, PyTree]) -> tuple[TrainState, Params]:
     """Return the state and the frozen parameters from the items of a checkpoint."""
     params, frozen = split_params(items["params"], cfg.optim.trainable)
     return TrainState(step, params, items["opt_state"], items["recent"]), frozen
 
 
-def make_hyper(cfg: Config) -> dict[str, Any]:
+def make_hyper(cfg: Config) -> dict[str, PyTree]:
     """Return the numbers that the step takes as arguments: other values don't recompile it.
 
     All are scalars, except `rate_multipliers`, a tuple of factors; their patterns are compiled.
@@ -56,7 +56,7 @@ def make_hyper(cfg: Config) -> dict[str, Any]:
     numbers |= {"num_steps": cfg.train.num_steps, "z_loss": cfg.train.z_loss}
     numbers["decay_begin"] = decay_begin(cfg)
     numbers |= {name: getattr(cfg.model, name) for name in MULTIPLIERS}
-    hyper: dict[str, Any] = {name: np.float32(value) for name, value in numbers.items()}
+    hyper: dict[str, PyTree] = {name: np.float32(value) for name, value in numbers.items()}
     entries = optim.rate_multipliers(cfg.optim.rate_multipliers, cfg.optim.optimizer, 1, {})
     hyper["rate_multipliers"] = tuple(np.float32(factor) for _, factor in entries)
     return hyper | {"seed": np.uint32(cfg.train.seed)}
@@ -67,21 +67,23 @@ def traced_multipliers(cfg: Config) -> Multipliers:
     return Multipliers(*(np.float32(getattr(cfg.model, name)) for name in MULTIPLIERS))
 
 
-def make_init(cfg: JobConfig) -> Callable[..., tuple[TrainState, Any]]:
+def make_init(cfg: JobConfig) -> Callable[..., tuple[TrainState, Params]]:
     """Return init(rng, scale) -> (the state at step 0, the frozen parameters).
 
     `scale` (default: init.scale) multiplies the matrices, and may be traced.
     """
     matrices = frozenset(path for path, row in parameters(cfg.model).items() if row.is_matrix)
 
-    def init(rng: jax.Array, scale: jax.Array | float = cfg.init.scale) -> tuple[TrainState, Any]:
+    def init(
+        rng: jax.Array, scale: jax.Array | float = cfg.init.scale
+    ) -> tuple[TrainState, Params]:
         params = optim.scale_paths(init_params(cfg.model, rng), [(matrices, scale)])
         return first_state(cfg, params)
 
     return init
 
 
-def first_state(cfg: JobConfig, params: Any) -> tuple[TrainState, Any]:
+def first_state(cfg: JobConfig, params: Params) -> tuple[TrainState, Params]:
     """Return the state at step 0 of these parameters, and the frozen ones among them."""
     params, frozen = split_params(params, cfg.optim.trainable)
     name, ema = cfg.optim.optimizer, cfg.optim.ema_decay > 0
@@ -108,7 +110,7 @@ def make_train_step(
     entries = optim.rate_multipliers(optim_cfg.rate_multipliers, name, model_cfg.width, table)
 
     def train_step(
-        state: TrainState, batch: Any, hyper: Hyper, frozen: Any = None
+        state: TrainState, batch: PyTree, hyper: Hyper, frozen: Params | None = None
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         rng = jax.random.fold_in(jax.random.key(hyper["seed"]), state.step)
         factors = hyper["rate_multipliers"]
@@ -116,7 +118,7 @@ def make_train_step(
         multipliers += entries[len(factors) :]  # muP's follow from the width
         point = optim.gradient_point(name, hyper, state.params, state.opt_state)
         loss, grads, weight, metrics = accumulate(
-            loss_fn, point, frozen, batch, hyper, rng, accumulation_steps
+            loss_fn, point, frozen or {}, batch, hyper, rng, accumulation_steps
         )
         grads = optim.frozen_gradients(grads, multipliers)
         weight = jnp.maximum(weight, 1e-9)
@@ -149,21 +151,27 @@ def make_train_step(
 
 
 def accumulate(
-    loss_fn: Loss, params: Any, frozen: Any, batch: Any, hyper: Hyper, rng: jax.Array, parts: int
-) -> tuple[jax.Array, Any, jax.Array, dict[str, Metric]]:
+    loss_fn: Loss,
+    params: Params,
+    frozen: Params,
+    batch: PyTree,
+    hyper: Hyper,
+    rng: jax.Array,
+    parts: int,
+) -> tuple[jax.Array, PyTree, jax.Array, dict[str, Metric]]:
     """Return the sums over the batch of the loss, its gradient, its weight and the metrics.
 
     They are float32, summed over `parts` micro-batches. The gradient is that of `params`, the
     parameters that train; a micro-batch's has their dtype.
     """
 
-    def summed(params: Any, batch: Any, rng: jax.Array) -> tuple[jax.Array, tuple]:
+    def summed(params: Params, batch: PyTree, rng: jax.Array) -> tuple[jax.Array, tuple]:
         total, weight, metrics = loss_fn(params, frozen, batch, hyper, rng)
         return total, (weight, metrics)
 
     value_and_grad = jax.value_and_grad(summed, has_aux=True)
 
-    def sums(batch: Any, rng: jax.Array) -> tuple:
+    def sums(batch: PyTree, rng: jax.Array) -> tuple:
         (loss, (weight, metrics)), grads = value_and_grad(params, batch, rng)
         return loss, grads, weight, metrics
 
@@ -191,8 +199,8 @@ class Step(NamedTuple):
 
     shardings: TrainState
     abstract: TrainState
-    frozen: Any  # abstract, too
-    init: Callable[..., tuple[TrainState, Any]]
+    frozen: Params  # abstract, too
+    init: Callable[..., tuple[TrainState, Params]]
     train_step: Callable
 
 

@@ -2,13 +2,12 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 
 from nanojaxgpt.checks import compile_pattern
 from nanojaxgpt.errors import ConfigError
-from nanojaxgpt.model.parameters import Table, row_of
+from nanojaxgpt.model.parameters import Params, PyTree, Table, row_of
 
 
 def is_trainable(path: str, patterns: Sequence[str]) -> bool:
@@ -34,7 +33,9 @@ def check_trainable(patterns: Sequence[str], table: Table) -> None:
         raise ConfigError(f"optim.trainable={tuple(patterns)} leaves no parameter to train")
 
 
-def split_params(params: Any, patterns: Sequence[str], prefix: str = "") -> tuple[Any, Any]:
+def split_params(
+    params: Params, patterns: Sequence[str], prefix: str = ""
+) -> tuple[Params, Params]:
     """Split a nested dict into (trainable, frozen), without empty branches."""
     trainable, frozen = {}, {}
     for name, value in params.items():
@@ -49,7 +50,7 @@ def split_params(params: Any, patterns: Sequence[str], prefix: str = "") -> tupl
     return trainable, frozen
 
 
-def merge_params(trainable: Any, frozen: Any) -> Any:
+def merge_params(trainable: Params, frozen: Params | None) -> Params:
     """Merge two nested dicts into one; the reverse of `split_params`."""
     merged = dict(trainable)
     for name, value in (frozen or {}).items():
@@ -57,7 +58,7 @@ def merge_params(trainable: Any, frozen: Any) -> Any:
     return merged
 
 
-def split_lines(trainable: Any, opt_state: Any, table: Table) -> list[str]:
+def split_lines(trainable: Params, opt_state: PyTree, table: Table) -> list[str]:
     """Return a table of the split: path, parameters, how many train, bytes of optimizer state."""
     held = dict.fromkeys(table, 0)
     for path, leaf in jax.tree_util.tree_leaves_with_path(opt_state):

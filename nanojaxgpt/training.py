@@ -6,7 +6,6 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -36,7 +35,7 @@ from nanojaxgpt.interchange.opening import adopt_model, find_model, inherited_te
 from nanojaxgpt.interchange.templates import save_template
 from nanojaxgpt.loop import Loop
 from nanojaxgpt.model.config import JobConfig, Multipliers
-from nanojaxgpt.model.parameters import count_params, parameters
+from nanojaxgpt.model.parameters import Params, PyTree, count_params, parameters
 from nanojaxgpt.model.transformer import Transformer
 from nanojaxgpt.objectives import Loss
 from nanojaxgpt.perplexity import evaluate_batches, make_eval_step
@@ -108,7 +107,7 @@ def make_evaluation(
     data: RunData,
     mesh: Mesh,
     model: Transformer,
-    held: Mapping[str, Any] | None = None,
+    held: Mapping[str, PyTree] | None = None,
 ) -> Callable[..., dict[str, float]]:
     """Return evaluate(params) -> the numbers over the validation split, or its first batches.
 
@@ -129,7 +128,7 @@ def make_evaluation(
     eval_step = memory.checked(eval_step, mesh, "an evaluation step", lower)
 
     def run_evaluation(
-        params: Any,
+        params: Params,
         each: Callable[[Iterable[Batch]], Iterable[Batch]] = iter,
         multipliers: Multipliers | None = None,
     ) -> dict[str, float]:
@@ -143,7 +142,7 @@ def make_evaluation(
 
 def start_state(
     job: Job, run: Path, report: Callable[[str], None], team: Team = ALONE
-) -> tuple[TrainState, Any]:
+) -> tuple[TrainState, Params]:
     """Return the state to start from, and the frozen parameters.
 
     1. This run's newest good checkpoint. 2. The whole state of another run (init.state=all). 3. The

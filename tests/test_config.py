@@ -32,6 +32,7 @@ from nanojaxgpt.config import (
 )
 from nanojaxgpt.config.sections import Config, field
 from nanojaxgpt.errors import ConfigError
+from nanojaxgpt.model.config import complete
 from nanojaxgpt.names import MAXTEXT, NANOGPT, OTHER_NAMES, TRANSFORMERS, unknown_name
 from nanojaxgpt.step import make_hyper
 from nanojaxgpt.sweep import plan
@@ -467,6 +468,24 @@ def test_json_brings_everything_back():
     assert type(back.model.windows) is tuple
     assert config.config_hash(back) == config.config_hash(cfg)
     assert config.config_hash(back) != config.config_hash(base_config())
+
+
+def test_a_job_fills_in_the_model_and_shows_what_was_given():
+    cfg = override(model__vocab_size="64", model__num_heads="2")
+    job = complete(cfg)
+    model = job.model
+    assert (model.num_kv_heads, model.head_dim, model.mlp_dim) == (2, 64, 512)
+    assert model.attention_scale == 64**-0.5
+    assert to_json(job) == to_json(cfg)
+    assert config.differences(cfg, job) == []
+    assert config.config_hash(job) == config.config_hash(cfg)
+    wide = with_fields(job, {"model.embed_dim": 256, "model.mlp_dim": 7})
+    assert (wide.model.head_dim, wide.model.mlp_dim, wide.model.given()["head_dim"]) == (128, 7, 0)
+    assert type(override_config(job, {"train.num_steps": "3"})) is type(job)
+    with pytest.raises(ConfigError, match="not divisible by"):
+        with_fields(job, {"model.num_heads": 3})
+    with pytest.raises(ValueError, match="vocab_size is 0"):
+        complete(base_config())
 
 
 @pytest.mark.parametrize(

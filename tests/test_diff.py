@@ -12,7 +12,7 @@ from conftest import write_tiny
 from nanojaxgpt import checkpoint, rundiff, sharding
 from nanojaxgpt.__main__ import main
 from nanojaxgpt.commands.diff import describe_comparison
-from nanojaxgpt.config import load_config, override_config
+from nanojaxgpt.config import load_config, override_config, typed
 from nanojaxgpt.errors import CheckpointError, ConfigError, RunsDiffer
 from nanojaxgpt.hosts.process import stop_signals
 from nanojaxgpt.training import open_job, report_nothing, share_job, train_job
@@ -33,7 +33,7 @@ def runs(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sharding, "make_mesh", lambda *_: make_mesh({}, jax.devices()[:1]))
 
-        job, said = open_job(load_config(experiment), report=report_nothing), []
+        job, said = open_job(typed(load_config(experiment)), report=report_nothing), []
 
         def train(name, **overrides):
             (folder / name).mkdir(exist_ok=True)

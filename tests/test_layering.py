@@ -46,6 +46,9 @@ EARLY = {"", "__main__", "arguments", "checks", "config", "config.sections", "co
          "model.config", "errors", "horizon", "names", "rundir", "start", "papers.paper",
          "console", "metrics", "trackers", "finish", "extras", "rundiff"}  # fmt: skip
 EARLY |= {f"sweep.{name}" for name in ("space", "plan", "claims", "launch")}
+# Where a ConfigDict comes in from an experiment, or goes out to what may change it: the edge.
+TAKE_EITHER = {"config", "model.config", "data.loader", "training", "papers.coordcheck"}
+NAME_CONFIGDICT = {"config", "rundir", "papers.paper"}
 NO_JAX = ("jax", "jaxlib", "flax", "optax", "orbax")
 TFDS = {"data.sources.tfds", "data.sources.builders"}
 MAX_LINES = 80
@@ -192,6 +195,17 @@ def test_config_errors_come_before_jax_is_imported():
         return [used for used in seen if packages(imported(top_level(TREES[used]))) & set(NO_JAX)]
 
     assert not offenders(jax_on_import)
+
+
+def test_below_the_edge_of_a_job_configs_are_typed():
+    def untyped(name: str, tree: ast.Module) -> set[str]:
+        used = {part for full in imported(tree) for part in full.split(".")}
+        used |= {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)}  # config.AnyConfig
+        if name not in NAME_CONFIGDICT and used & {"ml_collections", "ConfigDict"}:
+            return used & {"ml_collections", "ConfigDict"}
+        return set() if name in TAKE_EITHER else used & {"AnyConfig", "Either"}
+
+    assert not offenders(untyped)
 
 
 def test_experiments_do_not_import_jax():

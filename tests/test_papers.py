@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT, SHARED
 
 from nanojaxgpt import sharding
-from nanojaxgpt.config import load_module, override_config
+from nanojaxgpt.config import editable, load_module, override_config
 from nanojaxgpt.papers import scaling
 from nanojaxgpt.papers.paper import Arm, Paper, Run
 from nanojaxgpt.papers.reproduce import measure_claim, reproduce
@@ -32,7 +32,9 @@ def fake(arm: Arm, losses: list[list[float]]) -> list[list[Run]]:
 
 def fake_run(trial, loss: float | None) -> Run:
     last = {"step": trial.cfg.train.num_steps, "loss": loss, "validation_loss": loss}
-    return Run(ROOT / trial.name, trial.cfg, [last] if loss else [], diverged=loss is None)
+    return Run(
+        ROOT / trial.name, editable(trial.cfg), [last] if loss else [], diverged=loss is None
+    )
 
 
 def verdicts(paper: Paper, runs: dict[str, list[list[Run]]]) -> str:

@@ -13,12 +13,13 @@ from conftest import random_tokens
 from nanojaxgpt import metrics, sharding
 from nanojaxgpt import training as train_module
 from nanojaxgpt.__main__ import main
-from nanojaxgpt.config import override_config, with_fields
+from nanojaxgpt.config import editable, override_config, with_fields
 from nanojaxgpt.data.loader import prepare_data, resolve
 from nanojaxgpt.data.rows import Batch
 from nanojaxgpt.errors import CheckpointError, ConfigError, NonFiniteError
+from nanojaxgpt.language_model import load
 from nanojaxgpt.metrics import read_metrics
-from nanojaxgpt.model.config import complete
+from nanojaxgpt.model.config import ModelConfig, complete
 from nanojaxgpt.model.transformer import Transformer
 from nanojaxgpt.objectives.language import make_loss
 from nanojaxgpt.optim import OPTIMIZERS
@@ -247,6 +248,26 @@ def test_a_run_directory_deleted_while_it_trains(moved, small_config, tmp_path, 
         fit(cfg, run, report=lambda _: None)
     if moved:
         assert saved_steps(tmp_path / "moved" / "checkpoints") == [5]
+
+
+def test_the_model_is_parsed_once(cfg, tmp_path, monkeypatch):
+    seen, complete_one = [], ModelConfig.__post_init__
+
+    def counted(self):
+        seen.append(self.head_dim)
+        complete_one(self)
+
+    monkeypatch.setattr(ModelConfig, "__post_init__", counted)
+    short = {"train.num_steps": 1, "eval.every_steps": 0, "checkpoint.every_steps": 0}
+    untyped = editable(with_fields(cfg, short))
+    seen.clear()
+    fit(untyped, tmp_path / "run", report=lambda _: None)
+    assert seen == [0]
+    written = json.loads((tmp_path / "run" / "config.json").read_text())["model"]
+    assert (written["head_dim"], written["num_kv_heads"], written["mlp_dim"]) == (0, 0, 0)
+    model = load(tmp_path / "run", report=lambda _: None)
+    assert seen == [0, 0]
+    assert (model.config.head_dim, model.config.mlp_dim) == (8, 64)
 
 
 def test_mup_at_its_base_width_is_the_standard_one(cfg):

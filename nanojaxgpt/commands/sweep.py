@@ -1,5 +1,6 @@
 """In: the arguments of `nanojaxgpt sweep`. Out: a plan, the runs, how they stand, or a report."""
 
+import argparse
 import functools
 import shlex
 import sys
@@ -84,7 +85,7 @@ def open_search(plan: Plan, folder: Path) -> Any:
     return Search(folder, plan.base, plan.tpe)
 
 
-def plan_lines(parsed: Any, plan: Plan, folder: Path) -> list[str]:
+def plan_lines(parsed: argparse.Namespace, plan: Plan, folder: Path) -> list[str]:
     """Return what a sweep would do, and the command that does it."""
     lines = describe_plan(plan.trials, functools.partial(print, file=sys.stderr, flush=True))
     if tpe := plan.tpe:
@@ -106,7 +107,7 @@ def plan_lines(parsed: Any, plan: Plan, folder: Path) -> list[str]:
 
 
 def status(
-    parsed: Any, arguments: list[str], folder: Path, trials: list[Trial], search: Any
+    parsed: argparse.Namespace, arguments: list[str], folder: Path, trials: list[Trial], search: Any
 ) -> list[str]:
     """Return how the trials stand, and how many a search has still to draw."""
     from nanojaxgpt.sweep.report import status_lines
@@ -116,7 +117,7 @@ def status(
 
 
 def report(
-    parsed: Any, arguments: list[str], folder: Path, trials: list[Trial], search: Any
+    parsed: argparse.Namespace, arguments: list[str], folder: Path, trials: list[Trial], search: Any
 ) -> list[str]:
     """Write the report; return its text."""
     from nanojaxgpt.sweep.report import write_report
@@ -127,7 +128,7 @@ def report(
 
 
 def run_missing(
-    parsed: Any, arguments: list[str], folder: Path, trials: list[Trial], search: Any
+    parsed: argparse.Namespace, arguments: list[str], folder: Path, trials: list[Trial], search: Any
 ) -> list[str]:
     """Run what is missing here, in as many processes as were asked for, or by SLURM."""
     if parsed.slurm:

@@ -26,7 +26,7 @@ class Team:
         """Return how a message calls a process."""
         return f"host {index}"
 
-    def gather(self, value: Any, doing: str = "") -> list[Any]:
+    def gather(self, value: object, doing: str = "") -> list[Any]:
         """Return the values of all processes in their order; they go as JSON.
 
         What is waited for, and why (`doing`), is told every 30 s. Raises UserError after a day.
@@ -66,7 +66,7 @@ class Team:
                 raise ValueError(f"on {self.name(index)}: {text}")
         return result
 
-    def differing(self, value: Any) -> str:
+    def differing(self, value: object) -> str:
         """Return the names of the hosts whose value is not that of process 0; "": all are."""
         values = self.gather(value)
         return ", ".join(self.name(i) for i, other in enumerate(values) if other != values[0])
@@ -102,7 +102,7 @@ class Members(Team):
         """See Team."""
         return self.line.host(index)
 
-    def gather(self, value: Any, doing: str = "") -> list[Any]:
+    def gather(self, value: object, doing: str = "") -> list[Any]:
         """See Team."""
         deadline, this = time.monotonic() + WAIT_SECONDS, self.round
         self.round += 1

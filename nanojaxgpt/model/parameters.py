@@ -50,6 +50,10 @@ class Parameter(NamedTuple):
 
 # Rows by the paths of their parameters.
 Table = Mapping[str, Parameter]
+# Arrays, or their abstract shapes, nested by the paths of the table.
+Params = Mapping[str, Any]
+# Any tree of arrays, as jax takes it: a batch, a gradient, an optimizer's state.
+PyTree = Any
 
 
 class ParameterRows:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from nanojaxgpt.model.config import ModelConfig
-from nanojaxgpt.model.parameters import Parameter, layer_rows
+from nanojaxgpt.model.parameters import Parameter, Params, layer_rows
 
 COLUMNS = 256  # of a block; with 128 or 512 it is read up to a third slower
 MOST_ROWS = 64  # above, XLA's own matmul is as fast
@@ -57,7 +57,7 @@ def as_matrix(kernel: jax.Array, row: Parameter) -> jax.Array:
     return kernel.reshape(math.prod(inputs), -1)
 
 
-def decoding_params(cfg: ModelConfig, params: Any, rows: int) -> Any:
+def decoding_params(cfg: ModelConfig, params: Params, rows: int) -> Params:
     """Return the parameters laid out for decoding `rows` rows; those that are come back as given.
 
     The layers become a tuple: a decoding loop reads each in place, where from a stack it would

@@ -17,7 +17,7 @@ from nanojaxgpt.attention.cache import Cache
 from nanojaxgpt.attention.request import Mask
 from nanojaxgpt.model.block import Block, Context, Weights, scaled
 from nanojaxgpt.model.config import LayerConfig, ModelConfig, Multipliers
-from nanojaxgpt.model.parameters import Parameter, model_rows
+from nanojaxgpt.model.parameters import Parameter, Params, PyTree, model_rows
 from nanojaxgpt.model.projection import decoding_params, project
 from nanojaxgpt.model.rotary import sinusoids
 from nanojaxgpt.sharding import constrain, platform
@@ -148,7 +148,9 @@ class Transformer(Weights):
         shallow_on_cpu = platform() == "cpu" and cfg.num_layers <= 12
         unroll = max(1, (cfg.unroll or (cfg.num_layers if shallow_on_cpu else 1)) // period)
 
-        def run_layer(index: int, params: Any, key: Any, x_BTD: jax.Array) -> jax.Array:
+        def run_layer(
+            index: int, params: Params, key: jax.Array | None, x_BTD: jax.Array
+        ) -> jax.Array:
             layer = Layer(cfg, cfg.layer(index), cfg.places[index][0], parent=None)
             rngs = {} if key is None else {"dropout": key}
             return layer.apply({"params": params}, x_BTD, context, rngs=rngs)  # pyright: ignore
@@ -170,10 +172,10 @@ class Transformer(Weights):
                 x_BTD = run_layer(index, one, None if keys is None else take(keys, number), x_BTD)
             return x_BTD, None
 
-        def take(tree: Any, row: int) -> Any:
+        def take(tree: PyTree, row: int) -> PyTree:
             return jax.tree.map(lambda w: w[row], tree)
 
-        def periods(tree: Any, each: int) -> Any:
+        def periods(tree: PyTree, each: int) -> PyTree:
             return jax.tree.map(
                 lambda w: w[: whole * each].reshape(whole, each, *w.shape[1:]), tree
             )
@@ -216,6 +218,6 @@ class Transformer(Weights):
         return x_BTD, tuple(filled) if cache is not None else None
 
 
-def init_params(cfg: ModelConfig, rng: jax.Array) -> Any:
+def init_params(cfg: ModelConfig, rng: jax.Array) -> Params:
     """Return new parameters, a nested dict of the paths of the table."""
     return Transformer(cfg).init(rng, jnp.zeros((1, 1), jnp.int32))["params"]

@@ -1,13 +1,12 @@
 """The objective of pretraining: the cross-entropy of each next token."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
 from nanojaxgpt.data.rows import Batch
 from nanojaxgpt.loss import loss_sum
 from nanojaxgpt.model.config import MULTIPLIERS, Multipliers
+from nanojaxgpt.model.parameters import Params
 from nanojaxgpt.model.transformer import Transformer
 from nanojaxgpt.objectives import Loss, Metric
 from nanojaxgpt.schedules import Hyper
@@ -18,7 +17,7 @@ def make_loss(model: Transformer, loss_chunks: int) -> Loss:
     """Return the loss: the sum of weighted token losses in nats, and of the weights."""
 
     def loss(
-        params: Any, frozen: Any, batch: Batch, hyper: Hyper, rng: jax.Array
+        params: Params, frozen: Params, batch: Batch, hyper: Hyper, rng: jax.Array
     ) -> tuple[jax.Array, jax.Array, dict[str, Metric]]:
         (x_BTD, head), _ = model.apply(
             {"params": merge_params(params, frozen)},

@@ -22,6 +22,7 @@ from nanojaxgpt.data.rows import Batch
 from nanojaxgpt.errors import ConfigError
 from nanojaxgpt.extras import plots_advice
 from nanojaxgpt.model.config import ModelConfig
+from nanojaxgpt.model.parameters import Params
 from nanojaxgpt.model.transformer import Transformer
 from nanojaxgpt.step import make_hyper
 from nanojaxgpt.trainable import merge_params
@@ -50,13 +51,13 @@ def widened(cfg: Config, width: int, base: int) -> Config:
     return with_fields(cfg, {f"model.{name}": size for name, size in sizes.items()})
 
 
-def make_sizes(model_cfg: ModelConfig) -> Callable[[Any, Batch], dict[str, jax.Array]]:
+def make_sizes(model_cfg: ModelConfig) -> Callable[[Params, Batch], dict[str, jax.Array]]:
     """Return sizes(params, batch) -> mean |x| of the residual stream after each layer, and logits.
 
     The stream after layer k is what a model of the first k layers gives.
     """
 
-    def sizes(params: Any, batch: Batch) -> dict[str, jax.Array]:
+    def sizes(params: Params, batch: Batch) -> dict[str, jax.Array]:
         found = {}
         inputs = batch.tokens_BT, batch.positions_BT, batch.segments_BT
         for depth in range(1, model_cfg.num_layers + 1):

@@ -9,11 +9,12 @@ import jax.numpy as jnp
 from nanojaxgpt.attention.request import Mask, alibi_bias, dense_mask, soft_cap
 from nanojaxgpt.data.rows import Batch
 from nanojaxgpt.model.config import ModelConfig
+from nanojaxgpt.model.parameters import Params
 from nanojaxgpt.model.transformer import Transformer
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def attention_logits(cfg: ModelConfig, params: dict, batch: Batch) -> jax.Array:
+def attention_logits(cfg: ModelConfig, params: Params, batch: Batch) -> jax.Array:
     """Return what each layer's softmax is taken of, float32 [L, B, N, T, S]; -inf is not seen."""
     kept: Any = Transformer(cfg).apply(
         {"params": params}, batch.tokens_BT, batch.positions_BT, batch.segments_BT,
@@ -37,7 +38,7 @@ def attention_logits(cfg: ModelConfig, params: dict, batch: Batch) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def largest_logits(cfg: ModelConfig, params: dict, batch: Batch) -> jax.Array:
+def largest_logits(cfg: ModelConfig, params: Params, batch: Batch) -> jax.Array:
     """Return the largest attention logit of each layer [L], with one row's in memory at a time."""
 
     def row(one: Batch) -> jax.Array:
@@ -48,6 +49,6 @@ def largest_logits(cfg: ModelConfig, params: dict, batch: Batch) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def attention_weights(cfg: ModelConfig, params: dict, batch: Batch) -> jax.Array:
+def attention_weights(cfg: ModelConfig, params: Params, batch: Batch) -> jax.Array:
     """Return the attention weights of each layer [L, B, N, T, S]."""
     return jax.nn.softmax(attention_logits(cfg, params, batch))

@@ -18,6 +18,7 @@ from nanojaxgpt.data.loader import prepare_data, resolve
 from nanojaxgpt.data.rows import Batch, Rows
 from nanojaxgpt.errors import DataError, NonFiniteError
 from nanojaxgpt.model.config import complete
+from nanojaxgpt.model.parameters import Params
 from nanojaxgpt.papers.paper import FAIL, NOT_RUN, PASS, Arm, Claim, Paper, Plot, Run, Runs, verdict
 from nanojaxgpt.recorder import Job
 from nanojaxgpt.sweep.claims import read_outcome, run_path
@@ -175,7 +176,7 @@ def measure_claim(
     return ClaimResult(claim, measured, verdict(claim, list(measured.values())))
 
 
-def load_job(run: Run, step: int = 0) -> tuple[Job, Any]:
+def load_job(run: Run, step: int = 0) -> tuple[Job, Params]:
     """Return a run's job on one device and its parameters, the last ones or those of `step`.
 
     For measures that ask for more than the records hold. Raises DataError, CheckpointError.

@@ -8,10 +8,14 @@ import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nanojaxgpt.sweep.plan import SEED, show_point
 from nanojaxgpt.sweep.results import Group
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 FEW = 8  # settings that a legend can name, and values that have a tick of their own
 STYLES = ("-", "--", ":", "-.")  # of a second field
@@ -38,7 +42,7 @@ def make_band(curves: Sequence[Curve]) -> Band:
     return Band(steps, [*map(statistics.fmean, rows)], [*map(min, rows)], [*map(max, rows)])
 
 
-def draw_band(axes: Any, band: Band, **style: Any) -> None:
+def draw_band(axes: "Axes", band: Band, **style: Any) -> None:
     """Draw the mean as a line, and the band around it where several curves differ."""
     dots = {"marker": "o", "markersize": 3} if len(band.steps) == 1 else {}
     axes.plot(band.steps, band.mean, **dots | style)
@@ -47,7 +51,9 @@ def draw_band(axes: Any, band: Band, **style: Any) -> None:
         axes.fill_between(band.steps, band.low, band.high, **shade)
 
 
-def fit_axis(axes: Any, bands: Sequence[Band], maximize: bool = False, early: float = 0.0) -> None:
+def fit_axis(
+    axes: "Axes", bands: Sequence[Band], maximize: bool = False, early: float = 0.0
+) -> None:
     """Let the y-axis show the curves; what diverges, and the `early` part of them, may leave it."""
     last = max((band.steps[-1] for band in bands if band.steps), default=0)
     late = [
@@ -106,7 +112,7 @@ def plot_curves(
     figure.savefig(path, dpi=120)
 
 
-def draw_few(axes: Any, bands: list[tuple[Group, Band]]) -> None:
+def draw_few(axes: "Axes", bands: list[tuple[Group, Band]]) -> None:
     """Draw bands with a legend; of many the first few, which are the best, the others in gray."""
     named, others = bands[:FEW], bands[FEW:]
     for number, (_, band) in enumerate(others):
@@ -123,7 +129,7 @@ def draw_few(axes: Any, bands: list[tuple[Group, Band]]) -> None:
 
 
 def draw_many(
-    figure: Any, axes: Any, bands: list[tuple[Group, Band]], by: str, style_of: str
+    figure: "Figure", axes: "Axes", bands: list[tuple[Group, Band]], by: str, style_of: str
 ) -> None:
     """Draw bands colored by the value of one field, their lines styled by that of another."""
     groups = [group for group, _ in bands]
@@ -185,7 +191,7 @@ def plot_field(
 
 
 def draw_lines(
-    axes: Any, lines: list[list[Group]], field: str, fields: list[str], names: list[Any]
+    axes: "Axes", lines: list[list[Group]], field: str, fields: list[str], names: list[Any]
 ) -> None:
     """Draw each list of groups as a line of means over a field, with the range of their seeds.
 
@@ -209,7 +215,12 @@ def draw_lines(
 
 
 def draw_dots(
-    figure: Any, axes: Any, groups: list[Group], field: str, fields: list[str], names: list[Any]
+    figure: "Figure",
+    axes: "Axes",
+    groups: list[Group],
+    field: str,
+    fields: list[str],
+    names: list[Any],
 ) -> None:
     """Draw each group as a dot over a field, colored by another number that is swept."""
     by, _ = color_fields(groups, [other for other in fields if other != field])
@@ -220,7 +231,7 @@ def draw_dots(
         axes.plot(axis_position(group, field, names), group.mean, "o", color=color)
 
 
-def mark_outside(axes: Any, places: list[Any], height: float) -> None:
+def mark_outside(axes: "Axes", places: list[Any], height: float) -> None:
     """Mark at the edge of the axes the places of what is not shown."""
     if places:
         axes.plot(
@@ -317,7 +328,7 @@ def color_map() -> Any:
     return ListedColormap(colormaps["viridis"]([LIGHTEST * n / 255 for n in range(256)]))
 
 
-def color_scale(figure: Any, axes: Any, values: list[Any], field: str) -> Any:
+def color_scale(figure: "Figure", axes: "Axes", values: list[Any], field: str) -> Any:
     """Return what gives the color of each value, with its bar beside the axes."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import LogNorm, Normalize

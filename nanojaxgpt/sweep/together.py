@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack, closing, redirect_stdout
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +23,7 @@ from nanojaxgpt.config.sections import Config
 from nanojaxgpt.data.loader import fetch_ahead, prepare_data, resolve
 from nanojaxgpt.errors import ConfigError
 from nanojaxgpt.hosts.process import StopRequest
+from nanojaxgpt.model.parameters import Params, PyTree
 from nanojaxgpt.model.transformer import Transformer
 from nanojaxgpt.objectives import language
 from nanojaxgpt.recorder import Job, Recorder, due, train_ramp
@@ -73,12 +73,12 @@ class Stack:
         """Return the layout of many trials' arrays that each have the layout `one`."""
         return NamedSharding(self.mesh, PartitionSpec("trial", *one.spec))
 
-    def place(self, trees: list[Any], layout: Any) -> Any:
+    def place(self, trees: list[PyTree], layout: PyTree) -> PyTree:
         """Return one tree, whose leaves have a leading axis of trials, on the devices."""
         trees = jax.device_get([*trees, *[trees[-1]] * self.copies])
         return jax.device_put(jax.tree.map(lambda *leaves: np.stack(leaves), *trees), layout)
 
-    def take(self, states: Any, index: int) -> tuple[TrainState, Any]:
+    def take(self, states: PyTree, index: int) -> tuple[TrainState, Params]:
         """Return the state and the frozen parameters of one trial, where its job has them.
 
         It is read from the devices that hold it: to index a stacked array is a collective of all
@@ -109,7 +109,7 @@ class Stack:
         alone = make_train_step(loss, self.job.cfg.optim, model.cfg, shape.accumulation_steps)
 
         def step(
-            states: TrainState, batches: Any, hypers: Any, frozen: Any, going: jax.Array
+            states: TrainState, batches: PyTree, hypers: PyTree, frozen: Params, going: jax.Array
         ) -> tuple:
             every = jax.vmap(alone, spmd_axis_name="trial")
             after, numbers = every(states, batches, hypers, frozen)
@@ -124,14 +124,14 @@ class Stack:
         layouts = self.states, self.numbers, self.numbers
         compiled = jax.jit(step, donate_argnums=0, out_shardings=layouts)
 
-        def run_step(*arguments: Any) -> tuple:
+        def run_step(*arguments: PyTree) -> tuple:
             with jax.set_mesh(self.mesh):
                 return compiled(*arguments)
 
         return run_step
 
 
-def stacked_batches(jobs: list[Job], starts: list[int], stack: Stack) -> Callable[[int], Any]:
+def stacked_batches(jobs: list[Job], starts: list[int], stack: Stack) -> Callable[[int], PyTree]:
     """Return batches(number) -> every trial's batch, so many steps after its start, stacked.
 
     What has the same seed and start is read once.
@@ -139,7 +139,7 @@ def stacked_batches(jobs: list[Job], starts: list[int], stack: Stack) -> Callabl
     keys = [(job.cfg.train.seed, start) for job, start in zip(jobs, starts, strict=True)]
     fetches = {key: job.train_batch for key, job in zip(keys, jobs, strict=True)}
 
-    def batches(number: int) -> Any:
+    def batches(number: int) -> PyTree:
         found = {key: fetch(key[1] + number) for key, fetch in fetches.items()}
         return stack.place([found[key] for key in keys], stack.batches)
 
@@ -215,7 +215,7 @@ class Follower:
             self.close()
 
     def between(
-        self, step: int, state: Callable[[], tuple[TrainState, Any]], stopping: bool
+        self, step: int, state: Callable[[], tuple[TrainState, Params]], stopping: bool
     ) -> None:
         """Evaluate and save where it is time; end at the last step, or where all are stopping."""
         cfg = self.job.cfg
@@ -228,7 +228,7 @@ class Follower:
         if last or stopping:
             self.close()
 
-    def validate(self, step: int, state: Callable[[], tuple[TrainState, Any]]) -> None:
+    def validate(self, step: int, state: Callable[[], tuple[TrainState, Params]]) -> None:
         """Evaluate at the last step, and where it is time."""
         cfg = self.job.cfg
         if step < cfg.train.num_steps and not due(step, cfg.eval.every_steps):
