@@ -131,7 +131,7 @@ class LanguageModel:
         """
         kept = prompt.rstrip()
         start = self.encode(kept)
-        whole = start[:1] if not kept else []
+        whole = start[:1] if not kept or self.tokenizer.start_id >= 0 else []
         whole += self.tokenizer.encode(prompt + continuation).tolist()
         count = len(whole) - len(start)
         if not 0 < count <= self.config.seq_len:
