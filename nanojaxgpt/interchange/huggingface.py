@@ -126,12 +126,11 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
         held = file_tensors(folder / shard)
         named = {name for name, place in places.items() if place == shard}
         if missing := sorted(named - set(held)):
-            raise CheckpointError(f"{folder / shard} lacks {first_names(missing)}, which {INDEX} says "
-                                  "it has")  # fmt: skip
+            raise CheckpointError(f"{folder / shard} lacks {first_names(missing)}, which "
+                                  f"{INDEX} names")  # fmt: skip
         if more := sorted(set(held) - named):
-            raise CheckpointError(
-                f"{folder / shard} has {first_names(more)}, which {INDEX} doesn't"
-            )
+            raise CheckpointError(f"{folder / shard} has {first_names(more)}, which {INDEX} "
+                                  "doesn't name")  # fmt: skip
         found |= held
     return found
 
