@@ -3,6 +3,7 @@
 Weights are safetensors, never pickles: those run code. hf_writer.py writes such folders.
 """
 
+import dataclasses
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -59,14 +60,13 @@ def open_folder(folder: Path) -> Pretrained:
     given = read_json(folder / "config.json")
     try:
         family, fields = model_fields(given)
-        files = stored_tensors(folder)
-        dtypes = {tensor.dtype for tensor in files.values()}
-        fields["param_dtype"] = "bfloat16" if dtypes == {"BF16"} else "float32"
         section = configs.build({f"model.{name}": value for name, value in fields.items()}).model
         cfg = ModelConfig(**vars(section))
     except ConfigError as error:
         raise ConfigError(f"{folder / 'config.json'}: {error}") from error
-    wanted, stored = match(folder, family, cfg, files)
+    wanted, stored = match(folder, family, cfg, stored_tensors(folder))
+    if {tensor.dtype for tensor in stored.values()} == {"BF16"}:
+        cfg = dataclasses.replace(cfg, param_dtype="bfloat16")
     generation = read_json(folder / "generation_config.json", missing={})
     ends = end_ids(generation) or end_ids(given) or end_ids(given.get("text_config") or {})
     tokenizer = open_tokenizer(folder, ends[:1], cfg.vocab_size)
@@ -119,10 +119,12 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
     if not isinstance(places, dict) or not places:
         raise CheckpointError(f"{folder / INDEX} has no weight_map")
     found: dict[str, Stored] = {}
-    for shard in sorted(set(map(str, places.values()))):
+    shards = sorted(set(map(str, places.values())))
+    for shard in shards:
         if Path(shard).name != shard or not shard.endswith(".safetensors"):
             raise CheckpointError(f"{folder / INDEX} names {shard!r}, which is not a safetensors "
                                   "file in this folder")  # fmt: skip
+    for shard in shards:
         held = file_tensors(folder / shard)
         named = {name for name, place in places.items() if place == shard}
         if missing := sorted(named - set(held)):
@@ -217,7 +219,8 @@ def check_tied(head: Stored, table: Stored) -> None:
     same = (head.shape, head.dtype) == (table.shape, table.dtype)
     rows, others = (tensor.handle.get_slice(tensor.name) for tensor in (head, table))
     for first in range(0, head.shape[0] if same else 0, ROWS):
-        part, other = rows[first : first + ROWS], others[first : first + ROWS]
+        last = min(first + ROWS, head.shape[0])
+        part, other = rows[first:last], others[first:last]
         same = same and part.tobytes() == other.tobytes()
     if not same:
         raise CheckpointError(
