@@ -4,6 +4,8 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from nanojaxgpt.data.subwords import SPACE_MARK
+
 
 def byte_characters() -> dict[str, bytes]:
     """Return the byte that each character stands for in a byte-level vocabulary.
@@ -115,6 +117,36 @@ def export_words(words: Sequence[str]) -> bytes:
     found = tokenizers.Tokenizer(tokenizers.models.WordLevel(pieces, words[0]))
     found.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     return complete(found, None, "")
+
+
+def export_sentencepiece(pieces: Sequence[tuple[str, float]], special: Sequence[int]) -> bytes:
+    """Return the tokenizer.json of an exact SentencePiece model: its pieces with their scores.
+
+    Scores that are whole numbers are the order of merges, others log-probabilities.
+    """
+    import tokenizers
+
+    ids = {piece: number for number, (piece, _) in enumerate(pieces)}
+    unknown = pieces[special[0]][0]
+    if all(score.is_integer() for _, score in pieces):
+        texts = {piece for number, (piece, _) in enumerate(pieces) if number not in special}
+        merges = [
+            (piece[:cut], piece[cut:])
+            for piece, _ in sorted(pieces, key=lambda one: -one[1])
+            for cut in range(1, len(piece))
+            if piece in texts and {piece[:cut], piece[cut:]} <= texts
+        ]
+        model: Any = tokenizers.models.BPE(
+            ids, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True
+        )
+    else:
+        model = tokenizers.models.Unigram(list(pieces), special[0], byte_fallback=True)
+    found = tokenizers.Tokenizer(model)
+    found.normalizer = tokenizers.normalizers.Replace(" ", SPACE_MARK)
+    steps = tokenizers.decoders
+    parts = [steps.Replace(SPACE_MARK, " "), steps.ByteFallback(), steps.Fuse()]
+    found.add_special_tokens([pieces[number][0] for number in special])
+    return complete(found, steps.Sequence(parts), "")
 
 
 def complete(found: Any, decoder: Any, end: str) -> bytes:

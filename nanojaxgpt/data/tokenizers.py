@@ -195,7 +195,7 @@ class SentencePieceTokenizer:
         # A mark that stands in the text itself would come back as a space.
         self._mark_ids = [self._processor.piece_to_id(f"<0x{b:02X}>") for b in SPACE_MARK.encode()]
         keeps_text = self._processor.normalize(PROBE) == PROBE.replace(" ", SPACE_MARK)
-        self._exact = keeps_text and all(map(self._processor.is_byte, self._mark_ids))
+        self.exact = keeps_text and all(map(self._processor.is_byte, self._mark_ids))
         ids = range(self.vocab_size)
         pieces = list(map(self._processor.id_to_piece, ids))
         textless = zip(ids, pieces, strict=True)
@@ -204,12 +204,18 @@ class SentencePieceTokenizer:
             self._processor.get_score(i).is_integer() for i in ids
         )
 
-    def piece(self, token_id: int) -> str:
-        """Return how the model spells a token."""
-        return self._processor.id_to_piece(token_id)
+    def pieces(self) -> list[tuple[str, float]]:
+        """Return the spelling and the score of each token."""
+        known = self._processor
+        return [(known.id_to_piece(i), known.get_score(i)) for i in range(self.vocab_size)]
+
+    def special(self) -> list[int]:
+        """Return the ids that are no text, first the one for what has no piece."""
+        known, ids = self._processor, range(self.vocab_size)
+        return [known.unk_id(), *filter(known.is_control, ids)]
 
     def encode(self, text: str) -> np.ndarray:
-        if not self._exact:
+        if not self.exact:
             return np.array(self._processor.encode(text), np.int32)
         ids: list[int] = []
         for number, part in enumerate(text.split(SPACE_MARK)):

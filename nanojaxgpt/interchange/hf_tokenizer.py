@@ -11,6 +11,7 @@ from nanojaxgpt.data.tokenizer_json import (
     export_bytes,
     export_characters,
     export_gpt2,
+    export_sentencepiece,
     export_words,
     start_id,
     token_id,
@@ -117,9 +118,10 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, seq_len: int, chat_templ
     )  # fmt: skip
     if isinstance(tokenizer, SentencePieceTokenizer):
         (folder / "tokenizer.model").write_bytes(tokenizer.model)
+    if isinstance(tokenizer, SentencePieceTokenizer) and not tokenizer.exact:
         settings |= dict(tokenizer_class="LlamaTokenizer", legacy=False,
                          add_bos_token=tokenizer.start_id >= 0)  # fmt: skip
-        spell = tokenizer.piece
+        spell = [piece for piece, _ in tokenizer.pieces()].__getitem__
     else:
         content = tokenizer_json(tokenizer)
         (folder / "tokenizer.json").write_bytes(content)
@@ -133,7 +135,9 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, seq_len: int, chat_templ
 
 
 def tokenizer_json(tokenizer: Tokenizer) -> bytes:
-    """Return the tokenizer.json of any kind of tokenizer but SentencePiece's."""
+    """Return the tokenizer.json of a tokenizer; of SentencePiece's only exact ones have one."""
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        return export_sentencepiece(tokenizer.pieces(), tokenizer.special())
     if isinstance(tokenizer, JsonTokenizer) and tokenizer.kind == "hf":
         return tokenizer.files[tokenizers.HF_FILES[0]]
     if isinstance(tokenizer, JsonTokenizer):
