@@ -70,11 +70,9 @@ def open_folder(folder: Path) -> Pretrained:
     generation = read_json(folder / "generation_config.json", missing={})
     ends = end_ids(generation) or end_ids(given) or end_ids(given.get("text_config") or {})
     tokenizer = open_tokenizer(folder, ends[:1], cfg.vocab_size)
-    sample = {"end_ids": tuple(ends[1:])} if ends[1:] else {}
-    if generation.get("do_sample"):
-        sample |= {name: type(default)(generation[name]) for name, default in
-                   vars(configs.sections.Sample()).items()
-                   if name in SAMPLE and generation.get(name) is not None}  # fmt: skip
+    sample = read_sampling(generation)
+    if others := tuple(end for end in ends[1:] if end < tokenizer.vocab_size):
+        sample["end_ids"] = others
     template = open_chat_template(folder)
     reader = tensor_reader(stored)
     return Pretrained(folder, family.model_type, cfg, wanted, reader, tokenizer, template, sample)
@@ -95,6 +93,16 @@ def read_json(path: Path, missing: Mapping[str, Any] | None = None) -> dict[str,
     if not isinstance(found, dict):
         raise ConfigError(f"{path} must hold a JSON object, not a {type(found).__name__}")
     return found
+
+
+def read_sampling(generation: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of the config's section `sample` that a generation_config.json sets."""
+    if not generation.get("do_sample"):
+        return {}
+    defaults = vars(configs.sections.Sample())
+    given = {name: generation.get(name) for name in SAMPLE}
+    return {name: type(defaults[name])(value) for name, value in given.items()
+            if type(value) in (int, float)}  # fmt: skip
 
 
 def end_ids(config: Mapping[str, Any]) -> list[int]:
