@@ -18,8 +18,7 @@ from safetensors.numpy import load_file, save_file
 from nanojaxgpt.data.tokenizer_json import export_characters
 from nanojaxgpt.interchange.families import FAMILIES, model_fields
 from nanojaxgpt.interchange.hf_config import write_config
-from nanojaxgpt.interchange.hf_writer import write_folder
-from nanojaxgpt.interchange.huggingface import open_folder
+from nanojaxgpt.interchange.huggingface import open_folder, write_folder
 from nanojaxgpt.interchange.loading import read_params
 from nanojaxgpt.interchange.pretrained import Pretrained
 from nanojaxgpt.model.transformer import Transformer

@@ -12,8 +12,7 @@ from conftest import random_tokens
 from test_families import CASES, OTHERS, torch, transformers
 
 from nanojaxgpt.data.tokenizer_json import export_characters
-from nanojaxgpt.interchange.hf_writer import write_folder
-from nanojaxgpt.interchange.huggingface import open_folder
+from nanojaxgpt.interchange.huggingface import open_folder, write_folder
 from nanojaxgpt.interchange.loading import read_params
 from nanojaxgpt.interchange.pretrained import Pretrained
 from nanojaxgpt.model.transformer import Transformer

@@ -15,8 +15,7 @@ from nanojaxgpt.data.tokenizers import ByteTokenizer
 from nanojaxgpt.errors import CheckpointError, ConfigError, DataError
 from nanojaxgpt.interchange.families import FAMILIES, model_fields
 from nanojaxgpt.interchange.hf_config import choose_family
-from nanojaxgpt.interchange.hf_writer import write_folder
-from nanojaxgpt.interchange.huggingface import open_folder
+from nanojaxgpt.interchange.huggingface import open_folder, write_folder
 
 Q = "model.layers.0.self_attn.q_proj.weight"
 

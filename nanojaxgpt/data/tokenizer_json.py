@@ -55,22 +55,11 @@ def is_byte_level(settings: dict[str, Any]) -> bool:
     return any(step.get("type") == "ByteLevel" for step in steps)
 
 
-def start_id(content: bytes) -> int:
-    """Return the id that a tokenizer.json puts before each text, as Llama 3's does; -1: none."""
-    import tokenizers
-
-    found = tokenizers.Tokenizer.from_str(content.decode())
+def find_first_id(found: Any) -> int:
+    """Return the id that a tokenizer's author puts before each text, as Llama 3's; -1: none."""
     plain = found.encode("a", add_special_tokens=False).ids
     ids = found.encode("a").ids
     return ids[0] if ids[1 : 1 + len(plain)] == plain and ids[: len(plain)] != plain else -1
-
-
-def token_id(content: bytes, token: str) -> int:
-    """Return the id of a token of a tokenizer.json; -1: it has none of this spelling."""
-    import tokenizers
-
-    found = tokenizers.Tokenizer.from_str(content.decode()).token_to_id(token)
-    return -1 if found is None else found
 
 
 def token_of(content: bytes, number: int) -> str:

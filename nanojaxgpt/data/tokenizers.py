@@ -16,7 +16,13 @@ import numpy as np
 import sentencepiece
 
 from nanojaxgpt.data.subwords import SPACE_MARK, cut_after_letters, may_cut, train_sentencepiece
-from nanojaxgpt.data.tokenizer_json import BYTE_OF, build_from_json, build_gpt2, is_byte_level
+from nanojaxgpt.data.tokenizer_json import (
+    BYTE_OF,
+    build_from_json,
+    build_gpt2,
+    find_first_id,
+    is_byte_level,
+)
 from nanojaxgpt.errors import ConfigError, DataError
 from nanojaxgpt.regular import read_regular
 
@@ -190,7 +196,7 @@ class SentencePieceTokenizer:
         self.marks = dict(marks)
         self.end_id = marks.get("end_id", self._processor.eos_id())
         self.start_id = marks.get("start_id", -1)
-        self.first_id = self._processor.bos_id()  # what it would be, by the model's author
+        self.first_id = self._processor.bos_id()  # what start_id is for its author
         self._bytes_V = np.array([self._count_bytes(i) for i in range(self.vocab_size)], np.int32)
         # A mark that stands in the text itself would come back as a space.
         self._mark_ids = [self._processor.piece_to_id(f"<0x{b:02X}>") for b in SPACE_MARK.encode()]
@@ -274,6 +280,7 @@ class JsonTokenizer:
         except Exception as error:  # the package raises nothing more special
             raise DataError(f"{origin} can't be read as a tokenizer: {error}") from error
         self._tokenizer.encode_special_tokens = True
+        self.first_id = find_first_id(self._tokenizer)  # what start_id is for its author
         self._byte_level, self._can_cut = is_byte_level(settings), may_cut(settings)
         model = settings["model"]
         self._prefix = model["continuing_subword_prefix"] if model["type"] == "WordPiece" else ""
@@ -297,6 +304,11 @@ class JsonTokenizer:
                 self._bytes[number] = added[number].content.encode()
             elif number not in self._special:
                 self._bytes[number] = self._piece_bytes(piece)
+
+    def token_id(self, token: str) -> int:
+        """Return the id of a token; -1: it has none of this spelling."""
+        found = self._tokenizer.token_to_id(token)
+        return -1 if found is None else found
 
     def _piece_bytes(self, piece: str) -> bytes:
         if self._byte_level:

@@ -13,8 +13,6 @@ from nanojaxgpt.data.tokenizer_json import (
     export_gpt2,
     export_sentencepiece,
     export_words,
-    start_id,
-    token_id,
     token_of,
 )
 from nanojaxgpt.data.tokenizers import JsonTokenizer, SentencePieceTokenizer, Tokenizer, read_model
@@ -53,13 +51,14 @@ def open_tokenizer(folder: Path, end_ids: Sequence[int], vocab_size: int) -> Tok
         path = folder / "tokenizer.json"
         content = read_model(path)
         files = {tokenizers.HF_FILES[0]: content}
-        if JsonTokenizer("hf", files, str(path)).vocab_size > vocab_size:
+        plain = JsonTokenizer("hf", files, str(path))
+        if plain.vocab_size > vocab_size:
             marks["vocab_size"] = vocab_size
-        if not end_ids and (known := token_id(content, end)) >= 0:
+        if not end_ids and (known := plain.token_id(end)) >= 0:
             marks["end_id"] = known
-        if (start := start_id(content)) >= 0:
-            marks["start_id"] = start
-        found: Tokenizer = JsonTokenizer("hf", files, str(path), marks)
+        if plain.first_id >= 0:
+            marks["start_id"] = plain.first_id
+        found: Tokenizer = JsonTokenizer("hf", files, str(path), marks) if marks else plain
     elif pair := next((pair for pair in tokenizers.GPT2_NAMES if set(pair) <= set(names)), ()):
         path = folder / pair[0]
         contents = map(read_model, (folder / name for name in pair))
@@ -68,9 +67,9 @@ def open_tokenizer(folder: Path, end_ids: Sequence[int], vocab_size: int) -> Tok
     elif "tokenizer.model" in names:
         path = folder / "tokenizer.model"
         content = read_model(path)
-        plain = SentencePieceTokenizer(content, str(path))
-        if settings.get("add_bos_token", True) and (start := plain.first_id) >= 0:
-            marks["start_id"] = start
+        first = SentencePieceTokenizer(content, str(path)).first_id
+        if settings.get("add_bos_token", True) and first >= 0:
+            marks["start_id"] = first
         found = SentencePieceTokenizer(content, str(path), marks)
     elif "tekken.json" in names:
         raise DataError(f"{folder / 'tekken.json'} can't be read: put the tokenizer.json of the "

@@ -1,53 +1,44 @@
-"""In: a folder in Hugging Face's format. Out: the model, opened and checked, no weight read yet.
-
-Weights are safetensors, never pickles: those run code. hf_writer.py writes such folders.
+"""A folder in Hugging Face's format. In: the model, opened and checked, no weight read yet.
+Out: what transformers and others load.
 """
 
 import dataclasses
-import json
+import os
 import re
-from collections.abc import Callable, Mapping
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import safetensors
 
 from nanojaxgpt import config as configs
-from nanojaxgpt.errors import CheckpointError, ConfigError
+from nanojaxgpt.data.tokenizers import Tokenizer
+from nanojaxgpt.errors import CheckpointError, ConfigError, why
 from nanojaxgpt.interchange.families import Family, model_fields
-from nanojaxgpt.interchange.hf_tokenizer import open_chat_template, open_tokenizer
+from nanojaxgpt.interchange.hf_config import choose_family
+from nanojaxgpt.interchange.hf_tokenizer import open_chat_template, open_tokenizer, write_tokenizer
 from nanojaxgpt.interchange.pretrained import Pretrained
 from nanojaxgpt.interchange.tensors import Slot, Tensor, slots
+from nanojaxgpt.interchange.weights import (
+    DTYPES,
+    Stored,
+    first_names,
+    read_json,
+    stored_tensors,
+    write_json,
+    write_weights,
+)
 from nanojaxgpt.model.config import ModelConfig
-from nanojaxgpt.regular import check_regular, read_regular
+from nanojaxgpt.sample import GREEDY_BELOW
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-DTYPES = ("F32", "F16", "BF16")
 # Constants that old versions saved beside the weights, and what a model of text doesn't need.
 IGNORED = re.compile(r"\.attn\.(masked_)?bias$|\.attention\.(masked_)?bias$|rotary_emb\.inv_freq$")
 OF_IMAGES = re.compile(r"^(model\.)?(vision_tower|multi_modal_projector)\.")
-SHOWN = 4  # names in a message
 ROWS = 4096  # that are compared at a time
 SAMPLE = ("temperature", "top_k", "top_p", "min_p")
-
-
-class Stored(NamedTuple):
-    """A tensor in a safetensors file."""
-
-    path: Path
-    shape: tuple[int, ...]
-    dtype: str  # as the file says it, BF16
-    name: str
-    handle: Any
-
-    def read(self) -> np.ndarray:
-        """Return the numbers. Raises CheckpointError where the file changed since it was opened."""
-        try:
-            return self.handle.get_tensor(self.name)
-        except (OSError, safetensors.SafetensorError) as error:
-            raise CheckpointError(f"{self.path}: can't read {self.name}: {error}") from error
 
 
 def open_folder(folder: Path) -> Pretrained:
@@ -78,23 +69,6 @@ def open_folder(folder: Path) -> Pretrained:
     return Pretrained(folder, family.model_type, cfg, wanted, reader, tokenizer, template, sample)
 
 
-def read_json(path: Path, missing: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Return the object in a JSON file, or `missing`. Raises CheckpointError, ConfigError."""
-    try:
-        found = json.loads(read_regular(path))
-    except FileNotFoundError as error:
-        if missing is not None:
-            return dict(missing)
-        raise CheckpointError(f"{path.parent} has no {path.name}: it isn't a model") from error
-    except OSError as error:
-        raise CheckpointError(f"can't read {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is not JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise ConfigError(f"{path} must hold a JSON object, not a {type(found).__name__}")
-    return found
-
-
 def read_sampling(generation: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of the config's section `sample` that a generation_config.json sets."""
     if not generation.get("do_sample"):
@@ -110,55 +84,6 @@ def end_ids(config: Mapping[str, Any]) -> list[int]:
     value = config.get("eos_token_id")
     items = value if isinstance(value, list) else [value]
     return [item for item in items if type(item) is int and item >= 0]
-
-
-def stored_tensors(folder: Path) -> dict[str, Stored]:
-    """Return the tensors of the folder's safetensors files by name. Raises CheckpointError."""
-    if (folder / SINGLE).exists():
-        return file_tensors(folder / SINGLE)
-    if not (folder / INDEX).exists():
-        pickles = sorted(path.name for form in PICKLES for path in folder.glob(form))
-        hint = (
-            f"; its {pickles[0]} is a pickle, which could run any code: convert it with "
-            "transformers, AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(OTHER)"
-        )
-        raise CheckpointError(f"{folder} has no {SINGLE} and no {INDEX}{hint if pickles else ''}")
-    places = read_json(folder / INDEX).get("weight_map")
-    if not isinstance(places, dict) or not places:
-        raise CheckpointError(f"{folder / INDEX} has no weight_map")
-    found: dict[str, Stored] = {}
-    shards = sorted(set(map(str, places.values())))
-    for shard in shards:
-        if Path(shard).name != shard or not shard.endswith(".safetensors"):
-            raise CheckpointError(f"{folder / INDEX} names {shard!r}, which is not a safetensors "
-                                  "file in this folder")  # fmt: skip
-    for shard in shards:
-        held = file_tensors(folder / shard)
-        named = {name for name, place in places.items() if place == shard}
-        if missing := sorted(named - set(held)):
-            raise CheckpointError(f"{folder / shard} lacks {first_names(missing)}, which "
-                                  f"{INDEX} names")  # fmt: skip
-        if more := sorted(set(held) - named):
-            raise CheckpointError(f"{folder / shard} has {first_names(more)}, which {INDEX} "
-                                  "doesn't name")  # fmt: skip
-        found |= held
-    return found
-
-
-def file_tensors(path: Path) -> dict[str, Stored]:
-    """Return the tensors of one safetensors file, by its header. Raises CheckpointError."""
-    try:
-        check_regular(path)
-        handle: Any = safetensors.safe_open(path, "numpy")  # pyright: ignore
-        parts = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
-        return {
-            name: Stored(path, tuple(part.get_shape()), str(part.get_dtype()), name, handle)
-            for name, part in parts.items()
-        }
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is missing") from error
-    except (OSError, safetensors.SafetensorError) as error:
-        raise CheckpointError(f"{path} is damaged or cut off: {error}") from error
 
 
 def match(
@@ -183,10 +108,10 @@ def match(
         )
     for name, slot in wanted.items():
         tensor = stored[name]
-        if tensor.dtype not in DTYPES:
+        if tensor.dtype not in DTYPES.values():
             raise CheckpointError(
                 f"{tensor.path}: {tensor.name} is {tensor.dtype}; quantized weights can't be read, "
-                f"only {', '.join(DTYPES)}"
+                f"only {', '.join(DTYPES.values())}"
             )
         if tensor.shape != slot.shape:
             raise CheckpointError(
@@ -242,7 +167,70 @@ def tensor_reader(stored: Mapping[str, Stored]) -> Callable[[str], np.ndarray]:
     return lambda name: stored[name].read()
 
 
-def first_names(names: list[str]) -> str:
-    """Return the first names, and how many more there are."""
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more
+def write_folder(
+    folder: Path,
+    cfg: ModelConfig,
+    params: Any,
+    tokenizer: Tokenizer,
+    chat_template: str,
+    sample: Mapping[str, Any],
+    dtype: str,
+    card: str,
+    vocab_size: int = 0,
+    model_type: str = "",
+) -> None:
+    """Write a model, its weights as `dtype`; `card` is the README, `sample` as in Pretrained.
+
+    Of the table's rows `vocab_size` are written; 0: all. The family is the first that can express
+    the model, unless `model_type` names one. The folder appears when it is complete. Raises
+    ConfigError where no family can, or the folder is not empty; CheckpointError where it can't be
+    written, or a number leaves the range of `dtype`.
+    """
+    folder = Path(folder).absolute()
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype={dtype!r} must be one of {', '.join(DTYPES)}")
+    cfg = dataclasses.replace(cfg, vocab_size=vocab_size or cfg.vocab_size)
+    family, keys = choose_family(cfg, model_type)
+    rows = {"embed_VD", "head_VD", "head_bias"} & set(params)
+    params = {**params} | {name: params[name][: cfg.vocab_size] for name in rows}
+    ends = [tokenizer.end_id, *sample.get("end_ids", ())] if tokenizer.end_id >= 0 else []
+    tokens = dict(
+        bos_token_id=tokenizer.start_id if tokenizer.start_id >= 0 else None,
+        eos_token_id=ends[0] if len(ends) == 1 else ends or None,
+    )
+    keys |= tokens | dict(pad_token_id=None, dtype=dtype, torch_dtype=dtype)
+    with new_folder(folder) as partial:
+        write_weights(partial, slots(cfg, family.tensors), params, dtype)
+        write_json(partial / "config.json", keys)
+        write_json(partial / "generation_config.json", tokens | write_sampling(sample))
+        write_tokenizer(partial, tokenizer, cfg.seq_len, chat_template)
+        (partial / "README.md").write_text(card)
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Give an empty folder that takes this name when all went well, and else is removed."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"{folder} is not an empty folder: choose another")
+    partial = None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        mask = os.umask(0)
+        os.umask(mask)
+        partial.chmod(0o777 & ~mask)
+        yield partial
+        partial.rename(folder)
+    except OSError as error:
+        raise CheckpointError(f"can't write {folder}: {why(error, folder.parent)}") from error
+    finally:
+        if partial is not None:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_sampling(sample: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keys of generation_config.json for fields of the config's section `sample`."""
+    names = ("temperature", "top_k", "top_p", "min_p")
+    keys = {name: sample[name] for name in names if sample.get(name)}
+    greedy = not keys or sample.get("temperature", 1.0) < GREEDY_BELOW
+    return {"do_sample": False} if greedy else {"do_sample": True} | keys
