@@ -16,6 +16,7 @@ from conftest import ROOT
 from safetensors.numpy import load_file, save_file
 
 from nanojaxgpt.data.tokenizer_json import export_characters
+from nanojaxgpt.interchange import weights
 from nanojaxgpt.interchange.families import FAMILIES, model_fields
 from nanojaxgpt.interchange.hf_config import write_config
 from nanojaxgpt.interchange.huggingface import open_folder, write_folder
@@ -28,7 +29,7 @@ GOLDEN = ROOT / "tests" / "golden"
 PROMPT = np.arange(40)[None] * 7 % 31
 # Older keys beside the newer ones, and the ones that transformers 5 writes.
 OLD_KEYS = {"rope_scaling", "rope_theta", "rope_local_base_freq", "rotary_pct", "rotary_emb_base",
-            "torch_dtype", "sliding_window_pattern"}  # fmt: skip
+            "torch_dtype", "sliding_window_pattern", "partial_rotary_factor"}  # fmt: skip
 NEW_KEYS = {"rope_parameters", "dtype"}
 
 
@@ -105,3 +106,17 @@ def test_bfloat16_stays_bfloat16(tmp_path):
     assert again.read("model.embed_tokens.weight").tobytes() == table.tobytes()
     keys = json.loads((tmp_path / "half" / "config.json").read_text())
     assert keys["dtype"] == keys["torch_dtype"] == "bfloat16"
+
+
+def test_shards_and_a_shorter_table(tmp_path, monkeypatch):
+    """Rows that pad the table stay here."""
+    source, params = import_folder(copy_golden("llama", tmp_path))
+    monkeypatch.setattr(weights, "SHARD_BYTES", 6000)
+    write_folder(tmp_path / "out", source.config, params, source.tokenizer, "", {}, "float32",
+                 "card", vocab_size=27)  # fmt: skip
+    assert len(list((tmp_path / "out").glob("model-*-of-*.safetensors"))) > 2
+    again, held = import_folder(tmp_path / "out")
+    assert again.config == dataclasses.replace(source.config, vocab_size=27)
+    for name in ("embed_VD", "head_VD"):
+        assert np.array_equal(held[name], params[name][:27])
+    assert np.array_equal(held["layers"]["q_DNH"], params["layers"]["q_DNH"])

@@ -280,7 +280,6 @@ class JsonTokenizer:
         except Exception as error:  # the package raises nothing more special
             raise DataError(f"{origin} can't be read as a tokenizer: {error}") from error
         self._tokenizer.encode_special_tokens = True
-        self.first_id = find_first_id(self._tokenizer)  # what start_id is for its author
         self._byte_level, self._can_cut = is_byte_level(settings), may_cut(settings)
         model = settings["model"]
         self._prefix = model["continuing_subword_prefix"] if model["type"] == "WordPiece" else ""
@@ -304,6 +303,11 @@ class JsonTokenizer:
                 self._bytes[number] = added[number].content.encode()
             elif number not in self._special:
                 self._bytes[number] = self._piece_bytes(piece)
+
+    @property
+    def first_id(self) -> int:
+        """What start_id is for its author; -1: nothing."""
+        return find_first_id(self._tokenizer)
 
     def token_id(self, token: str) -> int:
         """Return the id of a token; -1: it has none of this spelling."""

@@ -56,7 +56,6 @@ def write_config(family: Family, cfg: ModelConfig) -> dict[str, Any]:
     for name, key in family.keys.items():
         value = own[key.field]
         keys[name] = key.write(value) if value or isinstance(value, bool) else None
-    keys |= family.only
     attention, *mlp = family.bias or ("",)
     if attention:
         keys[attention] = cfg.bias
