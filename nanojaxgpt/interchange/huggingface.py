@@ -51,7 +51,8 @@ def open_folder(folder: Path) -> Pretrained:
     given = read_json(folder / "config.json")
     try:
         family, fields = model_fields(given)
-        section = configs.build({f"model.{name}": value for name, value in fields.items()}).model
+        changes = {f"model.{name}": value for name, value in fields.items()}
+        section = configs.with_fields(configs.sections.Config(), changes).model
         cfg = ModelConfig(**vars(section))
     except ConfigError as error:
         raise ConfigError(f"{folder / 'config.json'}: {error}") from error
