@@ -211,7 +211,9 @@ def open_model_config(
     return parsed, config.override_config(config_of(parsed.source), parsed.overrides)
 
 
-def open_for_sampling(command: str, about: str | None, arguments: list[str]) -> tuple[argparse.Namespace, Config]:
+def open_for_sampling(
+    command: str, about: str | None, arguments: list[str]
+) -> tuple[argparse.Namespace, Config]:
     """Return what `open_model_config` does, with each field of the section `sample` as an option.
 
     `parsed.mesh` holds the sizes of the mesh where they are given, else None: one device.

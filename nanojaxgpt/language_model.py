@@ -141,7 +141,7 @@ class LanguageModel:
         """
         kept = prompt.rstrip()
         start = self.encode(kept)
-        whole = start[:1] if not kept else []
+        whole = start[:1] if not kept or self.tokenizer.start_id >= 0 else []
         whole += self.tokenizer.encode(prompt + continuation).tolist()
         count = len(whole) - len(start)
         if not 0 < count <= self.config.seq_len:
@@ -192,7 +192,7 @@ class LanguageModel:
         elif format == "hf":
             from nanojaxgpt.interchange import huggingface
 
-            sample = self.experiment.sample
+            sample = self.experiment.sample.given()
             huggingface.write_folder(target, *parts, sample, dtype, self.card(target.name))
         elif format == "gguf":
             from nanojaxgpt.interchange import gguf_file

@@ -9,12 +9,14 @@ INCOMPLETE = "\ufffd"  # what a tokenizer makes of the first bytes of a characte
 
 
 def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Return the ids of a prompt; an empty one is the end token, after which a document begins.
+    """Return the ids of a prompt, after the start token where the tokenizer has one.
 
-    Raises ConfigError for an empty one where there is no such token, DataError for text that the
-    tokenizer can't encode.
+    Without one, an empty prompt is the end token, after which a document begins. Raises ConfigError
+    for an empty one where there is no such token either, DataError for text that the tokenizer
+    can't encode.
     """
-    if ids := tokenizer.encode(text).tolist():
+    start = [tokenizer.start_id] if tokenizer.start_id >= 0 else []
+    if ids := start + tokenizer.encode(text).tolist():
         return ids
     if tokenizer.end_id >= 0:
         return [tokenizer.end_id]

@@ -14,7 +14,8 @@ from nanojaxgpt.data import tokenizers
 from nanojaxgpt.data.exactness import find_loss, probes
 from nanojaxgpt.data.store import prepare
 from nanojaxgpt.data.subwords import cut_after_letters
-from nanojaxgpt.data.tokenizers import BYTE_OF, read_tokenizer, train_tokenizer
+from nanojaxgpt.data.tokenizer_json import BYTE_OF
+from nanojaxgpt.data.tokenizers import read_tokenizer, train_tokenizer
 from nanojaxgpt.errors import DataError
 
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from conftest import small_model
 
+from nanojaxgpt.config.rotary import parse_rotary, write_rotary
 from nanojaxgpt.interchange.tensors import Tensor, from_parts, slots, to_parts
 
 PLAIN = (
@@ -60,3 +61,16 @@ def test_outputs_go_where_the_table_says():
     # Dimensions 1 and 1 + H/2 turn together; there they are neighbours.
     assert np.array_equal(q_DNH[:, 2, 1], matrix[2 * 6 + 2])
     assert np.array_equal(q_DNH[:, 2, 4], matrix[2 * 6 + 3])
+
+
+@pytest.mark.parametrize("entry", [
+    "", "none", "base=1000000 fraction=0.25", "scaling=linear factor=8",
+    "scaling=llama3 factor=32 original=8192",
+    "fraction=0.1 scaling=yarn factor=4 original=32 slow=0.25 truncate=0 attention=1.3",
+    "scaling=longrope factor=2 original=32 short=1,1.1 long=1.5,9",
+])  # fmt: skip
+def test_the_entry_of_rotary_positions(entry):
+    found = parse_rotary(entry, 1e4)
+    assert parse_rotary(write_rotary(found, 1e4), 1e4) == found
+    assert set(write_rotary(found, 1e4).split()) == set(entry.split())
+    assert parse_rotary(write_rotary(found, 5e5), 5e5) == found

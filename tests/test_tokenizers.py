@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from nanojaxgpt.data import tokenizers
 from nanojaxgpt.data.sources import read_documents
 from nanojaxgpt.data.subwords import cut_after_letters, cut_at_words, draw_sample, join_short
+from nanojaxgpt.data.tokenizer_json import BYTE_OF
 from nanojaxgpt.data.tokenizers import load_tokenizer, read_tokenizer, train_tokenizer
 from nanojaxgpt.errors import ConfigError, DataError
 
@@ -63,7 +64,7 @@ def gpt2(tmp_path_factory):
 def write_gpt2(folder, names=("encoder.json", "vocab.bpe")):
     """Write the 256 bytes, some merges and the end token as GPT-2 writes its own."""
     merges = ["Ġ t", "h e", "Ġt he", "i n", "Ġ Ġ", "Ã ©", "e n", "en d", "Ċ Ċ"]
-    pieces = [*tokenizers.BYTE_OF, *(merge.replace(" ", "") for merge in merges), "<|endoftext|>"]
+    pieces = [*BYTE_OF, *(merge.replace(" ", "") for merge in merges), "<|endoftext|>"]
     (folder / names[0]).write_text(json.dumps({piece: i for i, piece in enumerate(pieces)}))
     (folder / names[1]).write_text("\n".join(["#version: 0.2", *merges, ""]))
     return folder
@@ -296,7 +297,7 @@ def qwen(tmp_path_factory):
         r"|\s+(?!\S)|\s+"
     )
     merges = [("h", "e"), ("Ġ", "t"), ("Ġt", "he"), ("Ċ", "Ċ"), (";", "Ċ")]
-    pieces = [*tokenizers.BYTE_OF, *(a + b for a, b in merges)]
+    pieces = [*BYTE_OF, *(a + b for a, b in merges)]
     made = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, merges))
     splits = [Split(Regex(pattern), "isolated"), ByteLevel(add_prefix_space=False, use_regex=False)]
     made.pre_tokenizer = Sequence(splits)

@@ -8,7 +8,7 @@ somebody else's may be lossy: see exactness.py.
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,6 +16,13 @@ import numpy as np
 import sentencepiece
 
 from nanojaxgpt.data.subwords import SPACE_MARK, cut_after_letters, may_cut, train_sentencepiece
+from nanojaxgpt.data.tokenizer_json import (
+    BYTE_OF,
+    build_from_json,
+    build_gpt2,
+    find_first_id,
+    is_byte_level,
+)
 from nanojaxgpt.errors import ConfigError, DataError
 from nanojaxgpt.regular import read_regular
 
@@ -23,6 +30,9 @@ KINDS = (
     "bytes, chars, sentencepiece, sentencepiece-unigram, sentencepiece:FILE, gpt2:FOLDER, hf:FILE"
 )
 NO_CONTROL: dict[str, int] = {}
+# What the files of a tokenizer don't say, but the model that it comes with.
+MARKS = ("end_id", "start_id", "vocab_size")
+NO_MARKS: Mapping[str, int] = {}
 TRAINED = {"chars": "", "sentencepiece": "bpe", "sentencepiece-unigram": "unigram"}
 
 
@@ -32,7 +42,7 @@ class Tokenizer(Protocol):
     kind: str
     vocab_size: int
     end_id: int  # follows each document; -1: this tokenizer has no such token
-    start_id: int  # precedes each document; -1: none does
+    start_id: int  # begins each prompt; -1: nothing does
     spellings: tuple[str, ...]  # of tokens that are no text, or found before all others
     control: dict[str, int]  # ids of the tokens that no text becomes, by their spelling
 
@@ -62,8 +72,8 @@ class ByteTokenizer:
     kind = "bytes"
     vocab_size = 257
     end_id = 256
-    spellings = ()
     start_id = -1
+    spellings = ()
     control = NO_CONTROL
 
     def encode(self, text: str) -> np.ndarray:
@@ -86,9 +96,8 @@ class CharTokenizer:
     """The given characters, in the order of their code points; no end token."""
 
     kind = "chars"
-    end_id = -1
+    end_id = start_id = -1
     spellings = ()
-    start_id = -1
     control = NO_CONTROL
 
     def __init__(self, characters: Iterable[str]) -> None:
@@ -128,9 +137,8 @@ class WordTokenizer:
     """The given words, as a generated task uses them, with spaces between; no end token."""
 
     kind = "words"
-    end_id = -1
+    end_id = start_id = -1
     spellings = ()
-    start_id = -1
     control = NO_CONTROL
 
     def __init__(self, words: Iterable[str]) -> None:
@@ -175,13 +183,13 @@ class SentencePieceTokenizer:
     A long text is cut where that can't change a token: before spaces, if no piece has one after
     another character, and if all scores are whole numbers, as those of merges are: sums of others
     are rounded by how far into a text they are, and decide between near ties.
+    `marks` may name another end_id, and a start_id.
     Raises DataError where `model` is not a SentencePiece model; `origin` names it.
     """
 
     kind = "sentencepiece"
-    start_id = -1
 
-    def __init__(self, model: bytes, origin: str) -> None:
+    def __init__(self, model: bytes, origin: str, marks: Mapping[str, int] = NO_MARKS) -> None:
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         except RuntimeError as error:
@@ -190,12 +198,15 @@ class SentencePieceTokenizer:
         self.vocab_size = self._processor.vocab_size()
         if not self.vocab_size:
             raise DataError(f"{origin} is an empty SentencePiece model")
-        self.end_id = self._processor.eos_id()
+        self.marks = dict(marks)
+        self.end_id = marks.get("end_id", self._processor.eos_id())
+        self.start_id = marks.get("start_id", -1)
+        self.first_id = self._processor.bos_id()  # what start_id is for its author
         self._bytes_V = np.array([self._count_bytes(i) for i in range(self.vocab_size)], np.int32)
         # A mark that stands in the text itself would come back as a space.
         self._mark_ids = [self._processor.piece_to_id(f"<0x{b:02X}>") for b in SPACE_MARK.encode()]
         keeps_text = self._processor.normalize(PROBE) == PROBE.replace(" ", SPACE_MARK)
-        self._exact = keeps_text and all(map(self._processor.is_byte, self._mark_ids))
+        self.exact = keeps_text and all(map(self._processor.is_byte, self._mark_ids))
         ids = range(self.vocab_size)
         pieces = list(map(self._processor.id_to_piece, ids))
         self.control = {pieces[i]: i for i in ids if self._processor.is_control(i)}
@@ -205,8 +216,18 @@ class SentencePieceTokenizer:
             self._processor.get_score(i).is_integer() for i in ids
         )
 
+    def pieces(self) -> list[tuple[str, float]]:
+        """Return the spelling and the score of each token."""
+        known = self._processor
+        return [(known.id_to_piece(i), known.get_score(i)) for i in range(self.vocab_size)]
+
+    def special(self) -> list[int]:
+        """Return the ids that are no text, first the one for what has no piece."""
+        known, ids = self._processor, range(self.vocab_size)
+        return [known.unk_id(), *filter(known.is_control, ids)]
+
     def encode(self, text: str) -> np.ndarray:
-        if not self._exact:
+        if not self.exact:
             return np.array(self._processor.encode(text), np.int32)
         ids: list[int] = []
         for number, part in enumerate(text.split(SPACE_MARK)):
@@ -232,11 +253,11 @@ class SentencePieceTokenizer:
         return len(self._processor.id_to_piece(token_id).replace(SPACE_MARK, " ").encode())
 
     def content_hash(self) -> str:
-        return short_hash(self.kind.encode() + self.model)
+        return short_hash(self.kind.encode() + self.model + mark_bytes(self.marks))
 
     def save(self, folder: Path) -> None:
         (folder / "sentencepiece.model").write_bytes(self.model)
-        write_description(folder, self, {})
+        write_description(folder, self, self.marks)
 
 
 # What ends a document in the vocabularies that people share, the surest first.
@@ -250,12 +271,15 @@ LARGEST_VOCABULARY = 1 << 24  # above every one in use; a table of all ids is ke
 class JsonTokenizer:
     """A tokenizer that the package `tokenizers` runs: GPT-2's two files or a tokenizer.json.
 
-    It stays as lossy as its author made it.
+    It stays as lossy as its author made it. `marks` may name its end_id, else the likeliest of
+    END_TOKENS is it, a start_id, and a vocab_size that leaves out special tokens from there on.
     Raises DataError where the files are no tokenizer; `origin` names them.
     """
 
-    def __init__(self, kind: str, files: dict[str, bytes], origin: str) -> None:
-        self.kind, self.files, self.start_id = kind, files, -1
+    def __init__(
+        self, kind: str, files: dict[str, bytes], origin: str, marks: Mapping[str, int] = NO_MARKS
+    ) -> None:
+        self.kind, self.files, self.marks = kind, files, dict(marks)
         build = build_gpt2 if kind == "gpt2" else build_from_json
         try:
             self._tokenizer, settings = build(*files.values())
@@ -267,21 +291,37 @@ class JsonTokenizer:
         self._prefix = model["continuing_subword_prefix"] if model["type"] == "WordPiece" else ""
         self._byte_fallback = model.get("byte_fallback", False)
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        added = self._tokenizer.get_added_tokens_decoder()
+        special = {i for i, token in added.items() if token.special}
+        size = marks.get("vocab_size", LARGEST_VOCABULARY)
+        vocabulary = {p: i for p, i in vocabulary.items() if i < size or i not in special}
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
         if not 0 < self.vocab_size <= LARGEST_VOCABULARY:
             number = f"the id {self.vocab_size - 1:,}" if vocabulary else "no tokens"
             raise DataError(f"{origin} can't be used as a tokenizer: its vocabulary has {number}")
-        self.end_id = next((vocabulary[token] for token in END_TOKENS if token in vocabulary), -1)
-        added = self._tokenizer.get_added_tokens_decoder()
+        likely = next((vocabulary[token] for token in END_TOKENS if token in vocabulary), -1)
+        self.end_id, self.start_id = marks.get("end_id", likely), marks.get("start_id", -1)
         self.spellings = tuple(token.content for token in added.values())
-        self.control: dict[str, int] = {t.content: i for i, t in added.items() if t.special}
-        self._special = {i for i, token in added.items() if token.special} | {self.end_id}
+        self.control: dict[str, int] = {
+            token.content: i for i, token in added.items() if token.special and i < self.vocab_size
+        }
+        self._special = special | {self.end_id, self.start_id}
         self._bytes: list[bytes] = [b""] * self.vocab_size
         for piece, number in vocabulary.items():
             if number in added and number not in self._special:
                 self._bytes[number] = added[number].content.encode()
             elif number not in self._special:
                 self._bytes[number] = self._piece_bytes(piece)
+
+    @property
+    def first_id(self) -> int:
+        """What start_id is for its author; -1: nothing."""
+        return find_first_id(self._tokenizer)
+
+    def token_id(self, token: str) -> int:
+        """Return the id of a token; -1: it has none of this spelling."""
+        found = self._tokenizer.token_to_id(token)
+        return -1 if found is None else found
 
     def _piece_bytes(self, piece: str) -> bytes:
         if self._byte_level:
@@ -305,60 +345,13 @@ class JsonTokenizer:
         return np.array([len(piece) for piece in self._bytes], np.int32)
 
     def content_hash(self) -> str:
-        return short_hash(b"\0".join([self.kind.encode(), *self.files.values()]))
+        content = b"\0".join([self.kind.encode(), *self.files.values()])
+        return short_hash(content + mark_bytes(self.marks))
 
     def save(self, folder: Path) -> None:
         for name, content in self.files.items():
             (folder / name).write_bytes(content)
-        write_description(folder, self, {})
-
-
-def byte_characters() -> dict[str, bytes]:
-    """Return the byte that each character stands for in a byte-level vocabulary.
-
-    Printable bytes stand for themselves, the others for the code points from 256 on (GPT-2).
-    """
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    characters = [*map(chr, printable), *(chr(256 + i) for i in range(len(others)))]
-    return {c: bytes([byte]) for c, byte in zip(characters, printable + others, strict=True)}
-
-
-BYTE_OF = byte_characters()
-
-
-def build_gpt2(vocabulary: bytes, merges: bytes) -> tuple[Any, dict[str, Any]]:
-    """Return the tokenizer of GPT-2's two files, and its settings as a tokenizer.json has them."""
-    import tokenizers
-
-    lines = merges.decode().split("\n")
-    pairs = [tuple(line.split()) for line in lines if line and not line.startswith("#version")]
-    found = tokenizers.Tokenizer(tokenizers.models.BPE(json.loads(vocabulary), pairs))
-    found.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    step = dict(type="ByteLevel", add_prefix_space=False, use_regex=True)
-    return found, dict(model=dict(type="BPE"), pre_tokenizer=step)
-
-
-def build_from_json(content: bytes) -> tuple[Any, dict[str, Any]]:
-    """Return the same of a tokenizer.json, the format of the package `tokenizers`."""
-    import tokenizers
-
-    found = tokenizers.Tokenizer.from_str(content.decode())
-    if getattr(found.model, "dropout", None):  # leaves out merges at random
-        found.model.dropout = None
-    found.no_truncation()
-    found.no_padding()
-    settings = json.loads(content)
-    settings["model"].setdefault("type", type(found.model).__name__)  # old files leave it out
-    return found, settings
-
-
-def is_byte_level(settings: dict[str, Any]) -> bool:
-    """Return whether the pieces of a tokenizer.json are written in BYTE_OF's characters."""
-    normalizer, splitter = (settings.get(k) or {} for k in ("normalizer", "pre_tokenizer"))
-    steps = [*normalizer.get("normalizers", [normalizer])]
-    steps += splitter.get("pretokenizers", [splitter])
-    return any(step.get("type") == "ByteLevel" for step in steps)
+        write_description(folder, self, self.marks)
 
 
 def train_tokenizer(spec: str, texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -401,6 +394,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     try:
         description = json.loads(read_regular(path))
         kind, content_hash = description["kind"], description["hash"]
+        marks = {name: int(description[name]) for name in MARKS if name in description}
         if kind == "bytes":
             tokenizer: Tokenizer = ByteTokenizer()
         elif kind == "chars":
@@ -409,11 +403,11 @@ def load_tokenizer(folder: Path) -> Tokenizer:
             tokenizer = WordTokenizer(description["words"])
         elif kind == "sentencepiece":
             model_path = path.with_name("sentencepiece.model")
-            tokenizer = SentencePieceTokenizer(read_model(model_path), str(model_path))
+            tokenizer = SentencePieceTokenizer(read_model(model_path), str(model_path), marks)
         elif kind in ("gpt2", "hf"):
             names = GPT2_FILES if kind == "gpt2" else HF_FILES
             files = {name: read_model(path.with_name(name)) for name in names}
-            tokenizer = JsonTokenizer(kind, files, str(folder))
+            tokenizer = JsonTokenizer(kind, files, str(folder), marks)
         else:
             raise DataError(
                 f"{path}: no tokenizer kind {kind!r}; the file was written by another version"
@@ -445,7 +439,12 @@ def short_hash(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:16]
 
 
-def write_description(folder: Path, tokenizer: Tokenizer, fields: dict[str, Any]) -> None:
+def mark_bytes(marks: Mapping[str, int]) -> bytes:
+    """Return what marks add to the content that is hashed: nothing where there are none."""
+    return json.dumps(marks, sort_keys=True).encode() if marks else b""
+
+
+def write_description(folder: Path, tokenizer: Tokenizer, fields: Mapping[str, Any]) -> None:
     """Write tokenizer.json: kind, hash and what else the kind needs."""
     description = dict(kind=tokenizer.kind, hash=tokenizer.content_hash(), **fields)
     (folder / "tokenizer.json").write_text(json.dumps(description, indent=2) + "\n")

@@ -284,18 +284,21 @@ MISSING = {
     "kimi": "it needs multi-head latent attention",
     "ministral3": "it needs a scale of the queries that grows with the position",
 }  # fmt: skip
-# Keys that change no logits: tokens, training, how transformers runs and saves the model.
+# Keys that change no logits, where no table reads them: tokens, training, how transformers runs
+# and saves the model, and what only older versions read.
 HARMLESS = {
-    "architectures", "attn_implementation", "attn_pdrop", "attention_dropout", "auto_map",
-    "bos_token_id", "cache_implementation", "chunk_size_feed_forward", "classifier_dropout",
-    "dtype", "embd_pdrop", "eos_token_id", "gradient_checkpointing", "hidden_dropout", "id2label",
-    "initializer_range", "is_llama_config", "label2id", "model_type", "n_ctx", "name_or_path",
-    "output_attentions", "output_hidden_states", "pad_token_id", "pretraining_tp", "problem_type",
-    "resid_pdrop", "return_dict", "summary_activation", "summary_first_dropout",
-    "summary_proj_to_labels", "summary_type", "summary_use_proj", "task_specific_params",
-    "tokenizer_class", "torch_dtype", "torchscript", "transformers.js_config",
-    "transformers_version", "unk_token_id", "unsloth_fixed", "unsloth_version", "use_bfloat16",
-    "use_cache",
+    "architectures", "attention_dropout", "attention_probs_dropout_prob", "attn_implementation",
+    "attn_pdrop", "auto_map", "bos_token_id", "cache_implementation", "chunk_size_feed_forward",
+    "classifier_dropout", "dtype", "embd_pdrop", "eos_token_id", "finetuning_task",
+    "gradient_checkpointing", "hidden_act", "hidden_dropout", "hidden_dropout_prob", "id2label",
+    "initializer_range", "is_llama_config", "label2id", "max_sequence_length", "model_type",
+    "n_ctx", "name_or_path", "num_labels", "output_attentions", "output_hidden_states",
+    "output_past", "pad_token_id", "pretraining_tp", "problem_type", "pruned_heads",
+    "resid_pdrop", "return_dict", "sliding_window_size", "summary_activation",
+    "summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj",
+    "task_specific_params", "tokenizer_class", "torch_dtype", "torchscript",
+    "transformers.js_config", "transformers_version", "unk_token_id", "unsloth_fixed",
+    "unsloth_version", "use_bfloat16", "use_cache",
 }  # fmt: skip
 NEVER = {"is_encoder_decoder": False, "is_decoder": False}
 

@@ -1,0 +1,151 @@
+"""The tokenizer and the chat template of a folder in Hugging Face's format, in and out."""
+
+import functools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from nanojaxgpt.data import tokenizers
+from nanojaxgpt.data.tokenizer_json import (
+    export_bytes,
+    export_characters,
+    export_gpt2,
+    export_sentencepiece,
+    export_words,
+    token_of,
+)
+from nanojaxgpt.data.tokenizers import JsonTokenizer, SentencePieceTokenizer, Tokenizer, read_model
+from nanojaxgpt.errors import DataError
+
+TEMPLATE, SETTINGS = "chat_template.jinja", "tokenizer_config.json"
+LARGEST_TEMPLATE = 1 << 16  # bytes
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """Return what tokenizer_config.json holds, nothing where there is none. Raises DataError."""
+    path = folder / SETTINGS
+    if not path.exists():
+        return {}
+    try:
+        found = json.loads(read_model(path))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise DataError(f"{path} must hold a JSON object, not a {type(found).__name__}")
+    return found
+
+
+def open_tokenizer(folder: Path, end_ids: Sequence[int], vocab_size: int) -> Tokenizer:
+    """Return the tokenizer of a folder; the first of `end_ids` becomes its end token.
+
+    Special tokens from `vocab_size` on, the rows of the model's table, are left out. Raises
+    DataError where there is no tokenizer, or one with more tokens than the table has rows.
+    """
+    settings = read_settings(folder)
+    marks = {"end_id": end_ids[0]} if end_ids else {}
+    names = [file.name for file in sorted(folder.iterdir())]
+    end = settings.get("eos_token")
+    end = end.get("content", "") if isinstance(end, dict) else end or ""
+    if "tokenizer.json" in names:
+        path = folder / "tokenizer.json"
+        content = read_model(path)
+        files = {tokenizers.HF_FILES[0]: content}
+        plain = JsonTokenizer("hf", files, str(path))
+        if plain.vocab_size > vocab_size:
+            marks["vocab_size"] = vocab_size
+        if not end_ids and (known := plain.token_id(end)) >= 0:
+            marks["end_id"] = known
+        if plain.first_id >= 0:
+            marks["start_id"] = plain.first_id
+        found: Tokenizer = JsonTokenizer("hf", files, str(path), marks) if marks else plain
+    elif pair := next((pair for pair in tokenizers.GPT2_NAMES if set(pair) <= set(names)), ()):
+        path = folder / pair[0]
+        contents = map(read_model, (folder / name for name in pair))
+        files: dict[str, bytes] = dict(zip(tokenizers.GPT2_FILES, contents, strict=True))
+        found = JsonTokenizer("gpt2", files, str(path), marks)
+    elif "tokenizer.model" in names:
+        path = folder / "tokenizer.model"
+        content = read_model(path)
+        first = SentencePieceTokenizer(content, str(path)).first_id
+        if settings.get("add_bos_token", True) and first >= 0:
+            marks["start_id"] = first
+        found = SentencePieceTokenizer(content, str(path), marks)
+    elif "tekken.json" in names:
+        raise DataError(f"{folder / 'tekken.json'} can't be read: put the tokenizer.json of the "
+                        "same model beside it")  # fmt: skip
+    else:
+        raise DataError(f"{folder} has no tokenizer: neither tokenizer.json, nor vocab.json and "
+                        "merges.txt, nor tokenizer.model")  # fmt: skip
+    if found.vocab_size > vocab_size:
+        raise DataError(f"{path} has {found.vocab_size:,} tokens, but the model's embedding table "
+                        f"{vocab_size:,} rows: it belongs to another model")  # fmt: skip
+    if found.end_id >= found.vocab_size:
+        raise DataError(f"eos_token_id={found.end_id} is not a token of {path}, whose last one is "
+                        f"{found.vocab_size - 1}")  # fmt: skip
+    return found
+
+
+def open_chat_template(folder: Path) -> str:
+    """Return the text of the chat template, "" where there is none. Raises DataError."""
+    path = folder / TEMPLATE
+    if path.exists():
+        content = read_model(path)
+    else:
+        path = folder / SETTINGS
+        found = read_settings(folder).get("chat_template") or ""
+        if isinstance(found, list):  # of several, by their names
+            named = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}
+            found = named.get("default") or ""
+        if not isinstance(found, str):
+            raise DataError(f"{path}: chat_template is not a text")
+        content = found.encode(errors="surrogatepass")
+    if len(content) > LARGEST_TEMPLATE:
+        raise DataError(f"{path}: the chat template has {len(content):,} bytes, more than "
+                        f"{LARGEST_TEMPLATE:,}")  # fmt: skip
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8: {error}") from error
+
+
+def write_tokenizer(folder: Path, tokenizer: Tokenizer, seq_len: int, chat_template: str) -> None:
+    """Write a tokenizer's files as transformers reads them, and the chat template unless ""."""
+    settings: dict[str, Any] = dict(
+        tokenizer_class="PreTrainedTokenizerFast", model_max_length=seq_len,
+        clean_up_tokenization_spaces=False,
+    )  # fmt: skip
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        (folder / "tokenizer.model").write_bytes(tokenizer.model)
+    if isinstance(tokenizer, SentencePieceTokenizer) and not tokenizer.exact:
+        settings |= dict(tokenizer_class="LlamaTokenizer", legacy=False,
+                         add_bos_token=tokenizer.start_id >= 0)  # fmt: skip
+        spell = [piece for piece, _ in tokenizer.pieces()].__getitem__
+    else:
+        content = tokenizer_json(tokenizer)
+        (folder / "tokenizer.json").write_bytes(content)
+        spell = functools.partial(token_of, content)
+    for name, number in (("eos_token", tokenizer.end_id), ("bos_token", tokenizer.start_id)):
+        if number >= 0:
+            settings[name] = spell(number)
+    (folder / SETTINGS).write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+    if chat_template:
+        (folder / TEMPLATE).write_text(chat_template)
+
+
+def tokenizer_json(tokenizer: Tokenizer) -> bytes:
+    """Return the tokenizer.json of a tokenizer; of SentencePiece's only exact ones have one."""
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        return export_sentencepiece(tokenizer.pieces(), tokenizer.special())
+    if isinstance(tokenizer, JsonTokenizer) and tokenizer.kind == "hf":
+        return tokenizer.files[tokenizers.HF_FILES[0]]
+    if isinstance(tokenizer, JsonTokenizer):
+        vocabulary, merges = tokenizer.files.values()
+        ends = [piece for piece, number in json.loads(vocabulary).items()
+                if number == tokenizer.end_id]  # fmt: skip
+        return export_gpt2(vocabulary, merges, ends[0] if ends else "")
+    if isinstance(tokenizer, tokenizers.CharTokenizer):
+        return export_characters(tokenizer.characters)
+    if isinstance(tokenizer, tokenizers.WordTokenizer):
+        return export_words(tokenizer.words)
+    return export_bytes(tokenizers.END_TOKENS[0])
