@@ -86,8 +86,9 @@ def packages(names: set[str]) -> set[str]:
 
 
 def top_level(tree: ast.Module) -> ast.Module:
-    """Return the statements that run on import, without functions and classes."""
+    """Return the statements that run on import: no functions, no classes, no types alone."""
     kept = [n for n in tree.body if not isinstance(n, ast.FunctionDef | ast.ClassDef)]
+    kept = [n for n in kept if not (isinstance(n, ast.If) and "TYPE_CHECKING" in ast.dump(n.test))]
     return ast.Module(kept, [])
 
 

@@ -52,7 +52,8 @@ def tokenizer():
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
     )  # fmt: skip
     model.train_from_iterator(["<|im_start|>user assistant model end of the text"] * 9, trainer)
-    return JsonTokenizer("hf", {"huggingface.json": model.to_str().encode()}, "the test's")
+    files = {"huggingface.json": model.to_str().encode()}
+    return JsonTokenizer("hf", files, "the test's", {"start_id": 0})
 
 
 @pytest.mark.parametrize("name", TEMPLATES)

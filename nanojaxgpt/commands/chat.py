@@ -44,7 +44,7 @@ def chat(arguments: list[str]) -> None:
     for line in typed_lines():
         try:
             if line.startswith("/"):
-                if run_command(talk, *line.partition(" ")[::2]):
+                if obey(talk, *line.partition(" ")[::2]):
                     return
             elif line:
                 talk.say(line)
@@ -159,7 +159,7 @@ def stoppable(parts: Iterator[str]) -> Iterator[str]:
         signal.signal(signal.SIGINT, old)
 
 
-def run_command(talk: Conversation, name: str, value: str) -> bool:
+def obey(talk: Conversation, name: str, value: str) -> bool:
     """Run a command of a line; return whether it is the last. Raises ConfigError."""
     value = value.strip()
     if name in ("/quit", "/exit"):

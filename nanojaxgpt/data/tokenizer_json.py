@@ -74,7 +74,7 @@ def export_gpt2(vocabulary: bytes, merges: bytes, end: str) -> bytes:
     import tokenizers
 
     found, _ = build_gpt2(vocabulary, merges)
-    return complete(found, tokenizers.decoders.ByteLevel(), end)
+    return finish_json(found, tokenizers.decoders.ByteLevel(), end)
 
 
 def export_bytes(end: str) -> bytes:
@@ -86,7 +86,7 @@ def export_bytes(end: str) -> bytes:
     found.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
         add_prefix_space=False, use_regex=False
     )
-    return complete(found, tokenizers.decoders.ByteLevel(), end)
+    return finish_json(found, tokenizers.decoders.ByteLevel(), end)
 
 
 def export_characters(characters: str) -> bytes:
@@ -95,7 +95,7 @@ def export_characters(characters: str) -> bytes:
 
     pieces = {character: number for number, character in enumerate(characters)}
     found = tokenizers.Tokenizer(tokenizers.models.BPE(pieces, []))
-    return complete(found, tokenizers.decoders.Fuse(), "")
+    return finish_json(found, tokenizers.decoders.Fuse(), "")
 
 
 def export_words(words: Sequence[str]) -> bytes:
@@ -105,7 +105,7 @@ def export_words(words: Sequence[str]) -> bytes:
     pieces = {word: number for number, word in enumerate(words)}
     found = tokenizers.Tokenizer(tokenizers.models.WordLevel(pieces, words[0]))
     found.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    return complete(found, None, "")
+    return finish_json(found, None, "")
 
 
 def export_sentencepiece(pieces: Sequence[tuple[str, float]], special: Sequence[int]) -> bytes:
@@ -135,10 +135,10 @@ def export_sentencepiece(pieces: Sequence[tuple[str, float]], special: Sequence[
     steps = tokenizers.decoders
     parts = [steps.Replace(SPACE_MARK, " "), steps.ByteFallback(), steps.Fuse()]
     found.add_special_tokens([pieces[number][0] for number in special])
-    return complete(found, steps.Sequence(parts), "")
+    return finish_json(found, steps.Sequence(parts), "")
 
 
-def complete(found: Any, decoder: Any, end: str) -> bytes:
+def finish_json(found: Any, decoder: Any, end: str) -> bytes:
     """Return a tokenizer as JSON, with its decoder and its end token."""
     import tokenizers
 

@@ -16,7 +16,7 @@ from nanojaxgpt.config.sections import Config
 from nanojaxgpt.errors import CheckpointError, ConfigError, DataError
 from nanojaxgpt.extras import require_package
 from nanojaxgpt.interchange.families import model_fields, norm, weights
-from nanojaxgpt.interchange.gguf_tokenizer import open_tokenizer
+from nanojaxgpt.interchange.gguf_tokenizer import build_tokenizer
 from nanojaxgpt.interchange.pretrained import Pretrained
 from nanojaxgpt.interchange.tensors import Tensor, slots
 from nanojaxgpt.model.config import JobConfig
@@ -130,11 +130,11 @@ def open_file(path: Path) -> Pretrained:
         cfg = configs.build(dict(configs.fields(Config())) | values, JobConfig).model
         wanted = slots(cfg, how.tensors)
         check_tensors(wanted, stored)
-        tokenizer, sample = open_tokenizer(fields, cfg.vocab_size)
+        tokenizer, sample = build_tokenizer(fields, cfg.vocab_size)
     except (ConfigError, DataError, CheckpointError) as error:
         raise type(error)(f"{path}: {error}") from error
     template = str(fields.get("tokenizer.chat_template") or "")
-    read = tensor_reader(path, stored, gguf.dequantize)
+    read = dequantizing_reader(path, stored, gguf.dequantize)
     return Pretrained(path, family.model_type, cfg, wanted, read, tokenizer, template, sample)
 
 
@@ -226,7 +226,7 @@ def check_tensors(wanted: Mapping[str, Any], stored: Mapping[str, Any]) -> None:
                                   f"{list(slot.shape)}")  # fmt: skip
 
 
-def tensor_reader(
+def dequantizing_reader(
     path: Path, stored: Mapping[str, Any], dequantize: Callable[..., np.ndarray]
 ) -> Callable[[str], np.ndarray]:
     """Return read(name) -> the tensor as float32, in the shape that numpy gives it."""

@@ -31,7 +31,7 @@ COMPOSED = ("qwen2",)  # these normalize a text to NFC
 WHOLE_WORDS = ("llama-bpe",)  # these take a word that is a token as one, whatever the merges say
 
 
-def open_tokenizer(fields: Mapping[str, Any], vocab_size: int) -> tuple[Tokenizer, dict[str, Any]]:
+def build_tokenizer(fields: Mapping[str, Any], vocab_size: int) -> tuple[Tokenizer, dict[str, Any]]:
     """Return the tokenizer, and what the model sets of the section `sample`: its end ids.
 
     Raises DataError for a tokenizer that can't be built as its author meant it.
@@ -103,12 +103,14 @@ def sentencepiece_model(
 ) -> bytes:
     """Return the SentencePiece model of these pieces and their scores. Raises DataError."""
     require_package("google.protobuf", "gguf", "this tokenizer")
-    from sentencepiece import sentencepiece_model_pb2 as proto
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto: Any = sentencepiece_model_pb2
 
     scores = given.get("scores")
     if not scores or len(scores) != len(tokens):
         raise DataError("its tokenizer has no score for each token (tokenizer.ggml.scores)")
-    model: Any = proto.ModelProto()
+    model = proto.ModelProto()
     for token, score, kind in zip(tokens, scores, types, strict=True):
         model.pieces.add(piece=token, score=score, type=kind)
     model.trainer_spec.model_type = model.trainer_spec.BPE

@@ -2,14 +2,16 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nanojaxgpt import config, rundir
 from nanojaxgpt.config.sections import Config, Init, Model
 from nanojaxgpt.errors import ConfigError
 from nanojaxgpt.extras import require_package
-from nanojaxgpt.interchange.pretrained import Pretrained
 from nanojaxgpt.interchange.templates import load_template
+
+if TYPE_CHECKING:
+    from nanojaxgpt.interchange.pretrained import Pretrained
 
 HUB = "hf:"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -17,13 +19,13 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 FREE = ("attention", "unroll", "remat", "dropout", "param_dtype", "compute_dtype", "init")
 
 
-def find_model(model: str | Path) -> Path | Pretrained:
+def find_model(model: str | Path) -> "Path | Pretrained":
     """Return the run directory that MODEL is, or the opened model of another format.
 
     Raises ConfigError, DataError or CheckpointError, saying what is wrong with which file.
     """
     if str(model).startswith(HUB):
-        return open_folder(fetch(str(model).removeprefix(HUB)))
+        return open_hf(fetch_model(str(model).removeprefix(HUB)))
     path = Path(model)
     if path.suffix == ".gguf" and path.is_file():
         from nanojaxgpt.interchange import gguf_file
@@ -35,7 +37,7 @@ def find_model(model: str | Path) -> Path | Pretrained:
     if path.is_file():
         raise ConfigError(f"{path} is not a model: give a run directory, a Hugging Face folder or "
                           "a .gguf file")  # fmt: skip
-    return open_folder(path) if is_foreign(path) else path
+    return open_hf(path) if is_foreign(path) else path
 
 
 def is_foreign(folder: Path) -> bool:
@@ -48,14 +50,14 @@ def is_foreign(folder: Path) -> bool:
     return isinstance(found, dict) and not isinstance(found.get("model"), dict)
 
 
-def open_folder(folder: Path) -> Pretrained:
+def open_hf(folder: Path) -> "Pretrained":
     """Return the model of a Hugging Face folder."""
     from nanojaxgpt.interchange import huggingface
 
     return huggingface.open_folder(folder)
 
 
-def fetch(name: str) -> Path:
+def fetch_model(name: str) -> Path:
     """Return the folder of a model on the Hugging Face hub, OWNER/NAME[@REVISION].
 
     What is in the cache is used as it is, without a request. Raises ConfigError.
@@ -88,7 +90,7 @@ def first_line(error: Exception) -> str:
     return next(iter(str(error).strip().split("\n")), "")[:300] or type(error).__name__
 
 
-def config_of(source: Path | Pretrained) -> Config:
+def config_of(source: "Path | Pretrained") -> Config:
     """Return the config of a run, or one for a model of another format, with what it sets."""
     if isinstance(source, Path):
         return rundir.read_config(source)
