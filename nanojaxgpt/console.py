@@ -7,7 +7,7 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
@@ -266,14 +266,14 @@ class Progress:
             self.bar = None
 
 
-def with_bar(items: Collection[Item], what: str) -> Iterator[Item]:
+def with_bar(items: Iterable[Item], what: str, total: int = 0) -> Iterator[Item]:
     """Yield the items; on a terminal a bar shows how far they are. Plain text says nothing."""
     if not has_screen(sys.stderr):
         yield from items
         return
     from tqdm import tqdm
 
-    yield from tqdm(items, desc=what, leave=False, dynamic_ncols=True)
+    yield from tqdm(items, desc=what, total=total or None, leave=False, dynamic_ncols=True)
 
 
 def duration(seconds: float) -> str:

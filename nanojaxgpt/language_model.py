@@ -195,9 +195,9 @@ class LanguageModel:
             sample = self.experiment.sample.given()
             huggingface.write_folder(target, *parts, sample, dtype, self.card(target.name))
         elif format == "gguf":
-            from nanojaxgpt.interchange import gguf_file
+            from nanojaxgpt.interchange import gguf_writer
 
-            gguf_file.write_file(target, *parts, target.stem, dtype)
+            gguf_writer.write_file(target, *parts, target.stem, dtype)
         else:
             raise ConfigError(f"format={format!r} must be one of run, hf, gguf")
 

@@ -26,7 +26,7 @@ def read_params(source: Pretrained, cfg: ModelConfig, mesh: Mesh) -> Any:
     """
     abstract = abstract_params(cfg, mesh)
     params: dict[str, Any] = {}
-    for name in with_bar(source.slots, "reading weights"):
+    for name in with_bar(source.slots, "reading weights", len(source.slots)):
         slot = source.slots[name]
         array = source.read(name)
         if not np.isfinite(array.astype(np.float32, copy=False)).all():
