@@ -195,7 +195,8 @@ def test_what_shares_its_programs_is_what_make_hyper_traces(small_config):
         unseen = name.split(".")[0] in ("sample", "checkpoint", "init") or name in (
             "eval.every_steps", "train.log_every_steps",
         )  # fmt: skip
-        unseen = unseen and name != "init.from_run"  # whose tokenizer may be the data's
+        starts = ("init.from_run", "init.from_model")  # whose tokenizer may be the data's
+        unseen = unseen and name not in starts
         if (
             name == "optim.ema_decay"
         ):  # whether there is an average is compiled, how it fades is not
