@@ -124,6 +124,7 @@ def test_evaluate_is_what_the_command_prints(model, run, capsys):
     assert printed == pytest.approx({"step": model.step, **found}, rel=1e-5)  # on another mesh
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "sizes", [{"fsdp": 2, "tensor": 2, "data": 2}, {"data": 8}, {"fsdp": 8}], ids=str
 )

@@ -189,6 +189,7 @@ def test_a_run_on_any_mesh_has_the_losses_of_one_device(meshes, cfg, on_mesh, tm
         np.testing.assert_allclose(found, losses["one"], atol=LOSS_BOUND, err_msg=name)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_one_mesh_is_the_same_on_every_other(cfg, on_mesh, tmp_path):
     on_mesh("2x2x2")
     saved = fit(cfg, tmp_path / "run", report=lambda _: None)

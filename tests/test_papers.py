@@ -184,6 +184,7 @@ def test_mup_at_its_base_is_the_standard_model_until_a_multiplier_is_ignored(
         assert result.verdict == verdict
 
 
+@pytest.mark.slow
 def test_chinchilla_without_its_tokens_fails(monkeypatch):
     points = SHARED / "data" / "chinchilla_points.csv"
     if not points.exists():

@@ -33,6 +33,7 @@ def given(**changes):
     return cfg, params, Batch(tokens_BT, tokens_BT, ones_BT, segments_BT, positions_BT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_weights_are_those_that_the_model_uses(kind):
     cfg, params, batch = given(**KINDS[kind])

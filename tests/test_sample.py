@@ -150,6 +150,7 @@ def test_a_row_draws_the_same_alone_as_among_others(how):
     assert len({tuple(ids) for ids in same_BT.tolist()}) == 3
 
 
+@pytest.mark.slow
 def test_padding_does_not_change_what_generate_draws():
     prompts_BT, lengths_B = padded([[1, 2, 3], [4, 5]])
     run = functools.partial(

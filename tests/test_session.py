@@ -41,6 +41,7 @@ def drawn(session, *how) -> list[int]:
     return [token for part in session.draw(*how) for token in part]
 
 
+@pytest.mark.slow
 def test_turns_are_those_of_a_text_that_is_read_anew(model, monkeypatch):
     session, ids, reads = Session(model), list(b"Once upon a time"), []
     fill = session_module.fill

@@ -317,6 +317,7 @@ def assert_agrees(trials, mapped, folder) -> None:
     assert step[0] == step[1]
 
 
+@pytest.mark.slow
 def test_vmap_agrees_to_rounding_and_freezes_what_is_not_finite(
     trials, mapped, tmp_path, one_device
 ):
@@ -328,6 +329,7 @@ def test_vmap_agrees_to_rounding_and_freezes_what_is_not_finite(
             np.testing.assert_allclose(leaf, theirs[name], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_vmap_that_is_stopped_goes_on(trials, mapped, tmp_path, monkeypatch):
     read, steps = together.Follower.read, {trial.name: [] for trial in trials}
 

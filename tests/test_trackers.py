@@ -183,6 +183,7 @@ def wandb_records(content):
         place += 7 + length
 
 
+@pytest.mark.slow
 def test_a_run_of_wandb_is_continued(tmp_path):
     pytest.importorskip("wandb")
     from wandb.proto import wandb_internal_pb2

@@ -54,6 +54,7 @@ def assert_close(a, b, bound=1e-5):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, bound, bound), a, b)
 
 
+@pytest.mark.slow
 def test_accumulation_and_chunks_are_one_big_batch(cfg):
     hyper = make_hyper(cfg)
     state, plain = step_of(cfg)
@@ -204,6 +205,7 @@ def forget(run, step):
 IDENTITIES = [b"[1]", b"{", b"{}", b'{"data": ', b"[" * 50_000, b"", None, b"\x80"]
 
 
+@pytest.mark.slow
 def test_damaged_notes_block_no_run(small_config, tmp_path, monkeypatch, capsys):
     short = {"train.num_steps": "4", "optim.warmup_steps": "1", "checkpoint.every_steps": "1"}
     cfg = small_config(**short)
@@ -270,6 +272,7 @@ def test_the_model_is_parsed_once(cfg, tmp_path, monkeypatch):
     assert (model.config.head_dim, model.config.mlp_dim) == (8, 64)
 
 
+@pytest.mark.slow
 def test_mup_at_its_base_width_is_the_standard_one(cfg):
     def after(**changes):
         changes = {f"model.{name}": value for name, value in changes.items()}
@@ -342,6 +345,7 @@ def test_batches_grow_and_a_run_stopped_in_between_has_the_same_bits(
     assert losses[0] == losses[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ema", [0.0, 0.8])
 def test_what_is_evaluated_saved_and_started_from_is_the_average(
     ema, small_config, tmp_path, monkeypatch, capsys
@@ -364,6 +368,7 @@ def test_what_is_evaluated_saved_and_started_from_is_the_average(
         jax.tree.map(np.testing.assert_array_equal, params, state.params)
 
 
+@pytest.mark.slow
 def test_dropout_depends_on_seed_and_step_alone(cfg):
     cfg = with_fields(cfg, {"model.dropout": 0.5})
     state, step = step_of(cfg)

@@ -65,6 +65,7 @@ def cfg(small_config):
     return small_config(**fields)
 
 
+@pytest.mark.slow
 def test_what_is_frozen_stays_and_has_no_state(cfg, tmp_path):
     said: list[str] = []
     state = fit(cfg, tmp_path / "run", report=said.append)
