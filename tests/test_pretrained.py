@@ -145,7 +145,8 @@ def test_a_run_starts_from_a_model_on_one_device_and_on_a_mesh(
     fit(experiment(**mesh), tmp_path / "mesh", report=lambda _: None)
     devices(monkeypatch, 1)
     fit(experiment(), tmp_path / "one", report=lambda _: None)
-    fit(experiment(**{"init.from_model": ""}), tmp_path / "scratch", report=lambda _: None)
+    scratch = {"init.from_model": "", "model.vocab_size": "0"}
+    fit(experiment(**scratch), tmp_path / "scratch", report=lambda _: None)
     losses = {name: [r["loss"] for r in read_metrics(tmp_path / name) if "loss" in r]
               for name in ("mesh", "one", "scratch")}  # fmt: skip
     np.testing.assert_allclose(losses["mesh"], losses["one"], rtol=1e-4)
