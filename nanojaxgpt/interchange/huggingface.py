@@ -151,11 +151,12 @@ def table_name(tensors: tuple[Tensor, ...], part: str) -> str:
 def check_tied(head: Stored, table: Stored) -> None:
     """Raise CheckpointError where a head that is to be the embedding table is another one."""
     same = (head.shape, head.dtype) == (table.shape, table.dtype)
-    rows, others = (tensor.handle.get_slice(tensor.name) for tensor in (head, table))
-    for first in range(0, head.shape[0] if same else 0, ROWS):
-        last = min(first + ROWS, head.shape[0])
-        part, other = rows[first:last], others[first:last]
-        same = same and part.tobytes() == other.tobytes()
+    with head.open() as one, table.open() as another:
+        rows, others = one.get_slice(head.name), another.get_slice(table.name)
+        for first in range(0, head.shape[0] if same else 0, ROWS):
+            last = min(first + ROWS, head.shape[0])
+            part, other = rows[first:last], others[first:last]
+            same = same and part.tobytes() == other.tobytes()
     if not same:
         raise CheckpointError(
             f"{head.path}: {head.name} differs from {table.name}, but config.json says that they "

@@ -22,18 +22,25 @@ SHOWN = 4  # names in a message
 
 
 class Stored(NamedTuple):
-    """A tensor in a safetensors file."""
+    """A tensor in a safetensors file.
+
+    The file is opened anew for each: what was read of it would else count as memory in use.
+    """
 
     path: Path
     shape: tuple[int, ...]
     dtype: str  # as the file says it, BF16
     name: str
-    handle: Any
+
+    def open(self) -> Any:
+        """Return the file, mapped, as a context."""
+        return safetensors.safe_open(self.path, "numpy")  # pyright: ignore
 
     def read(self) -> np.ndarray:
         """Return the numbers. Raises CheckpointError where the file changed since it was opened."""
         try:
-            return self.handle.get_tensor(self.name)
+            with self.open() as file:
+                return file.get_tensor(self.name)
         except (OSError, safetensors.SafetensorError) as error:
             raise CheckpointError(f"{self.path}: can't read {self.name}: {error}") from error
 
@@ -95,7 +102,7 @@ def file_tensors(path: Path) -> dict[str, Stored]:
         handle: Any = safetensors.safe_open(path, "numpy")  # pyright: ignore
         parts = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
         return {
-            name: Stored(path, tuple(part.get_shape()), str(part.get_dtype()), name, handle)
+            name: Stored(path, tuple(part.get_shape()), str(part.get_dtype()), name)
             for name, part in parts.items()
         }
     except FileNotFoundError as error:
