@@ -4,8 +4,8 @@ Its metadata become the keys of a config.json, so that what makes a family stand
 alone. Every key of the architecture must be known, and every tensor used.
 """
 
+import dataclasses
 import functools
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,15 +13,17 @@ from typing import Any
 import numpy as np
 
 from nanojaxgpt import config as configs
+from nanojaxgpt.config.rotary import Rotary
 from nanojaxgpt.errors import CheckpointError, ConfigError
 from nanojaxgpt.interchange.families import FAMILIES, model_fields
 from nanojaxgpt.interchange.gguf_header import GgufHeader, read_header
 from nanojaxgpt.interchange.gguf_tokenizer import open_chat_template, open_tokenizer
 from nanojaxgpt.interchange.pretrained import Pretrained
-from nanojaxgpt.interchange.rope import FULL, SLIDING
+from nanojaxgpt.interchange.rope import FULL, ORIGINAL, SLIDING
 from nanojaxgpt.interchange.tensors import Slot, Tensor, slots
 from nanojaxgpt.interchange.weights import first_names
 from nanojaxgpt.model.config import ModelConfig
+from nanojaxgpt.model.rotary import frequencies
 
 # Architectures, and their families.
 ARCHITECTURES = {
@@ -72,14 +74,14 @@ ONLY = {
 SCALING = {  # of YaRN
     "rope.scaling.factor": "factor", "rope.scaling.yarn_beta_fast": "beta_fast",
     "rope.scaling.yarn_beta_slow": "beta_slow",
-    "rope.scaling.original_context_length": "original_max_position_embeddings",
+    "rope.scaling.original_context_length": ORIGINAL,
 }  # fmt: skip
 READ = {"attention.value_length", "rope.dimension_count", "rope.scaling.type",
         "attention.sliding_window_pattern", *SCALING}  # fmt: skip
 # Sizes of which the file does not say that their scores are scaled by the width over the heads.
 SCALED_BY_WIDTH = {("gemma2", 46), ("gemma3", 62)}
 FREQUENCIES = "rope_freqs.weight"  # Llama 3's: what divides each frequency
-LLAMA3 = dict(low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
+LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, ORIGINAL: 8192}
 
 
 def open_file(path: Path) -> Pretrained:
@@ -230,15 +232,15 @@ def llama3_scaling(header: GgufHeader, keys: Mapping[str, Any]) -> dict[str, Any
     if keys["model_type"] != "llama" or FREQUENCIES not in header.tensors:
         return {}
     divisors, head_dim = header.read(FREQUENCIES), keys["head_dim"]
-    factor = float(divisors.max())
-    low, high, original = LLAMA3.values()
-    waves = 2 * math.pi * keys["rope_theta"] ** (np.arange(0, head_dim, 2) / head_dim)
-    smooth = np.clip((original / waves - low) / (high - low), 0, 1)
-    expected = 1 / ((1 - smooth) / factor + smooth)
+    plain = Rotary(base=keys["rope_theta"])
+    scaled = dataclasses.replace(plain, scaling="llama3", factor=float(divisors.max()),
+                                 original=float(LLAMA3[ORIGINAL]))  # fmt: skip
+    expected, found = (frequencies(rotary, head_dim, 0)[0] for rotary in (plain, scaled))
+    expected = expected / found
     if divisors.shape != expected.shape or not np.allclose(divisors, expected, rtol=1e-5, atol=0):
         raise ConfigError(f"the divisors in {FREQUENCIES} are not those of Llama 3, so the "
                           "positions can't be expressed")  # fmt: skip
-    return {"rope_type": "llama3", "factor": factor} | LLAMA3
+    return {"rope_type": "llama3", "factor": scaled.factor} | LLAMA3
 
 
 def match(header: GgufHeader, wanted: dict[str, Slot]) -> dict[str, Slot]:

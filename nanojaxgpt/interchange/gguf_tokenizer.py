@@ -37,9 +37,7 @@ class Splitting(NamedTuple):
 
 def byte_level(use_regex: bool) -> dict[str, Any]:
     """Return the step that spells bytes as characters, after GPT-2's split if `use_regex`."""
-    return dict(
-        type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=use_regex
-    )
+    return dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=use_regex)
 
 
 def split_by(digits: str) -> dict[str, Any]:
@@ -240,8 +238,11 @@ def write_tokenizer(tokenizer: Tokenizer, rows: int) -> dict[str, Any]:
                           "file, only hf and gpt2")  # fmt: skip
     content = json.loads(tokenizer_json(tokenizer))
     normalizer, splitter = content.get("normalizer"), content.get("pre_tokenizer")
-    names = [name for name, split in SPLITTINGS.items()
-             if (plain(split.pre_tokenizer), split.normalizer) == (plain(splitter), normalizer)]
+    names = [
+        name
+        for name, split in SPLITTINGS.items()
+        if (plain(split.pre_tokenizer), split.normalizer) == (plain(splitter), normalizer)
+    ]
     if not names or content["model"]["type"] != "BPE":
         raise ConfigError("the tokenizer splits texts in a way that has no name in a GGUF file; "
                           f"those that have one are {', '.join(SPLITTINGS)}")  # fmt: skip
