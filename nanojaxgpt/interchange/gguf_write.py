@@ -119,7 +119,9 @@ def write_weights(
 
     def type_of(shape: tuple[int, ...]) -> Any:
         """Return the type that a tensor of this shape has."""
-        found = gguf.GGMLQuantizationType[kind if len(shape) > 1 else "F32"]
+        if len(shape) == 1:
+            return gguf.GGMLQuantizationType.F32
+        found = gguf.GGMLQuantizationType[kind]
         block, _ = gguf.GGML_QUANT_SIZES[found]
         return gguf.GGMLQuantizationType.F16 if shape[-1] % block else found
 
