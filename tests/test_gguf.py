@@ -20,7 +20,7 @@ from nanojaxgpt.data.tokenizers import (
 )
 from nanojaxgpt.errors import CheckpointError, ConfigError, DataError, UserError
 from nanojaxgpt.interchange.gguf_file import ARCHITECTURES, open_file, tensors
-from nanojaxgpt.interchange.gguf_tokenizer import SPLITTINGS, write_tokenizer
+from nanojaxgpt.interchange.gguf_tokenizer import SPLITTINGS, write_vocabulary
 from nanojaxgpt.interchange.gguf_write import write_file, write_metadata
 from nanojaxgpt.interchange.hf_config import essence
 from nanojaxgpt.interchange.loading import read_params, write_tensors
@@ -347,7 +347,7 @@ def test_tokens_without_a_use_are_left_out(tmp_path):
 @pytest.mark.parametrize("pre", SPLITTINGS)
 def test_the_name_of_a_split_is_written_again(tmp_path, pre):
     tokenizer = open_file(make(tmp_path, **{"tokenizer.ggml.pre": pre})).tokenizer
-    keys = write_tokenizer(tokenizer, ROWS)
+    keys = write_vocabulary(tokenizer, ROWS)
     assert keys["pre"] == pre
     assert keys["tokens"][:14] == BPE["tokenizer.ggml.tokens"]
     assert keys["token_type"] == [*BPE["tokenizer.ggml.token_type"], *[5] * (ROWS - 14)]
@@ -356,7 +356,7 @@ def test_the_name_of_a_split_is_written_again(tmp_path, pre):
     content["pre_tokenizer"] = dict(type="Whitespace")
     other = JsonTokenizer("hf", {"huggingface.json": json.dumps(content).encode()}, "")
     with pytest.raises(ConfigError, match="has no name"):
-        write_tokenizer(other, ROWS)
+        write_vocabulary(other, ROWS)
 
 
 def sentencepiece_keys(known: SentencePieceTokenizer) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from nanojaxgpt.config.rotary import Rotary
 from nanojaxgpt.errors import CheckpointError, ConfigError
 from nanojaxgpt.interchange.families import FAMILIES, model_fields
 from nanojaxgpt.interchange.gguf_header import GgufHeader, read_header
-from nanojaxgpt.interchange.gguf_tokenizer import open_chat_template, open_tokenizer
+from nanojaxgpt.interchange.gguf_tokenizer import open_vocabulary, read_template
 from nanojaxgpt.interchange.pretrained import Pretrained
 from nanojaxgpt.interchange.rope import FULL, ORIGINAL, SLIDING
 from nanojaxgpt.interchange.tensors import Slot, Tensor, slots
@@ -99,10 +99,10 @@ def open_file(path: Path) -> Pretrained:
         cfg = ModelConfig(**vars(configs.with_fields(configs.sections.Config(), changes).model))
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
-    wanted = match(header, slots(cfg, tensors(architecture)))
-    tokenizer, sample = open_tokenizer(path, header.metadata, cfg.vocab_size)
+    wanted = match_tensors(header, slots(cfg, tensors(architecture)))
+    tokenizer, sample = open_vocabulary(path, header.metadata, cfg.vocab_size)
     return Pretrained(header.path, family.model_type, cfg, wanted, header.read, tokenizer,
-                      open_chat_template(path, header.metadata), sample)  # fmt: skip
+                      read_template(path, header.metadata), sample)  # fmt: skip
 
 
 def find_architecture(metadata: Mapping[str, Any]) -> str:
@@ -243,7 +243,7 @@ def llama3_scaling(header: GgufHeader, keys: Mapping[str, Any]) -> dict[str, Any
     return {"rope_type": "llama3", "factor": scaled.factor} | LLAMA3
 
 
-def match(header: GgufHeader, wanted: dict[str, Slot]) -> dict[str, Slot]:
+def match_tensors(header: GgufHeader, wanted: dict[str, Slot]) -> dict[str, Slot]:
     """Return the tensors of the model, found in the file. Raises CheckpointError."""
     import gguf
 

@@ -115,12 +115,12 @@ def read_header(path: Path) -> GgufHeader:
     except OSError as error:
         raise CheckpointError(f"can't read {path}: {error.strerror}") from error
     try:
-        return GgufHeader(path, *parse(Cursor(data)), data)
+        return GgufHeader(path, *parse_header(Cursor(data)), data)
     except (ValueError, struct.error, OverflowError, MemoryError) as error:
         raise CheckpointError(f"{path} is damaged or cut off: {error}") from error
 
 
-def parse(cursor: Cursor) -> tuple[dict[str, Any], dict[str, GgufTensor]]:
+def parse_header(cursor: Cursor) -> tuple[dict[str, Any], dict[str, GgufTensor]]:
     """Return the metadata, and the tensors by their names. Raises ValueError."""
     cursor.take(4)
     version, tensor_count, key_count = *cursor.numbers("I"), *cursor.numbers("Q", 2)

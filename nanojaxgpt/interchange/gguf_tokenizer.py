@@ -59,7 +59,7 @@ SPLITTINGS = {
 }
 
 
-def open_tokenizer(
+def open_vocabulary(
     path: Path, metadata: Mapping[str, Any], rows: int
 ) -> tuple[Tokenizer, dict[str, Any]]:
     """Return the tokenizer of a file, and fields of the config's section `sample`.
@@ -181,24 +181,26 @@ def open_sentencepiece(
     for token, score, kind in zip(tokens, scores, kinds, strict=True):
         # Tokens that users defined are spelled with spaces.
         piece = token.replace(" ", SPACE_MARK) if kind == USER_DEFINED else token
-        part = field(1, piece.encode()) + field(2, float(score)) + field(3, kind)
-        model += field(1, part)
-    trainer = field(3, 2) + field(35, BYTE in kinds)  # model_type BPE, byte_fallback
+        part = proto_field(1, piece.encode()) + proto_field(2, float(score)) + proto_field(3, kind)
+        model += proto_field(1, part)
+    trainer = proto_field(3, 2) + proto_field(35, BYTE in kinds)  # model_type BPE, byte_fallback
     for number, token in ((40, kinds.index(UNKNOWN)), (41, special["bos"]), (42, special["eos"])):
-        trainer += field(number, token % (1 << 64))
+        trainer += proto_field(number, token % (1 << 64))
         if token >= 0:
-            trainer += field(number + 5, tokens[token].encode())
-    trainer += field(43, (1 << 64) - 1)  # no padding
+            trainer += proto_field(number + 5, tokens[token].encode())
+    trainer += proto_field(43, (1 << 64) - 1)  # no padding
     charsmap = bytes(number % 256 for number in known.get("precompiled_charsmap") or [])
-    normalizer = field(1, b"identity") + (field(2, charsmap) if charsmap else b"")
-    normalizer += field(3, known.get("add_space_prefix", True))
-    normalizer += field(4, known.get("remove_extra_whitespaces", False)) + field(5, True)
-    model += field(2, trainer) + field(3, normalizer)
+    normalizer = proto_field(1, b"identity") + (proto_field(2, charsmap) if charsmap else b"")
+    normalizer += proto_field(3, known.get("add_space_prefix", True))
+    normalizer += proto_field(4, known.get("remove_extra_whitespaces", False)) + proto_field(
+        5, True
+    )
+    model += proto_field(2, trainer) + proto_field(3, normalizer)
     marks = read_marks(special, known.get("add_bos_token", True))
     return SentencePieceTokenizer(model, str(path), marks)
 
 
-def field(number: int, value: bytes | float | int) -> bytes:
+def proto_field(number: int, value: bytes | float | int) -> bytes:
     """Return a field of a protocol buffer: bytes, a 32-bit float, an integer or a boolean."""
     if isinstance(value, bytes):
         return varint(number << 3 | 2) + varint(len(value)) + value
@@ -216,7 +218,7 @@ def varint(value: int) -> bytes:
     return bytes([*found, value])
 
 
-def open_chat_template(path: Path, metadata: Mapping[str, Any]) -> str:
+def read_template(path: Path, metadata: Mapping[str, Any]) -> str:
     """Return the text of the chat template, "" where there is none. Raises DataError."""
     found = metadata.get(TEMPLATE, "")
     if not isinstance(found, str):
@@ -227,7 +229,7 @@ def open_chat_template(path: Path, metadata: Mapping[str, Any]) -> str:
     return found
 
 
-def write_tokenizer(tokenizer: Tokenizer, rows: int) -> dict[str, Any]:
+def write_vocabulary(tokenizer: Tokenizer, rows: int) -> dict[str, Any]:
     """Return the keys, after `tokenizer.ggml.`, that describe a tokenizer.
 
     Rows of the table that are no tokens are called [PAD0] and so on. Raises ConfigError for a

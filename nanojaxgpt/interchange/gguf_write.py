@@ -12,7 +12,7 @@ from nanojaxgpt.data.tokenizers import Tokenizer
 from nanojaxgpt.errors import CheckpointError, ConfigError, why
 from nanojaxgpt.extras import require_package
 from nanojaxgpt.interchange.gguf_file import FREQUENCIES, KEYS, SCALING, tensors
-from nanojaxgpt.interchange.gguf_tokenizer import TEMPLATE, write_tokenizer
+from nanojaxgpt.interchange.gguf_tokenizer import TEMPLATE, write_vocabulary
 from nanojaxgpt.interchange.hf_config import choose_family
 from nanojaxgpt.interchange.loading import write_tensors
 from nanojaxgpt.interchange.rope import WORDS
@@ -50,7 +50,7 @@ def write_file(
     metadata, divisors = model_metadata(cfg)
     metadata |= {"general.type": "model", "general.name": name, TEMPLATE: chat_template,
                  "general.file_type": TYPES[kind], "general.quantization_version": 2}  # fmt: skip
-    described = write_tokenizer(tokenizer, cfg.vocab_size)
+    described = write_vocabulary(tokenizer, cfg.vocab_size)
     metadata |= {f"tokenizer.ggml.{key}": value for key, value in described.items()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -59,7 +59,7 @@ def write_file(
             writer = gguf.GGUFWriter(partial, "llama")
             try:
                 write_metadata(writer, metadata)
-                write_weights(writer, slots(cfg, tensors("llama")), params, kind, divisors)
+                write_blocks(writer, slots(cfg, tensors("llama")), params, kind, divisors)
             finally:
                 writer.close()
             partial.rename(path)
@@ -111,7 +111,7 @@ def write_metadata(writer: Any, metadata: dict[str, Any]) -> None:
             writer.add_array(name, value)
 
 
-def write_weights(
+def write_blocks(
     writer: Any, wanted: dict[str, Slot], params: Any, kind: str, divisors: np.ndarray
 ) -> None:
     """Write the file; one tensor at a time is in memory. Raises CheckpointError."""
