@@ -176,7 +176,7 @@ def test_our_file_comes_back(tmp_path, kind, tied):
 @pytest.mark.parametrize(
     "entry",
     ["scaling=linear factor=4", "base=500000 scaling=llama3 factor=32 original=8192",
-     "base=1000 scaling=yarn factor=4 original=32 fast=16"],
+     "base=1000 scaling=yarn factor=4 original=32"],
 )  # fmt: skip
 def test_rotary_scalings_come_back(tmp_path, entry):
     fields = dict(rotary=(entry,), head_dim=64, seq_len=128)

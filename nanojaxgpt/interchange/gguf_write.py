@@ -1,5 +1,6 @@
 """Our model as a GGUF file of the architecture llama, which llama.cpp and others run."""
 
+import dataclasses
 import math
 import tempfile
 from pathlib import Path
@@ -11,11 +12,10 @@ from nanojaxgpt.config.rotary import Rotary
 from nanojaxgpt.data.tokenizers import Tokenizer
 from nanojaxgpt.errors import CheckpointError, ConfigError, why
 from nanojaxgpt.extras import require_package
-from nanojaxgpt.interchange.gguf_file import FREQUENCIES, KEYS, SCALING, tensors
+from nanojaxgpt.interchange.gguf_file import FREQUENCIES, KEYS, tensors
 from nanojaxgpt.interchange.gguf_tokenizer import TEMPLATE, write_vocabulary
 from nanojaxgpt.interchange.hf_config import choose_family
 from nanojaxgpt.interchange.loading import write_tensors
-from nanojaxgpt.interchange.rope import WORDS
 from nanojaxgpt.interchange.tensors import Slot, slots
 from nanojaxgpt.model.config import ModelConfig
 from nanojaxgpt.model.rotary import frequencies
@@ -81,15 +81,15 @@ def model_metadata(cfg: ModelConfig) -> tuple[dict[str, Any], np.ndarray]:
     if rotary.scaling == "linear":
         metadata |= {"rope.scaling.type": "linear", "rope.scaling.factor": rotary.factor}
     elif rotary.scaling == "yarn":
-        formula = 0.1 * math.log(rotary.factor) + 1
-        if not rotary.truncate or not math.isclose(rotary.attention or formula, formula):
-            raise ConfigError(
-                "a GGUF file can't express YaRN with truncate=0 or an attention factor of its own"
-            )
-        metadata |= {name: getattr(rotary, WORDS[theirs]) for name, theirs in SCALING.items()}
-        metadata["rope.scaling.type"] = "yarn"
-        original = "rope.scaling.original_context_length"
-        metadata[original] = int(metadata[original])
+        plain = Rotary(rotary.base, 1.0, "yarn", rotary.factor, rotary.original)
+        waves = frequencies(plain, cfg.head_dim, 0)[1]
+        if dataclasses.replace(rotary, attention=0.0) != plain or (
+            rotary.attention and not math.isclose(rotary.attention, waves)
+        ):
+            raise ConfigError("of YaRN only factor and original can be written, not fast, slow, "
+                              "truncate or attention: llama.cpp reads no more")  # fmt: skip
+        metadata |= {"rope.scaling.type": "yarn", "rope.scaling.factor": rotary.factor,
+                     "rope.scaling.original_context_length": int(rotary.original)}  # fmt: skip
     elif rotary.scaling == "llama3":
         plain, _ = frequencies(Rotary(base=rotary.base), cfg.head_dim, 0)
         divisors = plain / frequencies(rotary, cfg.head_dim, 0)[0]
