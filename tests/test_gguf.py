@@ -1,6 +1,7 @@
 """GGUF files, without torch: ours come back, damaged and unknown ones are refused."""
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -116,14 +117,19 @@ def assert_same(one: Any, other: Any, bound: float = 0.0) -> None:
     )  # fmt: skip
 
 
+@functools.cache
+def arrays_of(architecture: str) -> dict[str, np.ndarray]:
+    """Return the tensors of a small model."""
+    cfg = small_model(**MODELS[architecture][0])
+    return dict(write_tensors(slots(cfg, tensors(architecture)), random_params(cfg)))
+
+
 def make(tmp_path: Path, architecture: str = "llama", drop: tuple[str, ...] = (), **more) -> Path:
     """Write a small model; `drop` are keys and tensors to leave out, `more` keys and arrays."""
-    fields, sizes = MODELS[architecture]
-    cfg = small_model(**fields)
-    arrays = dict(write_tensors(slots(cfg, tensors(architecture)), random_params(cfg)))
+    sizes, arrays = MODELS[architecture][1], arrays_of(architecture)
     metadata = {f"{architecture}.{name}": value for name, value in sizes.items()} | BPE
     metadata |= {name: value for name, value in more.items() if not name.endswith("weight")}
-    arrays |= {name: value for name, value in more.items() if name.endswith("weight")}
+    arrays = arrays | {name: value for name, value in more.items() if name.endswith("weight")}
     kept = [
         {name: v for name, v in all_.items() if name not in drop} for all_ in (metadata, arrays)
     ]
@@ -218,7 +224,7 @@ PROBLEMS = {
     "scaling": (ConfigError, {"llama.rope.scaling.type": "longrope"}, "'longrope' is not"),
     "adapter": (ConfigError, {"general.type": "adapter"}, "'adapter'"),
     "split": (ConfigError, {"split.count": 3}, "one of 3 parts"),
-    "text": (ConfigError, {"llama.block_count": "3"}, "num_hidden_layers='3'"),
+    "text": (ConfigError, {"llama.block_count": "3"}, "block_count='3' is not a number"),
     "frequencies": (ConfigError, {"rope_freqs.weight": np.full(4, 3, np.float32)}, "Llama 3"),
     "extra": (CheckpointError, {"blk.3.attn_q.weight": np.zeros((32, 64), np.float32)},
               "no place for blk.3.attn_q.weight"),
@@ -230,7 +236,7 @@ PROBLEMS = {
     "model": (DataError, {"tokenizer.ggml.model": "t5"}, "'t5' is not supported, only gpt2, llama"),
     "twice": (DataError, {"tokenizer.ggml.tokens": ["a", "a", *"bcdefghijklm"]}, "are both 'a'"),
     "eos": (DataError, {"tokenizer.ggml.eos_token_id": 99}, "eos_token_id=99"),
-    "types": (DataError, {"tokenizer.ggml.token_type": [1, 1]}, "14 tokens, 2 types"),
+    "types": (DataError, {"tokenizer.ggml.token_type": [1, 1]}, r"14 tokens, types \[1, 1\]"),
     "template": (DataError, {"tokenizer.chat_template": "x" * 70000}, "70,000 bytes"),
     "merge": (DataError, {"tokenizer.ggml.merges": ["a z"]}, "can't be read as a tokenizer"),
 }  # fmt: skip
@@ -301,6 +307,23 @@ def test_changed_bytes_never_crash(tmp_path):
         except UserError:
             refused += 1
     assert refused > 100
+
+
+@pytest.mark.parametrize("model", ["gpt2", "llama"])
+def test_wrong_values_never_crash(tmp_path, model):
+    more = {"tokenizer.ggml.scores": [0.0] * 14, "tokenizer.ggml.add_bos_token": True,
+            "tokenizer.ggml.bos_token_id": 1, "tokenizer.ggml.model": model,
+            "llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 2.0,
+            "llama.rope.scaling.original_context_length": 32, "split.count": 1,
+            "tokenizer.chat_template": TEMPLATE, "llama.rope.dimension_count": 8}  # fmt: skip
+    values: list[Any] = ["", "x", 0, 1, 2**31, -1.5, 1e30, float("nan"), True, [1, 2], ["x"], [0.5]]
+    for name in [*more, *(f"llama.{name}" for name in SIZES), *BPE]:
+        for value in values if model == "gpt2" or "token" in name else []:
+            try:
+                open_file(make(tmp_path, **more | {name: value}))
+            except UserError as error:
+                named = str(tmp_path) in str(error)
+                assert named, (name, value)
 
 
 def test_numbers_that_are_not_finite_are_named(tmp_path):

@@ -76,8 +76,9 @@ SCALING = {  # of YaRN
     "rope.scaling.yarn_beta_slow": "beta_slow",
     "rope.scaling.original_context_length": ORIGINAL,
 }  # fmt: skip
+PATTERN = "attention.sliding_window_pattern"
 READ = {"attention.value_length", "rope.dimension_count", "rope.scaling.type",
-        "attention.sliding_window_pattern", *SCALING}  # fmt: skip
+        PATTERN, *SCALING}  # fmt: skip
 # Sizes of which the file does not say that their scores are scaled by the width over the heads.
 SCALED_BY_WIDTH = {("gemma2", 46), ("gemma3", 62)}
 FREQUENCIES = "rope_freqs.weight"  # Llama 3's: what divides each frequency
@@ -107,13 +108,13 @@ def open_file(path: Path) -> Pretrained:
 
 def find_architecture(metadata: Mapping[str, Any]) -> str:
     """Return the architecture. Raises ConfigError for one that is not supported."""
-    architecture = metadata.get("general.architecture")
+    architecture = str(metadata.get("general.architecture"))
     if architecture not in ARCHITECTURES:
         raise ConfigError(f"the architecture {architecture!r} is not supported, only "
                           f"{', '.join(ARCHITECTURES)}")  # fmt: skip
     if (kind := metadata.get("general.type", "model")) != "model":
         raise ConfigError(f"it holds no model, but has general.type={kind!r}")
-    if (count := metadata.get("split.count", 1)) > 1:
+    if (count := metadata.get("split.count", 1)) not in (0, 1):
         raise ConfigError(f"it is one of {count} parts of a model: join them with llama.cpp's "
                           "llama-gguf-split --merge FIRST OUTPUT")  # fmt: skip
     return architecture
@@ -146,6 +147,10 @@ def config_keys(header: GgufHeader, architecture: str) -> dict[str, Any]:
     given = own_keys(header.metadata, architecture, known)
     if missing := [name for name in known if name not in given and name not in OPTIONAL]:
         raise ConfigError(f"it has no {architecture}.{missing[0]}")
+    layers = given["block_count"]
+    if type(layers) is not int or not 0 < layers <= len(header.tensors):
+        raise ConfigError(f"{architecture}.block_count={layers!r}, but there are "
+                          f"{len(header.tensors)} tensors")  # fmt: skip
     embedding = header.tensors.get("token_embd.weight")
     if embedding is None:
         raise ConfigError("it has no token_embd.weight")
@@ -164,7 +169,7 @@ def config_keys(header: GgufHeader, architecture: str) -> dict[str, Any]:
     keys.setdefault("num_key_value_heads", heads)  # llama.cpp's defaults, not transformers'
     keys.setdefault("rope_theta", 10000.0)
     for name in ("attention.value_length", "rope.dimension_count"):
-        if given.get(name, head_dim) != head_dim:
+        if name in given and given[name] != head_dim:
             raise ConfigError(f"{architecture}.{name}={given[name]} is not supported, only the "
                               f"size of a head, {head_dim}")  # fmt: skip
     scalings = rope_scaling(given, architecture), llama3_scaling(header, keys)
@@ -175,7 +180,7 @@ def config_keys(header: GgufHeader, architecture: str) -> dict[str, Any]:
     if architecture.startswith("gemma"):
         wide = (architecture, keys["num_hidden_layers"]) in SCALED_BY_WIDTH
         keys["query_pre_attn_scalar"] = width // heads if wide else head_dim
-        keys |= window_pattern(given.get("attention.sliding_window_pattern", 0))
+        keys |= window_pattern(given.get(PATTERN, 0))
     return keys
 
 
@@ -194,10 +199,12 @@ def own_keys(
             raise ConfigError(
                 f"the key {full} ({value!r}) is not known, and may change what the model computes"
             )
-        if isinstance(value, list) and name in known:
+        if isinstance(value, list) and name != PATTERN:
             if len(set(value)) != 1:
                 raise ConfigError(f"{full} differs from layer to layer, which is not supported")
             value = value[0]
+        if isinstance(value, str) and name != "rope.scaling.type":
+            raise ConfigError(f"{full}={value!r} is not a number")
         given[name] = value
     return given
 

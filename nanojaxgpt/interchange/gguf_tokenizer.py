@@ -71,17 +71,18 @@ def open_vocabulary(
     if not isinstance(tokens, list) or not tokens or not isinstance(tokens[0], str):
         raise DataError(f"{path} has no tokenizer")
     kinds = kinds or [NORMAL] * len(tokens)
-    if len(tokens) != len(kinds) or len(tokens) > rows:
-        raise DataError(f"{path}: it has {len(tokens):,} tokens, {len(kinds):,} types of tokens "
+    if not isinstance(kinds, list) or len(tokens) != len(kinds) or len(tokens) > rows:
+        raise DataError(f"{path}: it has {len(tokens):,} tokens, types {kinds!r:.40} "
                         f"and {rows:,} rows of the embedding table")  # fmt: skip
     special = {name: token_id(path, known, name, len(tokens)) for name in ("bos", "eos", "eot")}
-    model = known.get("model")
-    if model == "gpt2":
-        found = open_bpe(path, known, tokens, kinds, special)
-    elif model == "llama":
-        found = open_sentencepiece(path, known, tokens, kinds, special)
-    else:
-        raise DataError(f"{path}: the tokenizer model {model!r} is not supported, only gpt2, llama")
+    model = str(known.get("model"))
+    if model not in OPENERS:
+        raise DataError(f"{path}: the tokenizer model {model!r} is not supported, only "
+                        f"{', '.join(OPENERS)}")  # fmt: skip
+    try:
+        found = OPENERS[model](path, known, tokens, kinds, special)
+    except (ArithmeticError, AttributeError, TypeError, ValueError, struct.error) as error:
+        raise DataError(f"{path}: its tokenizer can't be read: {error}") from error
     sample: dict[str, Any] = {}
     for ours, theirs in SAMPLING.items():
         value = metadata.get(f"general.sampling.{theirs}")
@@ -115,7 +116,7 @@ def open_bpe(
     special: Mapping[str, int],
 ) -> Tokenizer:
     """Return a byte-level tokenizer. Tokens without a use, as padding has, are left out."""
-    name = known.get("pre")
+    name = str(known.get("pre"))
     if name not in SPLITTINGS:
         raise DataError(f"{path}: tokenizer.ggml.pre={name!r} is not supported, only "
                         f"{', '.join(SPLITTINGS)}: texts would be split wrongly")  # fmt: skip
@@ -216,6 +217,9 @@ def varint(value: int) -> bytes:
         found.append(value & 127 | 128)
         value >>= 7
     return bytes([*found, value])
+
+
+OPENERS = {"gpt2": open_bpe, "llama": open_sentencepiece}
 
 
 def read_template(path: Path, metadata: Mapping[str, Any]) -> str:
