@@ -33,6 +33,7 @@ from nanojaxgpt.sample import Sampling, padded_length, stream
 from nanojaxgpt.text_stream import TextStream, encode_prompt
 from nanojaxgpt.training import make_evaluation
 
+GGUF_TYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "q8_0": "Q8_0"}
 LOWER = (
     "To use less memory, lower sample.num_samples, sample.max_tokens or eval.batch_size, or use a "
     "mesh of more devices"
@@ -195,9 +196,9 @@ class LanguageModel:
             sample = self.experiment.sample.given()
             huggingface.write_folder(target, *parts, sample, dtype, self.card(target.name))
         elif format == "gguf":
-            from nanojaxgpt.interchange import gguf_writer
+            from nanojaxgpt.interchange import gguf_write
 
-            gguf_writer.write_file(target, *parts, target.stem, dtype)
+            gguf_write.write_file(target, *parts, target.stem, GGUF_TYPES.get(dtype, dtype))
         else:
             raise ConfigError(f"format={format!r} must be one of run, hf, gguf")
 

