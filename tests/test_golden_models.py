@@ -16,6 +16,7 @@ from conftest import ROOT
 from safetensors.numpy import load_file, save_file
 
 from nanojaxgpt.data.tokenizer_json import export_characters
+from nanojaxgpt.errors import ConfigError
 from nanojaxgpt.interchange import weights
 from nanojaxgpt.interchange.families import FAMILIES, model_fields
 from nanojaxgpt.interchange.hf_config import write_config
@@ -120,3 +121,10 @@ def test_shards_and_a_shorter_table(tmp_path, monkeypatch):
     for name in ("embed_VD", "head_VD"):
         assert np.array_equal(held[name], params[name][:27])
     assert np.array_equal(held["layers"]["q_DNH"], params["layers"]["q_DNH"])
+
+
+@pytest.mark.parametrize("layers", [0, -1, 2**31])
+def test_a_number_of_layers_that_can_not_be_is_refused(layers):
+    keys = json.loads((GOLDEN / "llama" / "config.json").read_text())
+    with pytest.raises(ConfigError, match=f"{layers} layers can't be"):
+        model_fields(keys | {"num_hidden_layers": layers})

@@ -17,6 +17,7 @@ from nanojaxgpt.interchange.rope import SLIDING, RopeKeys, read_rope
 from nanojaxgpt.interchange.tensors import Tensor
 from nanojaxgpt.interchange.windows import WINDOW_KEYS, read_kinds, read_window
 
+MOST_LAYERS = 10_000  # a list is made of them before anything is checked against the weights
 NEEDED = object()  # a key without which a file is not a config
 
 
@@ -363,6 +364,8 @@ def model_fields(config: Mapping[str, Any]) -> tuple[Family, dict[str, Any]]:
         if name not in given:
             raise ConfigError(f"it has no {name}")
         fields[key.field] = read_key(name, key, given[name])
+    if not 0 < fields["num_layers"] <= MOST_LAYERS:
+        raise ConfigError(f"{fields['num_layers']} layers can't be: 1 to {MOST_LAYERS} can")
     if family.bias:
         attention, *mlp = (bool(config.get(name)) for name in family.bias)
         if not attention and any(mlp):
