@@ -19,7 +19,8 @@ from nanojaxgpt.data.tokenizers import (
     Tokenizer,
 )
 from nanojaxgpt.errors import ConfigError, DataError
-from nanojaxgpt.interchange.hf_tokenizer import LARGEST_TEMPLATE, tokenizer_json
+from nanojaxgpt.interchange.hf_tokenizer import tokenizer_json
+from nanojaxgpt.interchange.templates import LARGEST_TEMPLATE
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # types of tokens
 TEMPLATE = "tokenizer.chat_template"

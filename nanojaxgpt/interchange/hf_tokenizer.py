@@ -17,9 +17,9 @@ from nanojaxgpt.data.tokenizer_json import (
 )
 from nanojaxgpt.data.tokenizers import JsonTokenizer, SentencePieceTokenizer, Tokenizer, read_model
 from nanojaxgpt.errors import DataError
+from nanojaxgpt.interchange.templates import FILE, LARGEST_TEMPLATE, save_template
 
-TEMPLATE, SETTINGS = "chat_template.jinja", "tokenizer_config.json"
-LARGEST_TEMPLATE = 1 << 16  # bytes
+SETTINGS = "tokenizer_config.json"
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
@@ -40,7 +40,7 @@ def open_tokenizer(folder: Path, end_ids: Sequence[int], vocab_size: int) -> Tok
     """Return the tokenizer of a folder; the first of `end_ids` becomes its end token.
 
     Special tokens from `vocab_size` on, the rows of the model's table, are left out. Raises
-    DataError where there is no tokenizer, or one with more tokens than the table has rows.
+    DataError where the folder has no tokenizer, or one with more tokens than the table has rows.
     """
     settings = read_settings(folder)
     marks = {"end_id": end_ids[0]} if end_ids else {}
@@ -88,7 +88,7 @@ def open_tokenizer(folder: Path, end_ids: Sequence[int], vocab_size: int) -> Tok
 
 def open_chat_template(folder: Path) -> str:
     """Return the text of the chat template, "" where there is none. Raises DataError."""
-    path = folder / TEMPLATE
+    path = folder / FILE
     if path.exists():
         content = read_model(path)
     else:
@@ -129,8 +129,7 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, seq_len: int, chat_templ
         if number >= 0:
             settings[name] = spell(number)
     (folder / SETTINGS).write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
-    if chat_template:
-        (folder / TEMPLATE).write_text(chat_template)
+    save_template(folder, chat_template)
 
 
 def tokenizer_json(tokenizer: Tokenizer) -> bytes:

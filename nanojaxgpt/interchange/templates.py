@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 FILE = "chat_template.jinja"  # as transformers calls it
 SECONDS = 2.0
-LARGEST_TEMPLATE = 1 << 16  # characters; the longest of the families that are read has 12,000
+LARGEST_TEMPLATE = 1 << 16  # characters, or bytes of a file; the longest known has 12,000
 LARGEST_TEXT = 1 << 22  # characters of a conversation, or of what a template repeats
 MEMORY = 1 << 30  # bytes of the process in which a template is tried
 # Stands in a text after the first character of what spells a control token. It is private use, so
