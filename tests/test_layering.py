@@ -29,7 +29,7 @@ LAYERS = {
         "data.shards", "data.manifests", "data.exactness", "data.store", "data.packing",
         "data.loader", "data.show"},
     # Training.
-    3: {"step", "recorder", "loop", "training", "memory", "branch",
+    3: {"step", "teacher", "reference", "recorder", "loop", "training", "memory", "branch",
         "language_model", "session"},
     # Many runs, absent hardware, papers.
     4: {"sweep.plan", "sweep.claims", "sweep.launch", "sweep.together", "sweep.run",

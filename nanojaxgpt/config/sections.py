@@ -127,6 +127,7 @@ class Model(Section):
     attention_softcap: float = field(0.0, "c: scores become c * tanh(scores / c)")
     logit_softcap: float = field(0.0, "c: logits become c * tanh(logits / c)")
     tied_head: bool = field(True, "the head reuses the embedding table")
+    num_labels: int = field(0, "rows of a head for labels; 0: what the objective needs")
     dropout: float = field(0.0, "rate for embeddings, attention weights and what a sublayer adds",
         high=BELOW_ONE)
     mup_base_dim: int = field(0, "embed_dim at which muP equals the standard one; 0: no muP")
@@ -249,6 +250,34 @@ class Train(Section):
 
 
 @dataclass(frozen=True)
+class Objective(Section, traced=True):
+    """What training minimizes. Numbers can be swept without a new compilation."""
+
+    kind: str = field("language", "preference and reward learn from pairs; see docs/objectives.md",
+        choices=("language", "classify", "preference", "reward", "distill"))
+    loss: str = field("dpo", "of kind=preference; orpo and simpo need no reference",
+        choices=("dpo", "ipo", "orpo", "simpo"))
+    beta: float = field(0.1, "preference: scale of the implicit reward; orpo: lambda",
+        low=ABOVE_ZERO)
+    label_smoothing: float = field(0.0, "dpo and simpo: how likely a pair is the wrong way round",
+        high=0.5)
+    margin: float = field(0.0, "simpo and reward: by how much the chosen answer should win")
+    nll_weight: float = field(0.0,
+        "dpo, ipo, simpo: weight of the chosen answer's mean loss per token; orpo has it with 1")
+    centering: float = field(0.0, "reward: weight of (chosen + rejected)^2, to stay near 0")
+    teacher: str = field("", "distill: the MODEL whose probabilities are learned")
+    temperature: float = field(1.0, "distill: divides the logits of both models", low=ABOVE_ZERO)
+    jsd_beta: float = field(0.0,
+        "distill: 0: KL(teacher, student); 1: KL(student, teacher); between: generalized JSD",
+        high=1)
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether the loss compares the model with the one that training started from."""
+        return self.kind == "preference" and self.loss in ("dpo", "ipo")
+
+
+@dataclass(frozen=True)
 class Eval(Section, resume=True):
     """The validation loss during training."""
 
@@ -308,6 +337,7 @@ class Config:
     optim: Optim = Optim()
     mesh: Mesh = Mesh()
     train: Train = Train()
+    objective: Objective = Objective()
     eval: Eval = Eval()
     checkpoint: Checkpoint = Checkpoint()
     init: Init = Init()
