@@ -7,34 +7,35 @@ batches on the host, so that training needs the reference model no more.
 import functools
 import json
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from nanojaxgpt import rundir
-from nanojaxgpt.data.rows import Batch
-from nanojaxgpt.errors import CheckpointError
+from nanojaxgpt import checkpoint, rundir
+from nanojaxgpt.batches import Finish, make_batches, make_train_batch
+from nanojaxgpt.data.loader import fetch_ahead
+from nanojaxgpt.data.rows import Batch, Rows, make_eval_batches, make_ramp
+from nanojaxgpt.data.store import content_key
+from nanojaxgpt.errors import CheckpointError, ConfigError
+from nanojaxgpt.hosts.team import ALONE, Team
 from nanojaxgpt.model.parameters import Params
 from nanojaxgpt.model.transformer import Transformer
 from nanojaxgpt.objectives.preference import pair_sums, token_log_probabilities
+from nanojaxgpt.recorder import Job
 from nanojaxgpt.schedules import Hyper
 from nanojaxgpt.sharding import constrain
+from nanojaxgpt.step import TrainState, make_hyper
+from nanojaxgpt.trainable import merge_params
 
 FILE = "reference.npz"
-Finish = Callable[[Batch], Batch]  # rows as they are read -> those that go to the devices
 Tables = dict[str, np.ndarray]  # train and validation: float32 by a document's number
 
 
-def without_documents(batch: Batch) -> Batch:
-    """Return the rows without the numbers of their documents."""
-    return batch._replace(documents_BT=None)
-
-
-def fill(table: np.ndarray) -> Finish:
+def fill_reference(table: np.ndarray) -> Finish:
     """Return the function that fills a table's numbers into rows."""
 
     def finish(batch: Batch) -> Batch:
@@ -76,19 +77,6 @@ def make_table(scored: Iterable[tuple[Batch, np.ndarray]]) -> np.ndarray:
     return table
 
 
-@jax.jit
-def fingerprint(params: Params) -> jax.Array:
-    """Return a number that differs where one of the parameters does; uint32."""
-
-    def words(leaf: jax.Array) -> jax.Array:
-        kind = {2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize]
-        bits = jax.lax.bitcast_convert_type(leaf, kind).astype(jnp.uint32)
-        return jnp.sum(bits, dtype=jnp.uint32)
-
-    sums = [words(leaf) for leaf in jax.tree.leaves(params)]
-    return functools.reduce(lambda total, one: total * jnp.uint32(31) + one, sums)
-
-
 def read_tables(run: Path, identity: dict[str, Any]) -> Tables:
     """Return the tables of a run, or {} where they are missing, damaged or not of `identity`."""
     try:
@@ -109,3 +97,71 @@ def write_tables(run: Path, identity: dict[str, Any], tables: Tables) -> None:
             arrays = {"identity": np.array(json.dumps(identity))} | tables
             np.savez(file, allow_pickle=False, **arrays)
         partial.replace(run / FILE)
+
+
+def hash_params(params: Params) -> str:
+    """Return 16 hex digits that name the parameters, however they are laid out."""
+    sums = jax.device_get(jax.jit(checkpoint.fingerprint)(params))
+    return content_key({path: pair.tolist() for path, pair in sums.items()})
+
+
+def with_reference(
+    job: Job,
+    run: Path,
+    state: TrainState,
+    frozen: Params,
+    start: Callable[[], tuple[TrainState, Params]],
+    report: Callable[[str], None],
+    team: Team = ALONE,
+) -> Job:
+    """Return the job whose batches have the log-probabilities of the reference model.
+
+    They are read from the run directory, or computed with the parameters before the first step and
+    written there. `state` and `frozen` are those to continue from; `start` gives those before the
+    first step. Raises ConfigError, CheckpointError.
+    """
+    cfg, data = job.cfg, job.data
+    if not cfg.objective.has_reference:
+        return job
+    identity = {"data": data.identity, "seed": cfg.train.seed, "init": cfg.init.given()}
+    identity["seq_len"] = cfg.model.seq_len
+    if is_first := not int(state.step):
+        identity["parameters"] = hash_params(merge_params(state.params, frozen))
+    known = team.decide(lambda: bool(read_tables(run, identity)))
+    tables = read_tables(run, identity) if known else {}
+    if not tables:
+        state, frozen = (state, frozen) if is_first else start()
+        params = merge_params(state.params, frozen)
+        identity["parameters"] = hash_params(params)
+        tables = make_tables(job, params, report)
+        team.decide(lambda: write_tables(run, identity, tables))
+    train_batch = make_train_batch(cfg, data, job.mesh, fill_reference(tables["train"]))
+    evaluate = functools.partial(job.evaluate, finish=fill_reference(tables["validation"]))
+    return job._replace(train_batch=train_batch, evaluate=evaluate)
+
+
+def make_tables(job: Job, params: Params, report: Callable[[str], None]) -> Tables:
+    """Return the tables of the documents to train and to validate on. Raises ConfigError."""
+    cfg, mesh, seq_len = job.cfg, job.mesh, job.cfg.model.seq_len
+    source, *others = job.data.train(seq_len)
+    if others:
+        raise ConfigError(
+            f"objective.loss={cfg.objective.loss} can't learn from a mixture, as documents are "
+            "known by their number in one source; join the files into one, or use simpo or orpo"
+        )
+    size = cfg.train.batch_size // cfg.train.accumulation_steps
+    score = make_reference_step(Transformer(cfg.model), cfg.train.loss_chunks)
+
+    def scored(rows: Rows) -> Iterator[tuple[Batch, np.ndarray]]:
+        count, read = make_eval_batches(rows, size)
+        fetch = make_batches(read, make_ramp(size), seq_len, mesh)
+        with closing(fetch_ahead(fetch, 0, count, cfg.data.prefetch_batches)) as batches:
+            for number, batch in enumerate(batches):
+                sums_BS = score(params, batch, make_hyper(cfg))
+                yield read(number, 0, size), np.asarray(sums_BS)
+
+    tables = {"train": make_table(scored(source.rows))}
+    tables["validation"] = make_table(scored(job.data.validation(seq_len)))
+    found = sum(np.count_nonzero(table) for table in tables.values())
+    report(f"reference: the log-probabilities of {found:,} answers")
+    return tables

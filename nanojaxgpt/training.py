@@ -4,8 +4,8 @@ import dataclasses
 import functools
 import math
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import closing, nullcontext
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +14,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from nanojaxgpt import checkpoint, finish, memory, rundir, sharding
+from nanojaxgpt.batches import Finish, make_batches, make_train_batch, without_documents
 from nanojaxgpt.branch import branch_state
 from nanojaxgpt.config import AnyConfig, typed
 from nanojaxgpt.config.sections import Config
 from nanojaxgpt.data.loader import RunData, fetch_ahead, prepare_data, resolve
-from nanojaxgpt.data.rows import (
-    Batch,
-    Ramp,
-    ReadRows,
-    Rows,
-    make_eval_batches,
-    make_ramp,
-    make_train_rows,
-    read_batch,
-)
+from nanojaxgpt.data.rows import Batch, make_eval_batches, make_ramp
 from nanojaxgpt.errors import ConfigError, DataError
 from nanojaxgpt.horizon import warmup_warning
 from nanojaxgpt.hosts.joining import preflight
@@ -54,17 +46,7 @@ from nanojaxgpt.perplexity import (
     sum_batches,
 )
 from nanojaxgpt.recorder import Job, train_ramp
-from nanojaxgpt.reference import (
-    Finish,
-    Tables,
-    fill,
-    fingerprint,
-    make_reference_step,
-    make_table,
-    read_tables,
-    without_documents,
-    write_tables,
-)
+from nanojaxgpt.reference import with_reference
 from nanojaxgpt.rundir import enter_run, own_run, write_identity
 from nanojaxgpt.schedules import Hyper
 from nanojaxgpt.step import (
@@ -122,32 +104,6 @@ def share_job(job: Job, cfg: JobConfig) -> Job:
         train_batch=make_train_batch(cfg, job.data, job.mesh),
         evaluate=functools.partial(job.evaluate, hyper=make_hyper(cfg)),
     )
-
-
-def make_train_batch(
-    cfg: Config, data: RunData, mesh: Mesh, finish: Finish = without_documents
-) -> Callable[[int], Batch]:
-    """Return batch(step) -> the global batch of a 0-based training step."""
-    seq_len, ramp = cfg.model.seq_len, train_ramp(cfg)
-    rows = make_train_rows(data.train(seq_len), ramp.full, cfg.train.seed)
-    return make_batches(rows, ramp, seq_len, mesh, finish)
-
-
-def make_batches(
-    rows: ReadRows, ramp: Ramp, seq_len: int, mesh: Mesh, finish: Finish = without_documents
-) -> Callable[[int], Batch]:
-    """Return batch(step) -> that step's batch as global arrays; a host reads its own rows alone.
-
-    `finish` makes of the rows as they are read those that go to the devices.
-    """
-
-    def batch(step: int) -> Batch:
-        def read(first: int, last: int) -> Batch:
-            return finish(read_batch(rows, ramp, int(step), first, last))
-
-        return sharding.global_batch(read, ramp.size(step), seq_len, mesh)
-
-    return batch
 
 
 def make_evaluation(
@@ -262,66 +218,6 @@ def with_new_head(job: Job, params: Params) -> Params:
     return {**rest, HEAD: make(jax.random.key(job.cfg.train.seed))}
 
 
-def with_reference(
-    job: Job,
-    run: Path,
-    started: tuple[TrainState, Params],
-    report: Callable[[str], None],
-    team: Team = ALONE,
-) -> Job:
-    """Return the job whose batches have the log-probabilities of the reference model.
-
-    They are read from the run directory, or computed with the parameters before the first step and
-    written there. `started` is the state to continue from. Raises ConfigError, CheckpointError.
-    """
-    cfg, data = job.cfg, job.data
-    if not cfg.objective.has_reference:
-        return job
-    identity = {"data": data.identity, "seed": cfg.train.seed, "init": cfg.init.given()}
-    identity["seq_len"] = cfg.model.seq_len
-    is_first = not int(started[0].step)
-    if is_first:
-        identity["parameters"] = int(fingerprint(merge_params(started[0].params, started[1])))
-    known = team.decide(lambda: bool(read_tables(run, identity)))
-    tables = read_tables(run, identity) if known else {}
-    if not tables:
-        state, frozen = started if is_first else first_start(job, report, team)
-        params = merge_params(state.params, frozen)
-        identity["parameters"] = int(fingerprint(params))
-        tables = make_tables(job, params, report)
-        team.decide(lambda: write_tables(run, identity, tables))
-    train_batch = make_train_batch(cfg, data, job.mesh, fill(tables["train"]))
-    evaluate = functools.partial(job.evaluate, finish=fill(tables["validation"]))
-    return job._replace(train_batch=train_batch, evaluate=evaluate)
-
-
-def make_tables(job: Job, params: Params, report: Callable[[str], None]) -> Tables:
-    """Return the tables of the documents to train and to validate on. Raises ConfigError."""
-    cfg, mesh, seq_len = job.cfg, job.mesh, job.cfg.model.seq_len
-    source, *others = job.data.train(seq_len)
-    if others:
-        raise ConfigError(
-            f"objective.loss={cfg.objective.loss} can't learn from a mixture, as documents are "
-            "known by their number in one source; join the files into one, or use simpo or orpo"
-        )
-    size = cfg.train.batch_size // cfg.train.accumulation_steps
-    score = make_reference_step(Transformer(cfg.model), cfg.train.loss_chunks)
-
-    def scored(rows: Rows) -> Iterator[tuple[Batch, np.ndarray]]:
-        count, read = make_eval_batches(rows, size)
-        fetch = make_batches(read, make_ramp(size), seq_len, mesh)
-        with closing(fetch_ahead(fetch, 0, count, cfg.data.prefetch_batches)) as batches:
-            for number, batch in enumerate(batches):
-                sums_BS = score(params, batch, make_hyper(cfg))
-                yield read(number, 0, size), np.asarray(sums_BS)
-
-    tables = {"train": make_table(scored(source.rows))}
-    tables["validation"] = make_table(scored(job.data.validation(seq_len)))
-    found = sum(np.count_nonzero(table) for table in tables.values())
-    report(f"reference: the log-probabilities of {found:,} answers")
-    return tables
-
-
 def fit(
     cfg: AnyConfig,
     run: Path,
@@ -416,7 +312,8 @@ def train_job(
     team.decide(lambda: begin_run(job, run, report))
     with memory.training_explained(job.cfg, job.mesh), jax.set_mesh(job.mesh):
         state, frozen = start_state(job, run, report, team)
-        job = with_reference(job, run, (state, frozen), report, team)
+        start = functools.partial(first_start, job, report, team)
+        job = with_reference(job, run, state, frozen, start, report, team)
         if state.step < job.cfg.train.num_steps:
             team.decide(lambda: check_space(job, run))
         return Loop(job, run, int(state.step), stop, team).train(state, frozen)

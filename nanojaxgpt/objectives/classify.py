@@ -35,7 +35,7 @@ def make_loss(model: Transformer) -> Loss:
         params: Params, frozen: Params, batch: Batch, hyper: Hyper, rng: jax.Array
     ) -> tuple[jax.Array, jax.Array, dict[str, Metric]]:
         whole = merge_params(params, frozen)
-        x_BTD, _ = features(model, whole, batch, hyper, rng, model.cfg.dropout == 0)
+        x_BTD, _ = features(model, whole, batch, hyper, rng)
         logits_BTC = label_logits(model, whole, x_BTD)
         weights_BT = batch.weights_BT
         labels_BT = jnp.where(weights_BT > 0, batch.targets_BT, 0)  # elsewhere they are tokens

@@ -48,7 +48,7 @@ def make_loss(model: Transformer, teacher: Transformer, loss_chunks: int) -> Los
     ) -> tuple[jax.Array, jax.Array, dict[str, Metric]]:
         whole = dict(merge_params(params, frozen))
         wise = whole.pop(TEACHER)
-        x_BTD, head = features(model, whole, batch, hyper, rng, model.cfg.dropout == 0)
+        x_BTD, head = features(model, whole, batch, hyper, rng)
         rows = batch.tokens_BT, batch.positions_BT, batch.segments_BT
         (wise_BTD, wise_head), _ = teacher.apply({"params": wise}, *rows, logits=False)
 

@@ -17,13 +17,16 @@ def features(
     batch: Batch,
     hyper: Hyper,
     rng: jax.Array,
-    deterministic: bool,
+    dropout: bool = True,
 ) -> Any:
-    """Return (x_BTD, head), where head(x_BTD) gives float32 logits [B, T, V]."""
+    """Return (x_BTD, head), where head(x_BTD) gives float32 logits [B, T, V].
+
+    Without `dropout` the model has none, whatever its config says.
+    """
     found, _ = model.apply(
         {"params": params},
         batch.tokens_BT, batch.positions_BT, batch.segments_BT,
-        deterministic=deterministic, logits=False, rngs={"dropout": rng},
+        deterministic=not dropout or model.cfg.dropout == 0, logits=False, rngs={"dropout": rng},
         multipliers=Multipliers(*(hyper[name] for name in MULTIPLIERS)),
     )  # fmt: skip
     return found

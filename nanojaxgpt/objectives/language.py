@@ -20,7 +20,7 @@ def make_loss(model: Transformer, loss_chunks: int) -> Loss:
         params: Params, frozen: Params, batch: Batch, hyper: Hyper, rng: jax.Array
     ) -> tuple[jax.Array, jax.Array, dict[str, Metric]]:
         whole = merge_params(params, frozen)
-        x_BTD, head = features(model, whole, batch, hyper, rng, model.cfg.dropout == 0)
+        x_BTD, head = features(model, whole, batch, hyper, rng)
         total = loss_sum(
             head, x_BTD, batch.targets_BT, batch.weights_BT, hyper["z_loss"], loss_chunks
         )

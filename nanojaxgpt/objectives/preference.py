@@ -107,7 +107,7 @@ def token_log_probabilities(
     model: Transformer, params: Params, batch: Batch, hyper: Hyper, rng: jax.Array, chunks: int
 ) -> jax.Array:
     """Return the weighted log-probability of each target, without dropout, float32 [B, T]."""
-    x_BTD, head = features(model, params, batch, hyper, rng, True)
+    x_BTD, head = features(model, params, batch, hyper, rng, dropout=False)
 
     def losses(x_BCD: jax.Array, targets_BC: jax.Array) -> jax.Array:
         return token_loss(head(x_BCD), targets_BC, jnp.float32(0))

@@ -27,7 +27,7 @@ def make_loss(model: Transformer) -> Loss:
     ) -> tuple[jax.Array, jax.Array, dict[str, Metric]]:
         whole = merge_params(params, frozen)
         segments_BT: Any = batch.segments_BT
-        x_BTD, _ = features(model, whole, batch, hyper, rng, model.cfg.dropout == 0)
+        x_BTD, _ = features(model, whole, batch, hyper, rng)
         score_BT = label_logits(model, whole, x_BTD)[..., 0]
         next_BT = jnp.pad(segments_BT[:, 1:], ((0, 0), (0, 1)))
         score_BP2 = pair_sums(jnp.where(segments_BT != next_BT, score_BT, 0), segments_BT)

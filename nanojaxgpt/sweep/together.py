@@ -26,10 +26,11 @@ from nanojaxgpt.hosts.process import StopRequest
 from nanojaxgpt.model.parameters import Params, PyTree
 from nanojaxgpt.model.transformer import Transformer
 from nanojaxgpt.recorder import Job, Recorder, due, train_ramp
+from nanojaxgpt.reference import with_reference
 from nanojaxgpt.rundir import own_run
 from nanojaxgpt.step import OBJECTIVES, TrainState, make_hyper, make_train_step
 from nanojaxgpt.trainable import merge_params
-from nanojaxgpt.training import begin_run, make_job, start_state, with_reference
+from nanojaxgpt.training import begin_run, first_start, make_job, start_state
 
 MEASURED_STEPS = 5
 
@@ -196,7 +197,8 @@ class Follower:
         ):
             begin_run(job, run, print)
             first = start_state(job, run, print)
-            self.job = job = with_reference(job, run, first, print)
+            start = functools.partial(first_start, job, print)
+            self.job = job = with_reference(job, run, *first, start, print)
         self.first = jax.device_get(first)  # one device may not hold all of them
         self.start = int(first[0].step)
         self.recorder = Recorder(job, run, self.start, self.say)
