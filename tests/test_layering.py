@@ -29,8 +29,8 @@ LAYERS = {
         "data.shards", "data.manifests", "data.exactness", "data.store", "data.packing",
         "data.loader", "data.show"},
     # Training.
-    3: {"step", "teacher", "reference", "batches", "recorder", "loop", "training", "memory", "branch",
-        "language_model", "session"},
+    3: {"step", "teacher", "reference", "batches", "recorder", "loop", "training", "memory",
+        "branch", "language_model", "session"},
     # Many runs, absent hardware, papers.
     4: {"sweep.plan", "sweep.claims", "sweep.launch", "sweep.together", "sweep.run",
         "sweep.report", "sweep.results", "sweep.plots", "sweep.search", "sweep.slurm",

@@ -5,7 +5,6 @@ import json
 import math
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import small_model
@@ -79,17 +78,24 @@ def make_rows(name: str, count: int = 4, seed: int = 0, lengths: tuple = (4, 3, 
     return batch._replace(documents_BT=documents) if name == "documents" else batch
 
 
+def make_params(model: Transformer) -> dict:
+    """Return parameters of which none is 0."""
+    draw = np.random.default_rng(0)
+    shapes = jax.eval_shape(lambda: init_params(model.cfg, jax.random.key(0)))
+    params = jax.tree.map(lambda x: draw.normal(0.05, 0.1, x.shape).astype(np.float32), shapes)
+    return jax.device_put(params)
+
+
 @functools.cache
 def case(name: str, chunks: int = 1):
     """Return a jitted sums(params, batch, beta, parts), the parameters, and rows of the case."""
     labels = {"classify": LABELS, "reward": 1}.get(name, 0)
     cfg = config(name, **{"train.loss_chunks": str(chunks)})
     model = Transformer(small_model(num_layers=1, num_labels=labels))
-    params, frozen = init_params(model.cfg, jax.random.key(0)), {}
-    params = jax.tree.map(lambda x: x + 0.02 * jnp.cos(jnp.arange(x.size).reshape(x.shape)), params)
+    params, frozen = make_params(model), {}
     if name == "distill":
         teacher = Transformer(small_model(num_layers=1, vocab_size=40))
-        frozen = {"teacher": init_params(teacher.cfg, jax.random.key(1))}
+        frozen = {"teacher": make_params(teacher)}
         loss_fn = distill.make_loss(model, teacher, chunks)
     else:
         loss_fn = OBJECTIVES[cfg.objective.kind](model, cfg)
@@ -173,7 +179,7 @@ def log_probabilities():
         log_BT = token_log_probabilities(model, params, batch, hyper, key, 1)
         return pair_sums(log_BT, batch.segments_BT)
 
-    return found, init_params(model.cfg, jax.random.key(0))
+    return found, make_params(model)
 
 
 def test_pairs_of_a_row_do_not_see_each_other():
@@ -201,7 +207,7 @@ def test_a_mesh_gives_the_same(name):
         jax.random.key(0),
         make_rows(name),
     )
-    params = init_params(model.cfg, key)
+    params = make_params(model)
 
     def sums(params, batch):
         return accumulate(loss_fn, params, {}, batch, make_hyper(cfg), key, 1)
