@@ -12,11 +12,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from nanojaxgpt import checkpoint, config, memory, rundir, sharding
-from nanojaxgpt.config.sections import Config
+from nanojaxgpt.batches import without_documents
+from nanojaxgpt.config.sections import Config, Objective
 from nanojaxgpt.console import warn
 from nanojaxgpt.data.loader import RunData, load_run_tokenizer, open_source, prepare_data
 from nanojaxgpt.data.tokenizers import Tokenizer
-from nanojaxgpt.errors import ConfigError, DataError
+from nanojaxgpt.errors import CheckpointError, ConfigError, DataError
 from nanojaxgpt.interchange.loading import read_params
 from nanojaxgpt.interchange.opening import adopted, config_of, find_model
 from nanojaxgpt.interchange.pretrained import Pretrained
@@ -29,6 +30,8 @@ from nanojaxgpt.interchange.templates import (
 from nanojaxgpt.model.config import JobConfig, ModelConfig, complete
 from nanojaxgpt.model.parameters import Params, count_params
 from nanojaxgpt.model.transformer import Transformer
+from nanojaxgpt.recorder import unit_of
+from nanojaxgpt.reference import FILE, fill_reference, read_tables
 from nanojaxgpt.sample import Sampling, padded_length, stream
 from nanojaxgpt.text_stream import TextStream, encode_prompt
 from nanojaxgpt.training import make_evaluation
@@ -292,22 +295,31 @@ def open_model(
 
 def evaluate(
     model: LanguageModel, source: str = "", report: Callable[[str], None] = warn
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Return loss, perplexity, bits per byte and the number of tokens that were scored.
 
-    Over the run's validation split, or all of another source, written as data.source. Raises
-    ConfigError, DataError, MemoryExceeded.
+    Over the run's validation split, or all of another source, written as data.source. Of a run of
+    another objective over its own split: the loss, its metrics, and of how many examples or pairs.
+    Raises ConfigError, DataError, CheckpointError, MemoryExceeded.
     """
-    cfg = model.experiment
+    cfg, finish = model.experiment, without_documents
+    if source or cfg.objective.kind == "distill":  # the teacher need not be here
+        cfg = dataclasses.replace(cfg, objective=Objective())
+    if cfg.objective.has_reference:
+        tables = read_tables(model.run, {})
+        if not tables:
+            raise CheckpointError(f"{model.run} has no {FILE}, the log-probabilities to compare "
+                                  "with: restore it, or train on to compute it")  # fmt: skip
+        finish = fill_reference(tables["validation"])
     data = model_data(model, source, report)
     with model.on_devices("the evaluation"):
         held = {"parameters": checkpoint.abstract_params(model.config, model.mesh)}
         transformer = Transformer(model.config)
         run_evaluation = make_evaluation(cfg, data, model.mesh, transformer, held)
-        found = run_evaluation(model.params)
-    if not found["tokens"] and source:
+        found = run_evaluation(model.params, finish=finish)
+    if not found[unit_of(cfg)] and source:
         raise DataError(f"{source} has nothing to score: it is shorter than two tokens")
-    if not found["tokens"]:
+    if not found[unit_of(cfg)]:
         raise DataError(
             f"{model.run} has no held-out data to validate on; set data.validation_fraction, "
             "data.validation_documents or data.validation_source (for a task: train_fraction), "

@@ -20,7 +20,6 @@ from nanojaxgpt.model.parameters import Params, PyTree
 from nanojaxgpt.optim import is_average
 from nanojaxgpt.step import TrainState
 
-# What a loss is the mean of.
 UNITS = {"classify": "examples", "preference": "pairs", "reward": "pairs"}
 
 
@@ -121,7 +120,8 @@ class Recorder:
         `through` are further arguments of the evaluation, see training.make_evaluation.
         """
         found = self.job.evaluate(params, *through)
-        if not (count := found.pop("tokens")):
+        unit = unit_of(self.job.cfg)
+        if not (count := found.pop(unit)):
             return False
         self.losses[step] = found["loss"]
         confusion_CC = found.pop("confusion", None)
@@ -130,7 +130,7 @@ class Recorder:
         if confusion_CC is not None:
             self.writer.write_confusion(confusion_CC)
         average = " of the average" if is_average(opt_state) else ""
-        loss, unit = found.pop("loss"), UNITS.get(self.job.cfg.objective.kind, "tokens")
+        loss = found.pop("loss")
         others = ", ".join(f"{value:.4f} {name.replace('_', ' ')}" for name, value in found.items())
         self.say(
             f"step {step}: validation loss {loss:.4f}{average}, {others} over {count:,} {unit}"
@@ -138,6 +138,11 @@ class Recorder:
         self.reset_clock(step)
         self.job.evaluated(step)
         return True
+
+
+def unit_of(cfg: Config) -> str:
+    """Return what the loss of a config is the mean of, in the plural."""
+    return UNITS.get(cfg.objective.kind, "tokens")
 
 
 def train_ramp(cfg: Config) -> Ramp:

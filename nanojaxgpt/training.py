@@ -45,7 +45,7 @@ from nanojaxgpt.perplexity import (
     objective_numbers,
     sum_batches,
 )
-from nanojaxgpt.recorder import Job, train_ramp
+from nanojaxgpt.recorder import Job, train_ramp, unit_of
 from nanojaxgpt.reference import with_reference
 from nanojaxgpt.rundir import enter_run, own_run, write_identity
 from nanojaxgpt.schedules import Hyper
@@ -133,7 +133,7 @@ def make_evaluation(
     else:
         plain = Transformer(dataclasses.replace(model.cfg, dropout=0.0))
         eval_step = make_objective_step(OBJECTIVES[cfg.objective.kind](plain, cfg))
-        numbers = objective_numbers
+        numbers = functools.partial(objective_numbers, unit=unit_of(cfg))
     eval_step = memory.checked(eval_step, mesh, "an evaluation step", lower)
 
     def run_evaluation(

@@ -26,11 +26,20 @@ from nanojaxgpt.objectives.distill import divergence
 from nanojaxgpt.objectives.preference import log_odds, pair_sums, token_log_probabilities
 from nanojaxgpt.step import OBJECTIVES, accumulate, make_hyper
 from nanojaxgpt.sweep.plan import program_key
-from nanojaxgpt.training import make_job, start_state, train_job
+from nanojaxgpt.sweep.together import train_together
+from nanojaxgpt.training import make_job, share_job, start_state, train_job
 
 LENGTH, LABELS = 16, 3
 PREFERENCES = ("dpo", "ipo", "orpo", "simpo")
-CASES = ("language", "classify", "reward", "distill", *PREFERENCES)
+# One of each kind is fast enough for every run of the tests.
+CASES = [
+    "classify",
+    "reward",
+    "dpo",
+    "orpo",
+    "distill",
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("language", "ipo", "simpo")),
+]
 FIELDS = {
     "data.packing": "pack", "model.num_layers": "1", "model.embed_dim": "16",
     "model.num_heads": "2", "model.seq_len": str(LENGTH), "mesh.data": "1",
@@ -238,15 +247,15 @@ def train(name: str, run, **changes: str):
     data, said = run_data(name), []
     cfg = resolve(config(name, **changes), data)
     job = make_job(cfg, data, sharding.make_mesh({}, jax.devices()[:1]))
-    run.mkdir(exist_ok=True)
+    run.mkdir(parents=True, exist_ok=True)
     with stop_signals() as stop:
         return train_job(job, run, stop, said.append), said
 
 
-def restart(run, name: str, **changes: str):
-    """Resume a run of a case from its step 2."""
+def restart(run, name: str, last: str = "4", **changes: str):
+    """Resume a run of a case from the checkpoint before its last one."""
     for folder in (run / "checkpoints").iterdir():
-        if folder.name == "4":
+        if folder.name == last:
             folder.rename(run.parent / f"{len(list(run.parent.iterdir()))}")
     return train(name, run, **changes)
 
@@ -300,6 +309,42 @@ def test_a_model_without_a_head_gets_a_new_one(tmp_path):
     assert np.std(state.params["label_CD"]) == pytest.approx(0.02, rel=0.3)
     before, _ = job.init(jax.random.key(5))
     np.testing.assert_array_equal(state.params["embed_VD"], before.params["embed_VD"])
+
+
+@pytest.mark.slow
+def test_a_student_comes_closer_to_its_teacher(tmp_path):
+    train("language", tmp_path / "base", **{"model.num_layers": "2"})
+    fields = {"objective.teacher": str(tmp_path / "base"), "train.num_steps": "30"}
+    state, said = train("distill", tmp_path / "run", **fields)
+    assert f"learning from {tmp_path / 'base'}" in said
+    losses = [r["validation_loss"] for r in metrics.read_metrics(tmp_path / "run")
+              if "validation_loss" in r]  # fmt: skip
+    assert losses[-1] < 0.5 * losses[0]
+    names = {path for path, *_ in (tmp_path / "run" / "checkpoints" / "30").walk()}
+    assert not [path for path in names if "teacher" in str(path)]
+    again, _ = restart(tmp_path / "run", "distill", "30", **fields)
+    jax.tree.map(np.testing.assert_array_equal, again, state)
+
+
+@pytest.mark.slow
+def test_a_sweep_of_beta_has_the_losses_of_its_trials_alone(tmp_path):
+    data, mesh = run_data("dpo"), sharding.make_mesh({}, jax.devices()[:1])
+    betas = {
+        beta: resolve(config("dpo", **{"objective.beta": beta}), data) for beta in ("0.1", "2")
+    }
+    job = make_job(betas["0.1"], data, mesh)
+    runs = [tmp_path / beta for beta in betas]
+    for run in runs:
+        run.mkdir()
+    with stop_signals() as stop:
+        train_together([share_job(job, cfg) for cfg in betas.values()], runs, stop)
+    found = {}
+    for beta, run in zip(betas, runs, strict=True):
+        train("dpo", tmp_path / "alone" / beta, **{"objective.beta": beta})
+        pair = [metrics.read_metrics(folder)[-1] for folder in (run, tmp_path / "alone" / beta)]
+        found[beta] = pair[0]["validation_loss"]
+        assert pair[1]["validation_loss"] == pytest.approx(found[beta], rel=1e-5)
+    assert found["0.1"] != found["2"]
 
 
 def test_divergences_are_those_of_their_definition():
