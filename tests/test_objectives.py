@@ -191,6 +191,21 @@ def log_probabilities():
     return found, make_params(model)
 
 
+def test_sums_of_answers_are_those_of_their_places():
+    draw = np.random.default_rng(0)
+    segments_BT = np.array([[1, 1, 2, 3, 3, 3, 4, 0], [1, 2, 3, 4, 5, 6, 7, 8], [0] * 8], np.int32)
+    values_BT = draw.normal(size=(3, 8)).astype(np.float32)
+    expected = [[np.sum(v[s == k]) for k in range(1, 9)]
+                for v, s in zip(values_BT, segments_BT, strict=True)]  # fmt: skip
+    np.testing.assert_allclose(
+        pair_sums(values_BT, segments_BT), np.reshape(expected, (3, 4, 2)), rtol=1e-6
+    )
+    weights = draw.normal(size=(3, 4, 2)).astype(np.float32)
+    grad = jax.grad(lambda v: np.sum(pair_sums(v, segments_BT) * weights))(values_BT)
+    padded = np.pad(weights.reshape(3, 8), ((0, 0), (1, 0)))
+    np.testing.assert_array_equal(grad, np.take_along_axis(padded, segments_BT, 1))
+
+
 def test_pairs_of_a_row_do_not_see_each_other():
     found, params = log_probabilities()
     batch = make_rows("documents")._replace(documents_BT=None)
