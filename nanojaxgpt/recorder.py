@@ -124,11 +124,11 @@ class Recorder:
         if not (count := found.pop(unit)):
             return False
         self.losses[step] = found["loss"]
-        confusion_CC = found.pop("confusion", None)
+        confusion_CK = found.pop("confusion", None)
         found.pop("perplexity", None)  # it follows from the loss
         self.writer.write(step, **{f"validation_{name}": value for name, value in found.items()})
-        if confusion_CC is not None:
-            self.writer.write_confusion(confusion_CC)
+        if confusion_CK is not None:
+            self.writer.write_confusion(confusion_CK)
         average = " of the average" if is_average(opt_state) else ""
         loss = found.pop("loss")
         others = ", ".join(f"{value:.4f} {name.replace('_', ' ')}" for name, value in found.items())
