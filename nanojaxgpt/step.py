@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from nanojaxgpt import checkpoint, optim, sharding
 from nanojaxgpt.checks import parse_multiplier
 from nanojaxgpt.config.sections import Config, Optim
+from nanojaxgpt.errors import ConfigError
 from nanojaxgpt.horizon import decay_begin
 from nanojaxgpt.model.config import MULTIPLIERS, JobConfig, ModelConfig
 from nanojaxgpt.model.parameters import Params, PyTree, parameters
@@ -238,6 +239,11 @@ def make_step(cfg: JobConfig, mesh: Mesh, loss_fn: Loss | None = None) -> Step:
     model = Transformer(cfg.model)
     table = parameters(model.cfg)
     check_trainable(cfg.optim.trainable, table)
+    if cfg.objective.kind == "classify" and model.cfg.num_labels < 2:
+        raise ConfigError(
+            f"objective.kind=classify needs at least two labels: model.num_labels="
+            f"{model.cfg.num_labels}"
+        )
     # The key is created while tracing, too: on an absent device none can be.
     shapes = jax.eval_shape(lambda: make_init(cfg)(jax.random.key(0)))
     shardings = tuple(sharding.tree_shardings(part, table, mesh) for part in shapes)

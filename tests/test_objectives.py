@@ -402,3 +402,9 @@ def test_macro_f1_is_the_mean_over_labels():
 def test_fields_that_contradict_each_other_are_refused(name, changes, message):
     with pytest.raises(ConfigError, match=message):
         config(name, **changes)
+
+
+def test_classification_without_labels_is_refused():
+    cfg, data = config("classify", **{"model.num_labels": "0"}), run_data("classify")
+    with pytest.raises(ConfigError, match="needs at least two labels: model.num_labels=0"):
+        make_job(resolve(cfg, data), data, sharding.make_mesh({}, jax.devices()[:1]))
