@@ -223,7 +223,7 @@ def open_job(
 
 
 def begin_run(job: Job, run: Path, report: Callable[[str], None]) -> None:
-    """Write what identifies the run into its directory, or check it against what is there."""
+    """Write the run's identity into its directory, or check it against the one there."""
     with rundir.writing(run, ConfigError):
         write_run(job, run, report)
 

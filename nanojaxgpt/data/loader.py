@@ -36,7 +36,7 @@ from nanojaxgpt.names import unknown_name
 from nanojaxgpt.rundir import read_config, read_identity
 
 Fetched = TypeVar("Fetched")
-FETCH_SECONDS = 5.0  # that the end of a loop waits for a batch in the making
+FETCH_SECONDS = 5.0  # that the end of a loop waits for the batch being fetched
 LARGEST_SUM = 2**31  # of a mixture's weights as integers, see rows.interleave
 
 

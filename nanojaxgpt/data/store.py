@@ -99,7 +99,7 @@ class Store:
         )
 
     def loss(self) -> Loss:
-        """Return what the documents lost as they became tokens."""
+        """Return the loss of the documents as they became tokens."""
         return Loss(*(self.manifest[count] for count in Loss._fields))
 
     def split(self, validation_fraction: float, validation_documents: int = 0) -> tuple[Span, Span]:
@@ -175,7 +175,7 @@ def prepare(
     report: Report = print,
     inherited: Tokenizer | None = None,
 ) -> Corpus:
-    """Return the corpus, building below `cache_dir` what is not there yet.
+    """Return the corpus, building the missing stores below `cache_dir`.
 
     `inherited` is the tokenizer of the parameters to start from, which `data` must not contradict.
     Raises ConfigError and DataError as the sources and the tokenizer do, ConfigError where the
@@ -247,7 +247,7 @@ def check_exact(tokenizer: Tokenizer, data: sections.Data, cache_dir: Path) -> b
 def check_inherited(
     tokenizer: Tokenizer, inherited: Tokenizer | None, named: str, advice: str
 ) -> None:
-    """Raise ConfigError where what is `named` gives ids another meaning than `inherited` does."""
+    """Raise ConfigError if the tokenizer `named` gives ids another meaning than `inherited`."""
     if inherited and tokenizer.content_hash() != inherited.content_hash():
         there, here = (
             f"{one.kind}, {one.vocab_size:,} ids, hash {one.content_hash()}"
@@ -328,10 +328,10 @@ def prepare_store(
 
 @contextmanager
 def making(folder: Path, report: Report) -> Iterator[Path | None]:
-    """Give the unfinished `folder` to one process at a time; it has its name when all is done.
+    """Give the unfinished `folder` to one process at a time, and rename it once it is complete.
 
-    Gives None where the folder is there. What a killed process left goes to the next one; what
-    can't be made, by a UserError, leaves nothing.
+    Gives None if the folder exists. The next process takes over what a killed one left; after a
+    UserError nothing is left.
     """
     if folder.exists():
         yield None

@@ -25,7 +25,7 @@ class Context(NamedTuple):
     positions_BT: jax.Array
     deterministic: bool
     score_multiplier: jax.typing.ArrayLike
-    prefill: bool = False  # the cache is empty: what is read now is all there is to see
+    prefill: bool = False  # the cache is empty: tokens see only each other
 
 
 # Flax numbers the keys that a module asks for, and its `scan`, by which the layers once ran, traced

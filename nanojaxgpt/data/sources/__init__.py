@@ -45,7 +45,7 @@ def read_documents(
 ) -> Iterator[Document]:
     """Yield the documents of `source` in an order that is the same on every machine.
 
-    `data` gives bad_text, tfds_dir and manual_dir; `report` hears what is skipped. Raises
+    `data` gives bad_text, tfds_dir and manual_dir; `report` is told of skipped texts. Raises
     ConfigError for a source that does not exist, DataError for data that can't be read.
     """
     reader, location = find_source(source, data)
@@ -66,7 +66,7 @@ def drop_bad(
 
 
 def source_identity(source: str, data: sections.Data) -> dict[str, Any]:
-    """Return what tells this content from any other, ready for JSON. Raises as `read_documents`."""
+    """Return the identity of this content, ready for JSON. Raises as `read_documents`."""
     reader, location = find_source(source, data, verify=True)
     kind, _, named = source.partition(":")
     identity = {"kind": kind, **reader.identify(location, data)}

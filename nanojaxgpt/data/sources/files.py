@@ -347,7 +347,7 @@ MAGIC = {
 
 
 def likely_format(content: bytes) -> str:
-    """Return what bytes that are not UTF-8 likely are, and what to do, or ""."""
+    """Return the likely format of bytes that are not UTF-8, and what to do, or ""."""
     for magic, format_ in MAGIC.items():  # UTF-32 before UTF-16, whose mark it begins with
         if content.startswith(magic):
             return format_

@@ -30,7 +30,7 @@ def read_hub(location: str, data: sections.Data, refuse: Refuse) -> Iterator[Doc
 
 
 def identify_hub(location: str, data: sections.Data) -> dict[str, Any]:
-    """Return the name, what is read of it, and the fingerprint that `datasets` gives it."""
+    """Return the name, the part that is read, and the fingerprint that `datasets` gives it."""
     dataset, split, field = open_hub(location)
     return dict(
         dataset=re.split("[@#]", location)[0],
