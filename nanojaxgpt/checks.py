@@ -189,6 +189,8 @@ def partner_problems(cfg: "Config") -> list[str]:
         problems.append("init.state=all needs a run to branch from: set init.from_run")
     if cfg.init.from_run and cfg.init.from_model:
         problems.append("init.from_run and init.from_model both say where to start: set one")
+    if cfg.objective.kind == "policy" and not cfg.objective.reward:
+        problems.append("objective.kind=policy needs objective.reward=FILE.py:FUNCTION")
     if 0 in mesh.values():
         problems.append(f"a mesh axis of size 0 has no devices: {mesh}; use 1 for an unused axis")
     return problems

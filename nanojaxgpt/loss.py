@@ -1,4 +1,4 @@
-"""Token-weighted cross-entropy from logits, or from features in chunks; sums, never means."""
+"""Cross-entropy and log-probabilities of tokens, from logits or, in chunks, from features."""
 
 from collections.abc import Callable
 
@@ -54,15 +54,47 @@ def loss_sum(
     if chunks == 1:
         return jnp.sum(token_loss(logits(x_BTD), targets_BT, z_loss) * weights_BT)
 
-    def split(array: jax.Array) -> jax.Array:
-        parts = array.reshape(array.shape[0], chunks, -1, *array.shape[2:])
-        return jnp.swapaxes(parts, 0, 1)
-
     @jax.checkpoint
     def add_chunk(total: jax.Array, part: tuple) -> tuple[jax.Array, None]:
         x_BCD, targets_BC, weights_BC = part
         losses_BC = token_loss(logits(x_BCD), targets_BC, z_loss)
         return total + jnp.sum(losses_BC * weights_BC), None
 
-    parts = (split(x_BTD), split(targets_BT), split(weights_BT))
+    parts = tuple(split(array, chunks) for array in (x_BTD, targets_BT, weights_BT))
     return jax.lax.scan(add_chunk, jnp.float32(0), parts)[0]
+
+
+def token_log_probs(
+    logits: Callable[[jax.Array], jax.Array],
+    x_BTD: jax.Array,
+    targets_BT: jax.Array,
+    chunks: int = 1,
+    temperature: float = 1.0,
+) -> jax.Array:
+    """Return the log-probability of each target at a temperature, float32 [B, T].
+
+    The logits exist in chunks as in `loss_sum`.
+    """
+
+    def found(x_BTD: jax.Array, targets_BT: jax.Array) -> jax.Array:
+        logits_BTV = logits(x_BTD)
+        if temperature != 1:
+            logits_BTV = logits_BTV / temperature
+        return -token_loss(logits_BTV, targets_BT, jnp.float32(0))
+
+    if chunks == 1:
+        return found(x_BTD, targets_BT)
+
+    @jax.checkpoint
+    def chunk(_: None, part: tuple) -> tuple[None, jax.Array]:
+        return None, found(*part)
+
+    parts = split(x_BTD, chunks), split(targets_BT, chunks)
+    found_CBT = jax.lax.scan(chunk, None, parts)[1]
+    return jnp.swapaxes(found_CBT, 0, 1).reshape(targets_BT.shape)
+
+
+def split(array: jax.Array, chunks: int) -> jax.Array:
+    """Return [chunks, B, T / chunks, ...] of an array [B, T, ...]."""
+    parts = array.reshape(array.shape[0], chunks, -1, *array.shape[2:])
+    return jnp.swapaxes(parts, 0, 1)

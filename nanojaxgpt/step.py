@@ -11,14 +11,21 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from nanojaxgpt import checkpoint, optim, sharding
 from nanojaxgpt.checks import parse_multiplier
-from nanojaxgpt.config.sections import Config, Optim
+from nanojaxgpt.config.sections import Config, Objective, Optim
 from nanojaxgpt.horizon import decay_begin
 from nanojaxgpt.model.config import MULTIPLIERS, JobConfig, ModelConfig, Multipliers
 from nanojaxgpt.model.parameters import Params, PyTree, parameters
 from nanojaxgpt.model.transformer import Transformer, init_params
-from nanojaxgpt.objectives import Loss, Metric, language
+from nanojaxgpt.objectives import Loss, Metric, language, policy
 from nanojaxgpt.schedules import Hyper, learning_rate
 from nanojaxgpt.trainable import check_trainable, merge_params, split_params
+
+OBJECTIVES: dict[str, Callable[[Transformer, int, Objective], Loss]] = {
+    "language": language.make_loss,
+    "policy": policy.make_loss,
+}
+# Numbers of the section `objective` that the step takes as arguments.
+TRACED = [name for name, rule in Objective.rules().items() if rule.traced]
 
 
 class TrainState(NamedTuple):
@@ -54,6 +61,7 @@ def make_hyper(cfg: Config) -> dict[str, PyTree]:
     """
     numbers = {k: v for k, v in cfg.optim.given().items() if isinstance(v, int | float)}
     numbers |= {"num_steps": cfg.train.num_steps, "z_loss": cfg.train.z_loss}
+    numbers |= {name: getattr(cfg.objective, name) for name in TRACED}
     numbers["decay_begin"] = decay_begin(cfg)
     numbers |= {name: getattr(cfg.model, name) for name in MULTIPLIERS}
     hyper: dict[str, PyTree] = {name: np.float32(value) for name, value in numbers.items()}
@@ -223,7 +231,8 @@ def make_step(cfg: JobConfig, mesh: Mesh, loss_fn: Loss | None = None) -> Step:
     for pattern, _ in map(parse_multiplier, cfg.optim.rate_multipliers):
         optim.check_pattern("optim.rate_multipliers", pattern, table)
     abstract, frozen = checkpoint.with_shardings(shapes, shardings)
-    loss_fn = loss_fn or language.make_loss(model, shape.loss_chunks)
+    objective = cfg.objective
+    loss_fn = loss_fn or OBJECTIVES[objective.kind](model, shape.loss_chunks, objective)
     init = jax.jit(make_init(cfg), out_shardings=shardings)
     train_step = jax.jit(
         make_train_step(loss_fn, cfg.optim, model.cfg, shape.accumulation_steps),

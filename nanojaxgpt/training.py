@@ -40,6 +40,7 @@ from nanojaxgpt.model.transformer import Transformer
 from nanojaxgpt.objectives import Loss
 from nanojaxgpt.perplexity import evaluate_batches, make_eval_step
 from nanojaxgpt.recorder import Job, train_ramp
+from nanojaxgpt.rollout import Roller, policy_step
 from nanojaxgpt.rundir import enter_run, own_run, write_identity
 from nanojaxgpt.step import TrainState, first_state, make_step, open_state, traced_multipliers
 from nanojaxgpt.trackers import check_installed
@@ -68,6 +69,9 @@ def make_job(cfg: JobConfig, data: RunData, mesh: Mesh, loss_fn: Loss | None = N
     memory.check_state(cfg, mesh, step.abstract, step.frozen)
     lower = functools.partial(memory.suggestions, cfg, mesh)
     train_step = memory.checked(step.train_step, mesh, "a training step", lower)
+    if cfg.objective.kind == "policy":
+        roller = Roller(cfg, data.tokenizer, mesh)
+        train_step = policy_step(train_step, roller, lambda: start_params(cfg, mesh)[1])
     step = step._replace(train_step=train_step)
     params = merge_params(step.abstract.params, step.frozen)
     held = {"parameters": params, "optimizer state": step.abstract.opt_state}
@@ -159,21 +163,30 @@ def start_state(
         return open_state(job.cfg, jax.device_put(np.int32(step), job.shardings.step), items)
     if job.cfg.init.state == "all":
         return branch_state(job, report, team)
-    init = job.cfg.init
-    if not (init.from_run or init.from_model):
+    if not (job.cfg.init.from_run or job.cfg.init.from_model):
         return job.init(jax.random.key(job.cfg.train.seed))
-    source = find_model(init.from_model) if init.from_model else Path(init.from_run)
-    if isinstance(source, Path):
-        step, params = checkpoint.load_params(
-            source, job.cfg.model, job.mesh, init.step, report, team
-        )
-        report(f"starting from the parameters of {source}, step {step}")
-    else:
-        params = read_params(source, job.cfg.model, job.mesh)
-        report(f"starting from the parameters of {source.origin}")
+    origin, params = start_params(job.cfg, job.mesh, report, team)
+    report(f"starting from the parameters of {origin}")
     first = functools.partial(first_state, job.cfg)
     frozen = jax.tree.map(lambda leaf: leaf.sharding, job.frozen)
     return jax.jit(first, out_shardings=(job.shardings, frozen), donate_argnums=0)(params)
+
+
+def start_params(
+    cfg: JobConfig, mesh: Mesh, report: Callable[[str], None] = print, team: Team = ALONE
+) -> tuple[str, Params]:
+    """Return (origin, parameters) of the run or model that a config starts from.
+
+    Raises ConfigError where it starts from scratch.
+    """
+    init = cfg.init
+    if not (init.from_run or init.from_model):
+        raise ConfigError("objective.kl needs a model to hold to: set init.from_run or from_model")
+    source = find_model(init.from_model) if init.from_model else Path(init.from_run)
+    if isinstance(source, Path):
+        step, params = checkpoint.load_params(source, cfg.model, mesh, init.step, report, team)
+        return f"{source}, step {step}", params
+    return source.origin, read_params(source, cfg.model, mesh)
 
 
 def fit(

@@ -215,6 +215,30 @@ class Optim(Section, traced=True):
 
 
 @dataclass(frozen=True)
+class Objective(Section):
+    """What training minimizes; see docs/finetune.md. Numbers can be swept in one compile."""
+
+    kind: str = field("language", "language: the next token; policy: rewards of samples (GRPO)",
+        choices=("language", "policy"))
+    group_size: int = field(8, "policy: completions of each prompt", low=2)
+    max_tokens: int = field(64, "policy: tokens of a completion, at most", low=1)
+    temperature: float = field(1.0, "policy: of the samples, and of their log-probabilities",
+        low=1e-2)
+    aggregation: str = field("dapo", "policy: tokens alike, completions alike, or by max_tokens",
+        choices=("dapo", "grpo", "dr_grpo"))
+    ratio: str = field("token", "policy: of each token, or of the completion (GSPO)",
+        choices=("token", "sequence"))
+    clip_low: float = field(0.2, "policy: ratios below 1 - this are clipped", high=1, traced=True)
+    clip_high: float = field(0.2, "policy: ratios above 1 + this are clipped", traced=True)
+    kl: float = field(0.0, "policy: weight of the KL from the start; 0: off", traced=True)
+    updates: int = field(1, "policy: updates on the same samples", low=1)
+    reward: str = field("", "policy: FILE.py:FUNCTION(prompt, completion, record) -> number",
+        place=True)
+    reward_seconds: float = field(10.0, "policy: a call may take this long", low=1e-3, resume=True,
+        host_only=True)
+
+
+@dataclass(frozen=True)
 class Mesh(Section, resume=True, place=True):
     """Devices per axis; -1: all that remain."""
 
@@ -306,6 +330,7 @@ class Config:
     model: Model = Model()
     data: Data = Data()
     optim: Optim = Optim()
+    objective: Objective = Objective()
     mesh: Mesh = Mesh()
     train: Train = Train()
     eval: Eval = Eval()

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from nanojaxgpt.config.sections import Objective
 from nanojaxgpt.data.rows import Batch
 from nanojaxgpt.loss import loss_sum
 from nanojaxgpt.model.config import MULTIPLIERS, Multipliers
@@ -12,8 +13,10 @@ from nanojaxgpt.objectives import Loss, Metric
 from nanojaxgpt.schedules import Hyper
 from nanojaxgpt.trainable import merge_params
 
+PLAIN = Objective()
 
-def make_loss(model: Transformer, loss_chunks: int) -> Loss:
+
+def make_loss(model: Transformer, loss_chunks: int, objective: Objective = PLAIN) -> Loss:
     """Return the loss: the sum of weighted token losses in nats, and of the weights."""
 
     def loss(
