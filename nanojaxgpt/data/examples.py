@@ -1,4 +1,4 @@
-"""In: a source of examples for fine-tuning. Out: shards of tokens, each with the tokens' weights."""
+"""In: a source of examples for fine-tuning. Out: shards of tokens and their weights."""
 
 import json
 from collections.abc import Iterator
@@ -12,10 +12,10 @@ import numpy as np
 from nanojaxgpt.config import sections
 from nanojaxgpt.data import shards
 from nanojaxgpt.data.chat import Encoded, encode_example
-from nanojaxgpt.data.exactness import Loss
+from nanojaxgpt.data.exactness import Loss, count_loss
 from nanojaxgpt.data.shards import describe_file, token_dtype, write_whole
 from nanojaxgpt.data.sources.documents import BadTexts
-from nanojaxgpt.data.sources.records import Example, read_examples
+from nanojaxgpt.data.sources.records import Example, example_texts, read_examples
 from nanojaxgpt.data.tokenizers import Tokenizer
 from nanojaxgpt.errors import ConfigError, DataError
 from nanojaxgpt.interchange.templates import (
@@ -28,6 +28,7 @@ from nanojaxgpt.interchange.templates import (
 from nanojaxgpt.regular import read_regular
 
 FORMAT = 1  # raise it whenever the same examples and template would give other ids or weights
+NO_LOSS = Loss(0, 0, 0)
 TEMPLATED = ("chat", "pairs", "preferences")
 
 
@@ -39,6 +40,7 @@ class Recipe:
     location: str
     template: str  # the text of a chat template, or ""
     labels: tuple[str, ...] = ()  # (): those of the source itself
+    lossy: bool = False  # the tokenizer may alter texts
     ends: dict[int, int] = field(default_factory=dict)  # how often which id ends a document
 
     def key(self) -> dict[str, Any]:
@@ -113,13 +115,13 @@ def encode_examples(
     template: ChatTemplate | None,
     labels: tuple[str, ...],
     bad: BadTexts,
-) -> Iterator[tuple[Encoded, ...]]:
-    """Yield the documents of each example that can be used."""
+) -> Iterator[tuple[tuple[Encoded, ...], Loss]]:
+    """Yield the documents of each example that can be used, and what its texts lose."""
     numbers = {label: number for number, label in enumerate(labels)}
     for example in read_examples(recipe.kind, recipe.location, bad, bad.report):
         if labels and str(example.label) not in numbers:
-            bad(f"{example.place} has the label {example.label!r}, which is not one of the training "
-                f"data: {', '.join(labels)}")  # fmt: skip
+            known = ", ".join(labels)
+            bad(f"{example.place} has an unknown label, {example.label!r}; known: {known}")
             continue
         try:
             encoded = encode_example(recipe.kind, example, tokenizer, template, numbers)
@@ -130,11 +132,20 @@ def encode_examples(
             raise DataError(f"{example.place}: {error}") from error
         for ids, _ in encoded:
             recipe.ends[ids[-1]] = recipe.ends.get(ids[-1], 0) + 1
-        yield encoded
+        yield encoded, lost_by(tokenizer, example) if recipe.lossy else NO_LOSS
+
+
+def lost_by(tokenizer: Tokenizer, example: Example) -> Loss:
+    """Return what the texts of an example lose as they become tokens."""
+    total, bytes_V = np.zeros(len(NO_LOSS), np.int64), tokenizer.token_bytes()
+    for text in example_texts(example):
+        ids = tokenizer.encode(text)
+        total += count_loss(tokenizer, text, ids, int(bytes_V[ids].sum()))
+    return Loss(min(1, int(total[0])), *total[1:].tolist())
 
 
 def find_labels(recipe: Recipe, skip: bool) -> tuple[str, ...]:
-    """Return the labels of a source in order: of numbers, else of their spelling; () if it has none.
+    """Return the labels of a source, sorted as numbers or by their spelling; () if it has none.
 
     Raises DataError where there is only one.
     """
@@ -167,26 +178,35 @@ def report_ends(
 
 
 def write_all(
-    folder: Path, examples: Iterator[tuple[Encoded, ...]], tokenizer: Tokenizer, labelled: bool
+    folder: Path,
+    examples: Iterator[tuple[tuple[Encoded, ...], Loss]],
+    tokenizer: Tokenizer,
+    labelled: bool,
 ) -> Iterator[dict[str, Any]]:
     """Write shards of whole examples; yield what describes each."""
     bytes_V, numbers = tokenizer.token_bytes(), count()
     held: list[Encoded] = []
-    size = 0
-    for documents in examples:
+    sums = np.zeros(1 + len(NO_LOSS), np.int64)  # bytes of text, and what was lost
+
+    def describe() -> dict[str, Any]:
+        path = folder / f"{next(numbers):05}.tokens"
+        text_bytes, *lost = sums.tolist()
+        counts = dict(text_bytes=text_bytes, **Loss(*lost)._asdict())
+        return write_weighted(path, held, tokenizer) | counts
+
+    for documents, loss in examples:
         held += documents
-        for ids, _ in documents:
-            size += int(bytes_V[ids[: len(ids) - labelled]].sum())
-        if size >= shards.SHARD_BYTES:
-            yield write_shard(folder / f"{next(numbers):05}.tokens", held, tokenizer, size)
-            held, size = [], 0
+        size = sum(int(bytes_V[ids[: len(ids) - labelled]].sum()) for ids, _ in documents)
+        sums += (size, *loss)
+        if sums[0] >= shards.SHARD_BYTES:
+            yield describe()
+            held.clear()
+            sums[:] = 0
     if held:
-        yield write_shard(folder / f"{next(numbers):05}.tokens", held, tokenizer, size)
+        yield describe()
 
 
-def write_shard(
-    path: Path, documents: list[Encoded], tokenizer: Tokenizer, text_bytes: int
-) -> dict[str, Any]:
+def write_weighted(path: Path, documents: list[Encoded], tokenizer: Tokenizer) -> dict[str, Any]:
     """Write a shard's tokens, weights and its documents' lengths; return what describes it."""
     tokens = np.concatenate([ids for ids, _ in documents]).astype(token_dtype(tokenizer))
     weights = np.concatenate([weights for _, weights in documents]).astype(np.uint8)
@@ -199,9 +219,7 @@ def write_shard(
         file=path.name,
         tokens=len(tokens),
         documents=len(documents),
-        text_bytes=text_bytes,
         trained=int(weights.sum()),
-        **Loss(0, 0, 0)._asdict(),
         **describe_file(path),
         weights=dict(file=weights_path.name, **describe_file(weights_path)),
     )

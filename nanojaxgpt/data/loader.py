@@ -136,8 +136,8 @@ def open_data(
     """Return the data that the config names, made below `folder` where it is not there yet.
 
     `inherited` is the tokenizer of the parameters to start from: data.tokenizer "" means this one,
-    and any other is refused; data.chat_template "" means `inherited_chat`. Raises ConfigError for that, and for a name, an option or a weight
-    that can't be used, DataError as `prepare` does.
+    and any other is refused; data.chat_template "" means `inherited_chat`. Raises ConfigError for
+    that, and for a name, an option or a weight that can't be used, DataError as `prepare` does.
     """
     check_data(data)
     if is_task(data):
@@ -225,8 +225,8 @@ def open_source(
     """Return the data of one source by a tokenizer that is there: all of it is for validation.
 
     Of a generated task it is the examples that are held out. Examples are written by
-    `inherited_chat` unless data.chat_template says otherwise, `labels` are those of a run. Raises what `open_data` raises, and
-    DataError where the tokenizer can't write the source.
+    `inherited_chat` unless data.chat_template says otherwise, `labels` are those of a run. Raises
+    what `open_data` raises, and DataError where the tokenizer can't write the source.
     """
     if source.startswith("task:"):
         found = task_data(source)
@@ -268,7 +268,7 @@ def text_data(corpus: Corpus, data: sections.Data, report: Report, template: str
         if (line := describe_fit(name, fit, seq_len)) not in said:
             said.add(line)
             report(line)
-        return planned_rows(store, fit.plan, seq_len)
+        return planned_rows(store, fit.plan, seq_len, weighted=True)
 
     def train(seq_len: int) -> tuple[WeightedRows, ...]:
         return tuple(

@@ -77,10 +77,9 @@ def packed_rows(store: Store, span: Span, seq_len: int) -> Rows:
     return planned_rows(store, plan_rows(store.document_starts, span, seq_len), seq_len)
 
 
-def planned_rows(store: Store, plan: RowPlan, seq_len: int) -> Rows:
-    """Return the rows of a plan; targets of examples have the weights of their store."""
+def planned_rows(store: Store, plan: RowPlan, seq_len: int, weighted: bool = False) -> Rows:
+    """Return the rows of a plan; with `weighted` targets have the weights of the store."""
     count_T = np.arange(plan.places_P.max(initial=0))
-    weighted = bool(store.weights)
 
     def read(index_B: np.ndarray, key_B: np.ndarray) -> Batch:
         first_B, last_B = plan.borders[index_B], plan.borders[index_B + np.uint64(1)]

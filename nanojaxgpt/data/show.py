@@ -38,8 +38,8 @@ def show_examples(data: RunData, seq_len: int, overlong: str) -> Iterator[str]:
             lengths = lengths.reshape(-1, 2).sum(1)
         fit = plan_examples(store, (0, store.num_tokens), seq_len, overlong)
         yield (f"  {fit.num_examples:,} examples of {lengths.min():,} to {lengths.max():,} tokens, "
-               f"mean {lengths.mean():,.1f}; at model.seq_len={seq_len} {fit.dropped:,} are dropped, "
-               f"{fit.cut:,} cut")  # fmt: skip
+               f"mean {lengths.mean():,.1f}")  # fmt: skip
+        yield f"  at model.seq_len={seq_len}, {fit.dropped:,} are dropped and {fit.cut:,} cut"
         yield from histogram(lengths)
         yield ""
 

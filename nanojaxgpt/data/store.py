@@ -15,8 +15,8 @@ import numpy as np
 
 from nanojaxgpt.config import sections
 from nanojaxgpt.data import shards
-from nanojaxgpt.data.examples import Recipe, write_example_shards
 from nanojaxgpt.data.exactness import Loss, find_loss
+from nanojaxgpt.data.examples import Recipe, write_example_shards
 from nanojaxgpt.data.manifests import (
     FORMAT,
     read_manifest,
@@ -216,9 +216,9 @@ def prepare(
     """Return the corpus, building below `cache_dir` what is not there yet.
 
     `inherited` is the tokenizer of the parameters to start from, which `data` must not contradict,
-    `template` the chat template for examples. Labels are numbered as in the first source. Raises ConfigError and DataError as the sources and the tokenizer do, ConfigError where the
-    validation source is one to train on, and DataError where a store can't be written or was
-    altered.
+    `template` the chat template for examples. Labels are numbered as in the first source. Raises
+    ConfigError and DataError as the sources and the tokenizer do, ConfigError where the validation
+    source is one to train on, and DataError where a store can't be written or was altered.
     """
     weighted = weighted_sources(data)
     contents = [source_identity(source, data) for _, source in weighted]
@@ -337,15 +337,16 @@ def prepare_store(
 ) -> Store:
     """Return the store of one source, whose identity is `content`, tokenized where it is not.
 
-    Examples are written by the chat `template`, labels numbered as in `labels`, or as they are
-    sorted. Raises DataError where its texts lose anything by the tokenizer, unless `data` accepts that.
+    Examples are written by the chat `template`; `labels` (default: the source's own) give each its
+    number. Raises DataError where its texts lose anything by the tokenizer, unless `data` accepts
+    that.
     """
     key = dict(format=FORMAT, source=content, tokenizer=tokenizer.content_hash())
     key |= dict(bad_text=data.bad_text, shard_bytes=shards.SHARD_BYTES)
     recipe = None
     if is_examples(source):
         kind, location = source.partition(":")[0], find_source(source, data)[1]
-        recipe = Recipe(kind, location, template, labels)
+        recipe = Recipe(kind, location, template, labels, lossy)
         key |= {"examples": recipe.key()}
     folder = Path(cache_dir) / content_key(key)
     with making(folder, report) as unfinished:

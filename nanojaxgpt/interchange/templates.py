@@ -30,7 +30,7 @@ MEMORY = 1 << 30  # bytes of the process in which a template is tried
 # no text has it, and Jinja's filters leave it alone.
 BREAK = "\U0010fffd"
 
-# Spells the end token of a tokenizer that has no spelling for it. Messages lose it as they do BREAK.
+# Spells the end token where a tokenizer does not. Messages lose it as they do BREAK.
 END = "\U0010fffc"
 # A template for a model that has none; it needs no control tokens but the end token.
 PLAIN = """\

@@ -3,7 +3,7 @@
 The format is that of the first record; a record of another one is an error with its line.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from nanojaxgpt.checks import kind_of, show
@@ -133,7 +133,7 @@ def read_sharegpt(place: str, record: Mapping[str, Any]) -> Example:
 def read_completion(place: str, record: Mapping[str, Any]) -> Example:
     """Return a prompt and its completion."""
     return Example(
-        place, read_prompt(record["prompt"]), (read_answer("completion", record["completion"]),)
+        place, check_prompt(record["prompt"]), (check_answer("completion", record["completion"]),)
     )
 
 
@@ -142,7 +142,7 @@ def read_alpaca(place: str, record: Mapping[str, Any]) -> Example:
     parts = [check_string("instruction", record["instruction"])]
     parts += [check_string("input", record.get("input") or "")]
     prompt = "\n\n".join(part for part in parts if part.strip())
-    return Example(place, prompt, (read_answer("output", record["output"]),))
+    return Example(place, prompt, (check_answer("output", record["output"]),))
 
 
 def read_label(place: str, record: Mapping[str, Any]) -> Example:
@@ -157,10 +157,10 @@ def read_label(place: str, record: Mapping[str, Any]) -> Example:
 
 def read_preference(place: str, record: Mapping[str, Any]) -> Example:
     """Return a prompt, the answer that is preferred, and the other one."""
-    answers = tuple(read_answer(name, record[name]) for name in ("chosen", "rejected"))
+    answers = tuple(check_answer(name, record[name]) for name in ("chosen", "rejected"))
     if answers[0] == answers[1]:
         raise BadRecordError("has the same answer as chosen and as rejected")
-    return Example(place, read_prompt(record["prompt"]), answers)
+    return Example(place, check_prompt(record["prompt"]), answers)
 
 
 READERS: dict[str, Callable[[str, Mapping[str, Any]], Example]] = {
@@ -173,7 +173,7 @@ READERS: dict[str, Callable[[str, Mapping[str, Any]], Example]] = {
 }
 
 
-def read_prompt(value: Any) -> str | tuple[Message, ...]:
+def check_prompt(value: Any) -> str | tuple[Message, ...]:
     """Return a prompt: text, or messages that do not end with an answer."""
     if isinstance(value, str):
         return check_string("prompt", value)
@@ -183,7 +183,7 @@ def read_prompt(value: Any) -> str | tuple[Message, ...]:
     return messages
 
 
-def read_answer(field: str, value: Any) -> str | tuple[Message, ...]:
+def check_answer(field: str, value: Any) -> str | tuple[Message, ...]:
     """Return a text that is not blank, or messages, the last one of the assistant."""
     if not isinstance(value, str):
         messages = check_messages(field, value)
@@ -232,14 +232,15 @@ def check_string(field: str, value: object) -> str:
 def read_texts(kind: str, location: str, refuse: Refuse) -> Iterator[Document]:
     """Yield the texts of each example as a document, for a tokenizer that learns from them."""
     for example in read_examples(kind, location, refuse, lambda _: None):
-        parts = [example.prompt, *example.answers]
-        texts = [text for part in parts for text in contents(part)]
-        yield Document(example.place, "\n".join(texts))
+        yield Document(example.place, "\n".join(example_texts(example)))
 
 
-def contents(part: str | Sequence[Message]) -> list[str]:
-    """Return the texts of a prompt or of an answer."""
-    return [part] if isinstance(part, str) else [message["content"] for message in part]
+def example_texts(example: Example) -> list[str]:
+    """Return the texts of a prompt and of its answers."""
+    texts: list[str] = []
+    for part in (example.prompt, *example.answers):
+        texts += [part] if isinstance(part, str) else [message["content"] for message in part]
+    return texts
 
 
 def identify_examples(kind: str, location: str) -> dict[str, Any]:
