@@ -10,7 +10,7 @@ from typing import NamedTuple
 from nanojaxgpt.data.sources.records import Example, Message, is_trained
 from nanojaxgpt.data.tokenizers import Tokenizer
 from nanojaxgpt.errors import ConfigError, DataError
-from nanojaxgpt.interchange.templates import BREAK, ChatTemplate, split_control
+from nanojaxgpt.interchange.templates import ChatTemplate, split_control, without_marks
 from nanojaxgpt.text_stream import encode_prompt
 
 Parts = str | Sequence[Message]
@@ -106,7 +106,7 @@ def check_prefix(beginning: str, text: str, number: int, what: str) -> None:
 
 def check_content(message: Message, answer: str, number: int) -> None:
     """Raise DataError where a template does not write an answer's text as it is."""
-    if message["content"].strip() not in answer.replace(BREAK, ""):
+    if without_marks(message["content"]).strip() not in without_marks(answer):
         raise DataError(
             f"the chat template does not write the answer of message {number + 1} as it is: "
             f"{visible(message['content'][:40])} becomes {visible(answer[:40])}; choose another "
@@ -115,8 +115,8 @@ def check_content(message: Message, answer: str, number: int) -> None:
 
 
 def visible(text: str) -> str:
-    """Return text in quotes, without what breaks spelled tokens."""
-    return repr(text.replace(BREAK, ""))
+    """Return text in quotes, as a person wrote it."""
+    return repr(without_marks(text))
 
 
 def encode_example(

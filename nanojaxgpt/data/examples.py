@@ -118,6 +118,7 @@ def encode_examples(
 ) -> Iterator[tuple[tuple[Encoded, ...], Loss]]:
     """Yield the documents of each example that can be used, and what its texts lose."""
     numbers = {label: number for number, label in enumerate(labels)}
+    bytes_V = tokenizer.token_bytes()
     for example in read_examples(recipe.kind, recipe.location, bad, bad.report):
         if labels and str(example.label) not in numbers:
             known = ", ".join(labels)
@@ -132,12 +133,12 @@ def encode_examples(
             raise DataError(f"{example.place}: {error}") from error
         for ids, _ in encoded:
             recipe.ends[ids[-1]] = recipe.ends.get(ids[-1], 0) + 1
-        yield encoded, lost_by(tokenizer, example) if recipe.lossy else NO_LOSS
+        yield encoded, lost_by(tokenizer, bytes_V, example) if recipe.lossy else NO_LOSS
 
 
-def lost_by(tokenizer: Tokenizer, example: Example) -> Loss:
+def lost_by(tokenizer: Tokenizer, bytes_V: np.ndarray, example: Example) -> Loss:
     """Return what the texts of an example lose as they become tokens."""
-    total, bytes_V = np.zeros(len(NO_LOSS), np.int64), tokenizer.token_bytes()
+    total = np.zeros(len(NO_LOSS), np.int64)
     for text in example_texts(example):
         ids = tokenizer.encode(text)
         total += count_loss(tokenizer, text, ids, int(bytes_V[ids].sum()))

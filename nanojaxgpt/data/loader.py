@@ -65,6 +65,12 @@ class RunData(NamedTuple):
     template: str = ""  # the chat template of the examples, where they have one
     examples: tuple[tuple[str, Store], ...] = ()  # the sources of examples, and their stores
 
+    @property
+    def kind(self) -> str:
+        """The kind of examples that have an objective of their own, one of ALONE, or ""."""
+        kinds = {store.examples["kind"] for _, store in self.examples} & set(ALONE)
+        return next(iter(kinds), "")
+
 
 def prepare_data(
     cfg: AnyConfig, report: Callable[[str], object], run: Path | None = None
@@ -265,7 +271,10 @@ def text_data(corpus: Corpus, data: sections.Data, report: Report, template: str
         if not store.examples:
             return plain(store, span, seq_len)
         fit = plan_examples(store, span, seq_len, data.overlong)
-        if (line := describe_fit(name, fit, seq_len)) not in said:
+        if fit.plan.places_P.size == 0 and name != "validation":
+            raise DataError(f"{describe_fit(name, fit, seq_len)}: none is left to train on; "
+                            "raise model.seq_len, or set data.overlong=cut")  # fmt: skip
+        if (fit.dropped or fit.cut) and (line := describe_fit(name, fit, seq_len)) not in said:
             said.add(line)
             report(line)
         return planned_rows(store, fit.plan, seq_len, weighted=True)

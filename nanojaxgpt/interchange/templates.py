@@ -4,6 +4,7 @@ A template is a program of somebody else. It runs in Jinja's sandbox, for at mos
 tried in a process of its own, with a limit on its memory, before it is used here.
 """
 
+import functools
 import json
 import re
 import subprocess
@@ -252,23 +253,34 @@ def break_control(value: Any, control: Mapping[str, int]) -> Any:
         return [break_control(part, control) for part in value]
     if not isinstance(value, str):
         return value
-    text = value.replace(BREAK, "").replace(END, "")
+    text = without_marks(value)
     for token in control:
         text = text.replace(token, token[:1] + BREAK + token[1:])
     return text
 
 
+def without_marks(text: str) -> str:
+    """Return a text without BREAK and END, which are no part of it."""
+    return text.replace(BREAK, "").replace(END, "")
+
+
 def split_control(text: str, control: Mapping[str, int]) -> list[tuple[str, int]]:
     """Return (text, the control token after it) of the parts of a text; -1 after the last."""
-    longest = sorted(control, key=len, reverse=True)
-    if not longest:
+    if not control:
         return [(text, -1)]
-    pieces = re.split(f"({'|'.join(map(re.escape, longest))})", text)
+    pieces = control_pattern(tuple(control)).split(text)
     pieces.append("")
     return [
         (before, control.get(token, -1))
         for before, token in zip(pieces[::2], pieces[1::2], strict=True)
     ]
+
+
+@functools.lru_cache(16)
+def control_pattern(spellings: tuple[str, ...]) -> re.Pattern[str]:
+    """Return the pattern that finds control tokens, the longest first."""
+    longest = sorted(spellings, key=len, reverse=True)
+    return re.compile(f"({'|'.join(map(re.escape, longest))})")
 
 
 def load_template(folder: Path) -> str:
