@@ -6,9 +6,11 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import pyarrow
 import pytest
 import tokenizers
 from conftest import assert_batches_equal, data_config
+from pyarrow import parquet
 
 from nanojaxgpt import sharding
 from nanojaxgpt.data.chat import encode_answer, encode_turns
@@ -351,6 +353,27 @@ def test_the_format_of_the_first_record_is_found_and_reported(kind, record, text
     assert bytes([tokens[0], *targets[:-1].tolist()]).decode() == text
     assert notice in said[0]
     assert data.template == PLAIN
+
+
+@pytest.mark.parametrize("container", ["parquet", "hf"])
+def test_examples_come_from_tables_as_from_json_lines(container, tmp_path):
+    lines = opened(tmp_path, f"chat:{write(tmp_path / 'x.jsonl', CHATS)}", chat_template="plain")
+    if container == "hf":
+        datasets = pytest.importorskip("datasets", reason="an extra")
+        path = tmp_path / "saved"
+        datasets.Dataset.from_list(CHATS).save_to_disk(path)
+    else:
+        path = tmp_path / "x.parquet"
+        parquet.write_table(pyarrow.Table.from_pylist(CHATS), path)
+    rows = opened(tmp_path, f"chat:{container}:{path}", chat_template="plain")
+    assert_batches_equal(all_rows(lines.train(99)[0].rows), all_rows(rows.train(99)[0].rows))
+    if container == "parquet":
+        bad = [*CHATS, {"messages": [user("a"), assistant("")]}]
+        parquet.write_table(pyarrow.Table.from_pylist(bad), path)
+        with pytest.raises(
+            DataError, match=r"x\.parquet, row 61 \(messages, message 2\) is an empty"
+        ):
+            opened(tmp_path, f"chat:parquet:{path}", chat_template="plain")
 
 
 GOOD = {"prompt": "a", "completion": "b"}

@@ -21,7 +21,7 @@ from nanojaxgpt.data.sources.files import (
 )
 from nanojaxgpt.data.sources.hub import identify_hub, read_hub
 from nanojaxgpt.data.sources.parquet import identify_parquet, read_parquet
-from nanojaxgpt.data.sources.records import KINDS, readers
+from nanojaxgpt.data.sources.records import KINDS, readers, split_container
 from nanojaxgpt.data.sources.stdlib import identify_stdlib, read_stdlib
 from nanojaxgpt.data.sources.tfds import check_tfds, identify_tfds, read_tfds
 from nanojaxgpt.errors import ConfigError, DataError
@@ -139,6 +139,9 @@ def check_sources(data: sections.Data) -> None:
         if source:
             _, location = split_source(source)
             kind = source.partition(":")[0]
+            if kind in KINDS:
+                container, location = split_container(location)
+                kind = container or kind
             if kind in DOWNLOADED and not is_url(location):
                 check_location(kind, location)
             elif kind == "tfds":

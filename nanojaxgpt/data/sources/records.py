@@ -1,5 +1,6 @@
-"""In: a JSON lines file of examples for fine-tuning. Out: the examples, whatever format they have.
+"""In: a file of examples for fine-tuning. Out: the examples, whatever format they have.
 
+It is JSON lines, or with KIND:parquet:PATH or KIND:hf:NAME one of these.
 The format is that of the first record; a record of another one is an error with its line.
 """
 
@@ -10,6 +11,8 @@ from nanojaxgpt.checks import kind_of, show
 from nanojaxgpt.config import sections
 from nanojaxgpt.data.sources.documents import Document, Refuse, check_text
 from nanojaxgpt.data.sources.files import JSON_ENDINGS, identify_files, read_objects
+from nanojaxgpt.data.sources.hub import identify_hub_rows, read_hub_rows
+from nanojaxgpt.data.sources.parquet import identify_rows, read_rows
 
 Message = Mapping[str, Any]  # role, content, and what else a template reads
 
@@ -37,6 +40,12 @@ SHAREGPT_ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "a
                   "assistant": "assistant"}  # fmt: skip
 
 
+CONTAINERS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "parquet": (read_rows, identify_rows),
+    "hf": (read_hub_rows, identify_hub_rows),
+}
+
+
 class Example(NamedTuple):
     """A record as it is trained on: a prompt and what may follow it, or a text and its label.
 
@@ -44,7 +53,7 @@ class Example(NamedTuple):
     comes before the rejected one.
     """
 
-    place: str  # file:line
+    place: str  # file:line, or a row
     prompt: str | tuple[Message, ...]
     answers: tuple[str | tuple[Message, ...], ...] = ()
     label: str | int = ""
@@ -63,9 +72,8 @@ def read_examples(
     kind: str, location: str, refuse: Refuse, report: Callable[[str], object]
 ) -> Iterator[Example]:
     """Yield the examples of a source; `report` is told which format they have."""
-    advice = " or ".join(FORMATS[name][1] for name in KINDS[kind])
     found, first = "", ""
-    for _, place, record in read_objects(kind, location, f"write one per line: {advice}", refuse):
+    for place, record in read_records(kind, location, refuse):
         try:
             if not found:
                 found, first = detect(kind, record), place
@@ -78,6 +86,25 @@ def read_examples(
             yield READERS[found](place, record)
         except BadRecordError as error:
             refuse(f"{place} {error}")
+
+
+def read_records(
+    kind: str, location: str, refuse: Refuse
+) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield (where it stands, fields) of each record."""
+    container, path = split_container(location)
+    if container in CONTAINERS:
+        yield from CONTAINERS[container][0](path, refuse)
+    else:
+        advice = " or ".join(FORMATS[name][1] for name in KINDS[kind])
+        lines = read_objects(kind, path, f"write one per line: {advice}", refuse)
+        yield from ((place, record) for _, place, record in lines)
+
+
+def split_container(location: str) -> tuple[str, str]:
+    """Return ("parquet" or "hf", what follows), or ("", the path of JSON lines)."""
+    container, _, path = location.partition(":")
+    return (container, path) if container in CONTAINERS else ("", location)
 
 
 def detect(kind: str, record: Mapping[str, Any]) -> str:
@@ -204,20 +231,20 @@ def check_messages(field: str, value: Any) -> tuple[Message, ...]:
         where = f"{field}, message {number}"
         if not isinstance(message, dict):
             raise BadRecordError(f"({where}) holds {kind_of(message)}, not an object")
-        role, weight = message.get("role"), message.get("weight", 1)
+        role, weight = message.get("role"), message.get("weight")
         if role not in ROLES:
             raise BadRecordError(f"({where}) has the role {show(role)}; known: {', '.join(ROLES)}")
         content = check_string(f"content of {where}", message.get("content"))
         if role == "assistant" and not content.strip():
             raise BadRecordError(f"({where}) is an empty answer")
-        if weight not in (0, 1):
+        if weight not in (None, 0, 1):
             raise BadRecordError(f"({where}) has the weight {show(weight)}, which must be 0 or 1")
     return tuple(value)
 
 
 def is_trained(message: Message) -> bool:
     """Return whether a message is an answer to train on: weight 0 excludes one."""
-    return message["role"] == "assistant" and bool(message.get("weight", 1))
+    return message["role"] == "assistant" and message.get("weight") in (None, 1)
 
 
 def check_string(field: str, value: object) -> str:
@@ -244,8 +271,11 @@ def example_texts(example: Example) -> list[str]:
 
 
 def identify_examples(kind: str, location: str) -> dict[str, Any]:
-    """Return the name, size and hash of every file."""
-    return identify_files(kind, location, JSON_ENDINGS)
+    """Return what tells the examples from any others."""
+    container, path = split_container(location)
+    if container in CONTAINERS:
+        return {"container": container, **CONTAINERS[container][1](path)}
+    return identify_files(kind, path, JSON_ENDINGS)
 
 
 def readers(kind: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
