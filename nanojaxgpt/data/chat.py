@@ -10,7 +10,7 @@ from typing import NamedTuple
 from nanojaxgpt.data.sources.records import Example, Message, is_trained
 from nanojaxgpt.data.tokenizers import Tokenizer
 from nanojaxgpt.errors import ConfigError, DataError
-from nanojaxgpt.interchange.templates import ChatTemplate, split_control, without_marks
+from nanojaxgpt.interchange.templates import ChatTemplate, control_pattern, without_marks
 from nanojaxgpt.text_stream import encode_prompt
 
 Parts = str | Sequence[Message]
@@ -79,16 +79,16 @@ def encode_turns(template: ChatTemplate, messages: Sequence[Message], first: int
 
 
 def cut_turn(text: str, template: ChatTemplate) -> str:
-    """Return an answer up to its end of turn, the template's first control token; else all of it.
+    """Return an answer up to its end of turn, the control token after its last text.
 
-    What follows, a newline say, is the template's own, and belongs to the next turn.
+    All of it where there is no such token. What follows, a newline say, is the template's own, and
+    belongs to the next turn.
     """
-    (answer, token), *_ = split_control(text, template.control)
-    if token < 0:
+    if not template.control:
         return text
-    spelled = next(name for name, number in template.control.items()
-                   if number == token and text.startswith(name, len(answer)))  # fmt: skip
-    return answer + spelled
+    parts = control_pattern(tuple(template.control)).split(text)  # texts, and tokens between them
+    last = max((i for i in range(0, len(parts), 2) if parts[i].strip()), default=0)
+    return "".join(parts[: last + 2])
 
 
 def check_prefix(beginning: str, text: str, number: int, what: str) -> None:

@@ -234,6 +234,8 @@ def check_messages(field: str, value: Any) -> tuple[Message, ...]:
         role, weight = message.get("role"), message.get("weight")
         if role not in ROLES:
             raise BadRecordError(f"({where}) has the role {show(role)}; known: {', '.join(ROLES)}")
+        if message.get("tool_calls"):
+            raise BadRecordError(f"({where}) has tool_calls, which are not supported")
         content = check_string(f"content of {where}", message.get("content"))
         if role == "assistant" and not content.strip():
             raise BadRecordError(f"({where}) is an empty answer")
