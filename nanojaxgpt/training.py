@@ -248,7 +248,8 @@ def write_run(job: Job, run: Path, report: Callable[[str], None]) -> None:
         report(f"changed since the run began: {name} {old!r} -> {new!r}")
     (run / "tokenizer").mkdir(exist_ok=True)
     job.data.tokenizer.save(run / "tokenizer")
-    save_template(run / "tokenizer", inherited_template(job.cfg.init, run))
+    template = job.data.template or inherited_template(job.cfg.init, run)
+    save_template(run / "tokenizer", template)
     devices = [device.device_kind for device in job.mesh.devices.flat]
     write_identity(run, job.cfg, job.data.identity, devices, report)
     num_params = count_params(job.cfg.model)

@@ -25,6 +25,7 @@ class Batch(NamedTuple):
     weights_BT: Array  # float32; 0: this target is not scored
     segments_BT: Array | None = None  # int32; 1, 2, ... in each row, 0: padding
     positions_BT: Array | None = None  # int32; they restart with each segment
+    documents_BT: Array | None = None  # int32; of preferences: a document's number, -1: padding
 
 
 # (step, first_row, last_row) -> the rows [first_row, last_row) of that step's batch.
