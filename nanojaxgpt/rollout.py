@@ -53,10 +53,10 @@ def open_reward(objective: Objective) -> Reward:
         raise ConfigError(
             f"objective.reward={objective.reward!r} must name a function, FILE.py:FUNCTION"
         )
-    reward = getattr(load_module(path), name, None)
-    if not callable(reward):
+    module = load_module(path)
+    if not callable(getattr(module, name, None)):
         raise ConfigError(f"objective.reward: {path} has no function {name!r}")
-    return reward
+    return getattr(module, name)
 
 
 def read_prompts(batch: Batch, tokenizer: Tokenizer) -> list[Prompt]:
@@ -175,13 +175,15 @@ class Roller:
         chunks = self.cfg.train.loss_chunks
         return token_log_probs(head, x_BTD, rollout.targets_BT, chunks, self.objective.temperature)
 
-    def roll(self, params: Params, batch: Batch, step: int) -> tuple[Rollout, dict[str, float]]:
+    def roll(
+        self, params: Params, batch: Batch, step: int, seed: int
+    ) -> tuple[Rollout, dict[str, float]]:
         """Return the rollout of a batch of prompts at a 0-based step, and its numbers."""
         prompts = read_prompts(batch, self.tokenizer)
         size = self.objective.group_size
         ids_PT, lengths_P = pad_prompts(prompts, self.width)
         ids_BT, lengths_B = np.repeat(ids_PT, size, 0), np.repeat(lengths_P, size)
-        key = jax.random.fold_in(jax.random.key(np.uint32(self.cfg.train.seed)), step)
+        key = jax.random.fold_in(jax.random.key(np.uint32(seed)), step)
         drawn_BC = np.asarray(generate(
             self.model, params, ids_BT, lengths_B, jax.random.fold_in(key, DRAWS),
             max_tokens=self.objective.max_tokens, how=self.how,
@@ -228,7 +230,7 @@ def policy_step(
         state: TrainState, batch: Batch, hyper: Mapping[str, Any], frozen: Params
     ) -> tuple[TrainState, dict[str, Any]]:
         number, params = int(state.step), merge_params(state.params, frozen)
-        rollout, numbers = roller.roll(params, batch, number)
+        rollout, numbers = roller.roll(params, batch, number, int(hyper["seed"]))
         if objective.kl:
             held.extend([] if held else [reference()])
             rollout = rollout._replace(reference_BT=roller.score(held[0], rollout))

@@ -186,7 +186,7 @@ def start_params(
     if isinstance(source, Path):
         step, params = checkpoint.load_params(source, cfg.model, mesh, init.step, report, team)
         return f"{source}, step {step}", params
-    return source.origin, read_params(source, cfg.model, mesh)
+    return str(source.origin), read_params(source, cfg.model, mesh)
 
 
 def fit(

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nanojaxgpt.config.sections import Objective
+from nanojaxgpt.data.rows import Array
 from nanojaxgpt.loss import token_log_probs
 from nanojaxgpt.model.config import MULTIPLIERS, Multipliers
 from nanojaxgpt.model.parameters import Params
@@ -28,10 +29,10 @@ class Rollout(NamedTuple):
     Log-probabilities are of the targets, at the temperature of the sampling.
     """
 
-    tokens_BT: jax.Array | np.ndarray  # int32
-    targets_BT: jax.Array | np.ndarray  # int32
-    weights_BT: jax.Array | np.ndarray  # float32
-    advantages_BT: jax.Array | np.ndarray  # float32, the same at all places of a row
+    tokens_BT: Array  # int32
+    targets_BT: Array  # int32
+    weights_BT: Array  # float32
+    advantages_BT: Array  # float32, the same at all places of a row
     old_BT: jax.Array | None = None  # of the policy that sampled; None: of the one that trains
     reference_BT: jax.Array | None = None  # of the policy that the KL term holds to
 

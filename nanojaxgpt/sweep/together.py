@@ -40,6 +40,8 @@ def open_group(cfg: Config, report: Callable[[str], None]) -> Job:
 
     Raises ConfigError, DataError.
     """
+    if cfg.objective.kind == "policy":
+        raise ConfigError("trials whose steps sample can't share one step: use --mode=map")
     sizes = {axis: 1 if size == -1 else size for axis, size in cfg.mesh.given().items()}
     devices, count = jax.devices(), math.prod(sizes.values())
     if len(devices) % count:
