@@ -5,6 +5,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from nanojaxgpt.model.parameters import PyTree
+
 
 @jax.custom_vjp
 def token_loss(logits_BTV: jax.Array, targets_BT: jax.Array, z_loss: jax.Array) -> jax.Array:
@@ -37,6 +39,26 @@ def _token_loss_backward(residuals: tuple, grad_BT: jax.Array) -> tuple:
 token_loss.defvjp(_token_loss_forward, _token_loss_backward)
 
 
+def split_sequence(array: jax.Array, chunks: int) -> jax.Array:
+    """Return an array [B, T, ...] as [chunks, B, T / chunks, ...]."""
+    parts = array.reshape(array.shape[0], chunks, -1, *array.shape[2:])
+    return jnp.swapaxes(parts, 0, 1)
+
+
+def map_chunks(function: Callable[..., PyTree], chunks: int, *arrays: jax.Array) -> PyTree:
+    """Return function(*arrays), where each array is [B, T, ...] and each result [B, T].
+
+    With `chunks` > 1 it is made from as many parts of the sequence, one after the other: what the
+    function makes in between exists for one part at a time, in the backward pass too.
+    """
+    if chunks == 1:
+        return function(*arrays)
+    again = jax.checkpoint(function)
+    parts = tuple(split_sequence(array, chunks) for array in arrays)
+    found = jax.lax.scan(lambda _, part: (None, again(*part)), None, parts)[1]
+    return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1).reshape(x.shape[1], -1), found)
+
+
 def loss_sum(
     logits: Callable[[jax.Array], jax.Array],
     x_BTD: jax.Array,
@@ -60,41 +82,5 @@ def loss_sum(
         losses_BC = token_loss(logits(x_BCD), targets_BC, z_loss)
         return total + jnp.sum(losses_BC * weights_BC), None
 
-    parts = tuple(split(array, chunks) for array in (x_BTD, targets_BT, weights_BT))
+    parts = tuple(split_sequence(array, chunks) for array in (x_BTD, targets_BT, weights_BT))
     return jax.lax.scan(add_chunk, jnp.float32(0), parts)[0]
-
-
-def token_log_probs(
-    logits: Callable[[jax.Array], jax.Array],
-    x_BTD: jax.Array,
-    targets_BT: jax.Array,
-    chunks: int = 1,
-    temperature: float = 1.0,
-) -> jax.Array:
-    """Return the log-probability of each target at a temperature, float32 [B, T].
-
-    The logits exist in chunks as in `loss_sum`.
-    """
-
-    def found(x_BTD: jax.Array, targets_BT: jax.Array) -> jax.Array:
-        logits_BTV = logits(x_BTD)
-        if temperature != 1:
-            logits_BTV = logits_BTV / temperature
-        return -token_loss(logits_BTV, targets_BT, jnp.float32(0))
-
-    if chunks == 1:
-        return found(x_BTD, targets_BT)
-
-    @jax.checkpoint
-    def chunk(_: None, part: tuple) -> tuple[None, jax.Array]:
-        return None, found(*part)
-
-    parts = split(x_BTD, chunks), split(targets_BT, chunks)
-    found_CBT = jax.lax.scan(chunk, None, parts)[1]
-    return jnp.swapaxes(found_CBT, 0, 1).reshape(targets_BT.shape)
-
-
-def split(array: jax.Array, chunks: int) -> jax.Array:
-    """Return [chunks, B, T / chunks, ...] of an array [B, T, ...]."""
-    parts = array.reshape(array.shape[0], chunks, -1, *array.shape[2:])
-    return jnp.swapaxes(parts, 0, 1)

@@ -25,12 +25,14 @@ from nanojaxgpt.config.sections import Objective
 from nanojaxgpt.data.rows import Batch
 from nanojaxgpt.data.tokenizers import Tokenizer
 from nanojaxgpt.errors import ConfigError, DataError
-from nanojaxgpt.loss import token_log_probs
 from nanojaxgpt.model.config import JobConfig
 from nanojaxgpt.model.parameters import Params
 from nanojaxgpt.model.transformer import Transformer
-from nanojaxgpt.objectives.policy import Rollout, advantages
+from nanojaxgpt.objectives.features import features
+from nanojaxgpt.objectives.policy import Rollout, advantages, log_probabilities
+from nanojaxgpt.recorder import Job
 from nanojaxgpt.sample import Sampling, generate
+from nanojaxgpt.schedules import Hyper
 from nanojaxgpt.step import TrainState
 from nanojaxgpt.trainable import merge_params
 
@@ -108,7 +110,8 @@ def make_rollout(
         ids_BT[row, first : first + used] = drawn_BC[row, :used]
         weights_BT[row, first - 1 : first - 1 + used] = 1
     spread_BT = np.broadcast_to(advantages_B[:, None], weights_BT.shape)
-    return Rollout(ids_BT[:, :-1], ids_BT[:, 1:], weights_BT, np.array(spread_BT, np.float32))
+    batch = Batch(ids_BT[:, :-1], ids_BT[:, 1:], weights_BT)
+    return Rollout(batch, np.array(spread_BT, np.float32))
 
 
 def rate(
@@ -159,7 +162,7 @@ class Roller:
         ends = {*cfg.sample.end_ids} | ({tokenizer.end_id} if tokenizer.end_id >= 0 else set())
         self.ends = tuple(sorted(ends))
         self.how = Sampling(
-            self.objective.temperature, vocab_size=tokenizer.vocab_size, end_ids=self.ends
+            self.objective.sample_temperature, vocab_size=tokenizer.vocab_size, end_ids=self.ends
         )
         self.width = cfg.model.seq_len + 1 - self.objective.max_tokens
         if self.width < 1:
@@ -169,21 +172,22 @@ class Roller:
             )
         self.score = jax.jit(self.log_probs)
 
-    def log_probs(self, params: Params, rollout: Rollout) -> jax.Array:
+    def log_probs(self, params: Params, rollout: Rollout, hyper: Hyper) -> jax.Array:
         """Return the log-probability of each target, [B, T], at the temperature of sampling."""
-        (x_BTD, head), _ = self.model.apply({"params": params}, rollout.tokens_BT, logits=False)
-        chunks = self.cfg.train.loss_chunks
-        return token_log_probs(head, x_BTD, rollout.targets_BT, chunks, self.objective.temperature)
+        rng = jax.random.key(0)  # of no use: there is no dropout
+        x_BTD, head = features(self.model, params, rollout.batch, hyper, rng, dropout=False)
+        return log_probabilities(
+            head, x_BTD, rollout.batch.targets_BT, self.cfg.train.loss_chunks,
+            self.objective.sample_temperature,
+        )  # fmt: skip
 
-    def roll(
-        self, params: Params, batch: Batch, step: int, seed: int
-    ) -> tuple[Rollout, dict[str, float]]:
+    def roll(self, params: Params, batch: Batch, step: int) -> tuple[Rollout, dict[str, float]]:
         """Return the rollout of a batch of prompts at a 0-based step, and its numbers."""
         prompts = read_prompts(batch, self.tokenizer)
         size = self.objective.group_size
         ids_PT, lengths_P = pad_prompts(prompts, self.width)
         ids_BT, lengths_B = np.repeat(ids_PT, size, 0), np.repeat(lengths_P, size)
-        key = jax.random.fold_in(jax.random.key(np.uint32(seed)), step)
+        key = jax.random.fold_in(jax.random.key(np.uint32(self.cfg.train.seed)), step)
         drawn_BC = np.asarray(generate(
             self.model, params, ids_BT, lengths_B, jax.random.fold_in(key, DRAWS),
             max_tokens=self.objective.max_tokens, how=self.how,
@@ -216,32 +220,39 @@ class Roller:
         return jax.tree.map(lambda leaf: jax.device_put(leaf, layout), rollout)
 
 
-def policy_step(
-    train_step: Callable, roller: Roller, reference: Callable[[], Params]
-) -> Callable[..., tuple[TrainState, dict[str, Any]]]:
-    """Return the step that samples with the state's parameters and then trains on that.
+def with_rollouts(job: Job, start: Callable[[], tuple[TrainState, Params]]) -> Job:
+    """Return the job whose step samples with the state's parameters and then trains on that.
 
-    With `objective.updates` > 1 it trains as often on the same rollout. `reference` gives the
-    parameters that the KL term holds to; it is asked once, if there is such a term.
+    With `objective.updates` > 1 it trains as often on the same rollout. `start` gives the state
+    before the first step, which the KL term holds to. Raises ConfigError.
     """
-    objective, held = roller.objective, list[Params]()
+    objective = job.cfg.objective
+    if objective.kind != "policy":
+        return job
+    if jax.process_count() > 1:
+        raise ConfigError(
+            "objective.kind=policy asks for rewards in one process: leave --multihost"
+        )
+    roller, held = Roller(job.cfg, job.data.tokenizer, job.mesh), list[Params]()
+    layout = NamedSharding(job.mesh, PartitionSpec())
 
     def step(
-        state: TrainState, batch: Batch, hyper: Mapping[str, Any], frozen: Params
+        state: TrainState, batch: Batch, hyper: Hyper, frozen: Params
     ) -> tuple[TrainState, dict[str, Any]]:
         number, params = int(state.step), merge_params(state.params, frozen)
-        rollout, numbers = roller.roll(params, batch, number, int(hyper["seed"]))
+        rollout, numbers = roller.roll(params, batch, number)
         if objective.kl:
-            held.extend([] if held else [reference()])
-            rollout = rollout._replace(reference_BT=roller.score(held[0], rollout))
+            if not held:
+                first, rest = start()
+                held.append(merge_params(first.params, rest))
+            rollout = rollout._replace(reference_BT=roller.score(held[0], rollout, hyper))
         # The first update's ratio is 1 by construction; later ones need what it started from.
-        old_BT = roller.score(params, rollout) if objective.updates > 1 else None
+        old_BT = roller.score(params, rollout, hyper) if objective.updates > 1 else None
         found: dict[str, Any] = {}
         for update in range(objective.updates):
             batch_now = rollout._replace(old_BT=old_BT) if update else rollout
-            state, found = train_step(state, batch_now, hyper, frozen)
-        layout = NamedSharding(roller.mesh, PartitionSpec())
+            state, found = job.train_step(state, batch_now, hyper, frozen)
         state = state._replace(step=jax.device_put(jnp.int32(number + 1), layout))
         return state, {**found, **numbers}
 
-    return step
+    return job._replace(train_step=step)

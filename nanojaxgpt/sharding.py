@@ -25,6 +25,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "layers": (),
     "embed": ("fsdp",),
     "vocab": ("tensor",),
+    "labels": (),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "head_dim": (),

@@ -13,17 +13,29 @@ from nanojaxgpt import checkpoint, optim, sharding
 from nanojaxgpt.checks import parse_multiplier
 from nanojaxgpt.config.sections import Config, Objective, Optim
 from nanojaxgpt.horizon import decay_begin
-from nanojaxgpt.model.config import MULTIPLIERS, JobConfig, ModelConfig, Multipliers
+from nanojaxgpt.model.config import MULTIPLIERS, JobConfig, ModelConfig
 from nanojaxgpt.model.parameters import Params, PyTree, parameters
 from nanojaxgpt.model.transformer import Transformer, init_params
-from nanojaxgpt.objectives import Loss, Metric, language, policy
+from nanojaxgpt.objectives import (
+    Loss,
+    Metric,
+    classify,
+    distill,
+    language,
+    policy,
+    preference,
+    reward,
+)
 from nanojaxgpt.schedules import Hyper, learning_rate
-from nanojaxgpt.trainable import check_trainable, merge_params, split_params
+from nanojaxgpt.teacher import teacher_config
+from nanojaxgpt.trainable import (
+    TEACHER,
+    check_trainable,
+    merge_params,
+    split_params,
+    without_teacher,
+)
 
-OBJECTIVES: dict[str, Callable[[Transformer, int, Objective], Loss]] = {
-    "language": language.make_loss,
-    "policy": policy.make_loss,
-}
 # Numbers of the section `objective` that the step takes as arguments.
 TRACED = [name for name, rule in Objective.rules().items() if rule.traced]
 
@@ -44,7 +56,7 @@ class TrainState(NamedTuple):
 
     def items(self, frozen: Params) -> dict[str, PyTree]:
         """Return the items of a checkpoint by name: all parameters, and the rest but the step."""
-        whole = merge_params(self.params, frozen)
+        whole = merge_params(self.params, without_teacher(frozen))
         return {"params": whole, "opt_state": self.opt_state, "recent": self.recent}
 
 
@@ -61,7 +73,7 @@ def make_hyper(cfg: Config) -> dict[str, PyTree]:
     """
     numbers = {k: v for k, v in cfg.optim.given().items() if isinstance(v, int | float)}
     numbers |= {"num_steps": cfg.train.num_steps, "z_loss": cfg.train.z_loss}
-    numbers |= {name: getattr(cfg.objective, name) for name in TRACED}
+    numbers |= {name: getattr(cfg.objective, name) for name in (*TRACED, "kl")}
     numbers["decay_begin"] = decay_begin(cfg)
     numbers |= {name: getattr(cfg.model, name) for name in MULTIPLIERS}
     hyper: dict[str, PyTree] = {name: np.float32(value) for name, value in numbers.items()}
@@ -70,9 +82,19 @@ def make_hyper(cfg: Config) -> dict[str, PyTree]:
     return hyper | {"seed": np.uint32(cfg.train.seed)}
 
 
-def traced_multipliers(cfg: Config) -> Multipliers:
-    """Return the model's multipliers as numbers that a jitted function takes as arguments."""
-    return Multipliers(*(np.float32(getattr(cfg.model, name)) for name in MULTIPLIERS))
+# The loss of each objective.kind.
+OBJECTIVES: dict[str, Callable[[Transformer, Config], Loss]] = {
+    "language": lambda model, cfg: language.make_loss(model, cfg.train.loss_chunks),
+    "classify": lambda model, cfg: classify.make_loss(model),
+    "preference": lambda model, cfg: preference.make_loss(
+        model, cfg.train.loss_chunks, cfg.objective.loss
+    ),
+    "reward": lambda model, cfg: reward.make_loss(model),
+    "distill": lambda model, cfg: distill.make_loss(
+        model, Transformer(teacher_config(cfg)), cfg.train.loss_chunks
+    ),
+    "policy": lambda model, cfg: policy.make_loss(model, cfg.train.loss_chunks, cfg.objective),
+}
 
 
 def make_init(cfg: JobConfig) -> Callable[..., tuple[TrainState, Params]]:
@@ -86,7 +108,10 @@ def make_init(cfg: JobConfig) -> Callable[..., tuple[TrainState, Params]]:
         rng: jax.Array, scale: jax.Array | float = cfg.init.scale
     ) -> tuple[TrainState, Params]:
         params = optim.scale_paths(init_params(cfg.model, rng), [(matrices, scale)])
-        return first_state(cfg, params)
+        state, frozen = first_state(cfg, params)
+        if cfg.objective.kind == "distill":  # its place, until its own parameters are read
+            frozen = {**frozen, TEACHER: init_params(teacher_config(cfg), rng)}
+        return state, frozen
 
     return init
 
@@ -152,7 +177,8 @@ def make_train_step(
         recent = state.recent.remember(norm, applied)
         numbers = {"loss": loss / weight, "grad_norm": norm, "learning_rate": rate}
         numbers |= {"norm_limit": limit, "skipped": recent.skipped}
-        numbers |= {name: total / jnp.maximum(w, 1e-9) for name, (total, w) in metrics.items()}
+        scalars = {name: metric for name, metric in metrics.items() if not metric[0].ndim}
+        numbers |= {name: total / jnp.maximum(w, 1e-9) for name, (total, w) in scalars.items()}
         return TrainState(state.step + 1, params, opt_state, recent), numbers
 
     return train_step
@@ -231,8 +257,7 @@ def make_step(cfg: JobConfig, mesh: Mesh, loss_fn: Loss | None = None) -> Step:
     for pattern, _ in map(parse_multiplier, cfg.optim.rate_multipliers):
         optim.check_pattern("optim.rate_multipliers", pattern, table)
     abstract, frozen = checkpoint.with_shardings(shapes, shardings)
-    objective = cfg.objective
-    loss_fn = loss_fn or OBJECTIVES[objective.kind](model, shape.loss_chunks, objective)
+    loss_fn = loss_fn or OBJECTIVES[cfg.objective.kind](model, cfg)
     init = jax.jit(make_init(cfg), out_shardings=shardings)
     train_step = jax.jit(
         make_train_step(loss_fn, cfg.optim, model.cfg, shape.accumulation_steps),

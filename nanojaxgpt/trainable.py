@@ -9,6 +9,14 @@ from nanojaxgpt.checks import compile_pattern
 from nanojaxgpt.errors import ConfigError
 from nanojaxgpt.model.parameters import Params, PyTree, Table, row_of
 
+# The branch of the frozen parameters that holds those of another model, which are never saved.
+TEACHER = "teacher"
+
+
+def without_teacher(frozen: Params) -> Params:
+    """Return the frozen parameters that are the model's own."""
+    return {name: value for name, value in frozen.items() if name != TEACHER}
+
 
 def is_trainable(path: str, patterns: Sequence[str]) -> bool:
     """Return whether the parameter with this path trains.

@@ -9,6 +9,8 @@ sums right. Then it samples eight answers to each sum, and is rewarded for the r
 are in docs/finetune.md.
 """
 
+from ml_collections import ConfigDict
+
 from nanojaxgpt.config import base_config
 
 
@@ -17,8 +19,8 @@ def right(prompt: str, completion: str, record: dict[str, str]) -> float:
     return float(completion == record["answer"])
 
 
-def get_config(variant: str = ""):
-    """Return the config of the imitation, or of `grpo`."""
+def get_config(variant: str = "imitation") -> ConfigDict:
+    """Return the config of a variant: `imitation`, or `grpo` after it."""
     cfg = base_config()
     model, train, optim = cfg.model, cfg.train, cfg.optim
     model.num_layers, model.embed_dim, model.num_heads, model.seq_len = 2, 64, 2, 16
@@ -32,6 +34,6 @@ def get_config(variant: str = ""):
         train.num_steps, train.batch_size = 200, 32
         optim.learning_rate, optim.schedule, optim.warmup_steps = 3e-4, "constant", 10
         cfg.eval.every_steps = 50
-    elif variant:
-        raise ValueError(variant)
+    elif variant != "imitation":
+        raise KeyError(f"no variant {variant}; available: imitation, grpo")
     return cfg

@@ -16,7 +16,16 @@ if TYPE_CHECKING:
 HUB = "hf:"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 # Fields that a config may set though a model of another format has them otherwise.
-FREE = ("attention", "unroll", "remat", "dropout", "param_dtype", "compute_dtype", "init")
+FREE = (
+    "attention",
+    "unroll",
+    "remat",
+    "dropout",
+    "param_dtype",
+    "compute_dtype",
+    "init",
+    "num_labels",
+)
 
 
 def find_model(model: str | Path) -> "Path | Pretrained":

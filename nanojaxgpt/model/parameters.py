@@ -128,6 +128,9 @@ def model_rows(cfg: ModelConfig) -> dict[str, Parameter]:
         rows.kernel("head_VD", *vocab, summed=(1,), kind="head")
     if cfg.head_bias:
         rows.bias("head_bias", (cfg.vocab_size,), ("vocab",), cfg.embed_dim)
+    if cfg.num_labels:
+        labels = (cfg.num_labels, cfg.embed_dim), ("labels", "embed")
+        rows.kernel("label_CD", *labels, summed=(1,), kind="head")
     return {row.name: row for row in rows.found}
 
 

@@ -103,6 +103,8 @@ class Transformer(Weights):
         apart = not cfg.tied_head or self.has_variable("params", "head_VD")
         kernel = self.kernel("head_VD") if apart else (embed_VD, "TI,OI->TO")
         bias_V = self.weight("head_bias") if cfg.head_bias else None
+        if cfg.num_labels and self.is_initializing():
+            self.weight("label_CD")  # last, so that the others' values are the same with it
 
         def head(x_BTD: jax.Array) -> jax.Array:
             x_BTD = scaled(x_BTD, factors.logit)
