@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from nanojaxgpt import checkpoint, config, memory, rundir, sharding
+from nanojaxgpt.adapters import load_run_params
 from nanojaxgpt.config.sections import Config
 from nanojaxgpt.console import warn
 from nanojaxgpt.data.loader import RunData, load_run_tokenizer, open_source, prepare_data
@@ -284,7 +285,7 @@ def open_model(
     with memory.explained("loading the model", mesh, lambda: LOWER), jax.set_mesh(mesh):
         memory.check_model("the model", job_cfg.model, mesh, 0, LOWER)
         if isinstance(source, Path):
-            step, params = checkpoint.load_params(source, job_cfg.model, mesh, step, report)
+            step, params = load_run_params(source, job_cfg.model, mesh, step, report)
         else:
             params = read_params(source, job_cfg.model, mesh)
     return LanguageModel(job_cfg.model, params, tokenizer, mesh, job_cfg, origin, step, template)

@@ -6,8 +6,16 @@ from collections.abc import Sequence
 import jax
 
 from nanojaxgpt.checks import compile_pattern
+from nanojaxgpt.config.sections import Config
 from nanojaxgpt.errors import ConfigError
 from nanojaxgpt.model.parameters import Params, PyTree, Table, row_of
+
+ADAPTERS = "_lora_"  # what the paths of all adapters have
+
+
+def trained_patterns(cfg: Config) -> tuple[str, ...]:
+    """Return optim.trainable; where it is () and there are adapters, the pattern of these."""
+    return cfg.optim.trainable or ((ADAPTERS,) if cfg.lora.rank else ())
 
 
 def is_trainable(path: str, patterns: Sequence[str]) -> bool:

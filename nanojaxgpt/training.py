@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from nanojaxgpt import checkpoint, finish, memory, rundir, sharding
+from nanojaxgpt.adapters import base_identity, frozen_base, place_adapters, read_start
 from nanojaxgpt.branch import branch_state
 from nanojaxgpt.config import AnyConfig, typed
 from nanojaxgpt.config.sections import Config
@@ -30,8 +31,7 @@ from nanojaxgpt.horizon import warmup_warning
 from nanojaxgpt.hosts.joining import preflight
 from nanojaxgpt.hosts.process import StopRequest, stop_signals
 from nanojaxgpt.hosts.team import ALONE, Team
-from nanojaxgpt.interchange.loading import read_params
-from nanojaxgpt.interchange.opening import adopt_model, find_model, inherited_template
+from nanojaxgpt.interchange.opening import adopt_model, inherited_template
 from nanojaxgpt.interchange.templates import save_template
 from nanojaxgpt.loop import Loop
 from nanojaxgpt.model.config import JobConfig, Multipliers
@@ -43,7 +43,7 @@ from nanojaxgpt.recorder import Job, train_ramp
 from nanojaxgpt.rundir import enter_run, own_run, write_identity
 from nanojaxgpt.step import TrainState, first_state, make_step, open_state, traced_multipliers
 from nanojaxgpt.trackers import check_installed
-from nanojaxgpt.trainable import merge_params, split_lines
+from nanojaxgpt.trainable import merge_params, split_lines, trained_patterns
 
 
 def prepare_together(
@@ -150,27 +150,30 @@ def start_state(
     train.seed.
     """
     folder = Path(run) / "checkpoints"
-    abstract = job.abstract.items(job.frozen)
+    abstract = job.abstract.items(job.cfg, job.frozen)
     found = checkpoint.restore(folder, abstract, report=report, team=team)
     if found:
         step, items = found
         team.decide(lambda: checkpoint.set_aside(folder, step))
         report(f"resuming from step {step}")
-        return open_state(job.cfg, jax.device_put(np.int32(step), job.shardings.step), items)
+        state, frozen = open_state(
+            job.cfg, jax.device_put(np.int32(step), job.shardings.step), items
+        )
+        if job.cfg.lora.rank:
+            frozen = frozen_base(job.cfg, run, job.mesh, report, team)
+        return state, frozen
     if job.cfg.init.state == "all":
         return branch_state(job, report, team)
     init = job.cfg.init
     if not (init.from_run or init.from_model):
         return job.init(jax.random.key(job.cfg.train.seed))
-    source = find_model(init.from_model) if init.from_model else Path(init.from_run)
-    if isinstance(source, Path):
-        step, params = checkpoint.load_params(
-            source, job.cfg.model, job.mesh, init.step, report, team
-        )
-        report(f"starting from the parameters of {source}, step {step}")
-    else:
-        params = read_params(source, job.cfg.model, job.mesh)
-        report(f"starting from the parameters of {source.origin}")
+    adapted, step = job.cfg.lora.rank > 0, init.step
+    if adapted:
+        step = team.decide(lambda: base_identity(job.cfg, run))["step"]
+    params = read_start(job.cfg, job.mesh, step, report, team)
+    if adapted:
+        key = jax.random.key(job.cfg.train.seed)
+        params = place_adapters(job.cfg.model, params, key, job.mesh)
     first = functools.partial(first_state, job.cfg)
     frozen = jax.tree.map(lambda leaf: leaf.sharding, job.frozen)
     return jax.jit(first, out_shardings=(job.shardings, frozen), donate_argnums=0)(params)
@@ -237,10 +240,11 @@ def write_run(job: Job, run: Path, report: Callable[[str], None]) -> None:
     job.data.tokenizer.save(run / "tokenizer")
     save_template(run / "tokenizer", inherited_template(job.cfg.init, run))
     devices = [device.device_kind for device in job.mesh.devices.flat]
-    write_identity(run, job.cfg, job.data.identity, devices, report)
+    base = base_identity(job.cfg, run) if job.cfg.lora.rank else {}
+    write_identity(run, job.cfg, job.data.identity, devices, report, base)
     num_params = count_params(job.cfg.model)
     report(f"{run}: {num_params:,} parameters, {job.data.size}, {len(devices)} x {devices[0]}")
-    if job.cfg.optim.trainable:
+    if trained_patterns(job.cfg):
         table = parameters(job.cfg.model)
         for line in split_lines(job.abstract.params, job.abstract.opt_state, table):
             report(line)
@@ -254,7 +258,7 @@ def write_run(job: Job, run: Path, report: Callable[[str], None]) -> None:
 
 def check_space(job: Job, run: Path) -> None:
     """Raise ConfigError where the run directory's disk has too little space for a checkpoint."""
-    leaves = jax.tree.leaves(job.abstract.items(job.frozen))
+    leaves = jax.tree.leaves(job.abstract.items(job.cfg, job.frozen))
     size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
     if (free := shutil.disk_usage(run).free) < size:
         raise ConfigError(

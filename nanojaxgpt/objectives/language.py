@@ -22,7 +22,7 @@ def make_loss(model: Transformer, loss_chunks: int) -> Loss:
         (x_BTD, head), _ = model.apply(
             {"params": merge_params(params, frozen)},
             batch.tokens_BT, batch.positions_BT, batch.segments_BT,
-            deterministic=model.cfg.dropout == 0, logits=False, rngs={"dropout": rng},
+            deterministic=model.cfg.deterministic, logits=False, rngs={"dropout": rng},
             multipliers=Multipliers(*(hyper[name] for name in MULTIPLIERS)),
         )  # fmt: skip
         total = loss_sum(
