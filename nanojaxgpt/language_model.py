@@ -19,7 +19,7 @@ from nanojaxgpt.data.loader import RunData, load_run_tokenizer, open_source, pre
 from nanojaxgpt.data.tokenizers import Tokenizer
 from nanojaxgpt.errors import ConfigError, DataError
 from nanojaxgpt.interchange.loading import read_params
-from nanojaxgpt.interchange.opening import adopted, config_of, find_model
+from nanojaxgpt.interchange.opening import HUB, adopted, config_of, find_model
 from nanojaxgpt.interchange.pretrained import Pretrained
 from nanojaxgpt.interchange.templates import (
     ChatTemplate,
@@ -28,6 +28,7 @@ from nanojaxgpt.interchange.templates import (
     save_template,
 )
 from nanojaxgpt.model.config import JobConfig, ModelConfig, complete
+from nanojaxgpt.model.lora import merge_adapters
 from nanojaxgpt.model.parameters import Params, count_params
 from nanojaxgpt.model.transformer import Transformer
 from nanojaxgpt.sample import Sampling, padded_length, stream
@@ -174,17 +175,20 @@ class LanguageModel:
         return tuple({self.tokenizer.end_id, *self.experiment.sample.end_ids} - {-1})
 
     def save(self, folder: str | Path, format: str = "run", dtype: str = "") -> None:
-        """Write the model as a run directory, a Hugging Face folder or a GGUF file.
+        """Write the model as a run directory, a Hugging Face folder, a GGUF file, or its adapters.
 
-        `format` is run, hf or gguf; `dtype` (default: that of the parameters) float32, bfloat16 or
-        float16, and q8_0 for gguf. Rows of the vocabulary that only pad it are left out, unless
-        they are those of the model that it started from. Raises ConfigError where there is
-        something at `folder`, or where the format can't express the model.
+        `format` is run, hf, gguf or peft; but for the last, adapters are merged. `dtype` (default:
+        that of the parameters) is float32, bfloat16 or float16, and q8_0 for gguf. Rows of the
+        vocabulary that only pad it are left out, unless they are those of the model that it
+        started from. Raises ConfigError where there is something at `folder`, or where the format
+        can't express the model.
         """
         target, dtype = Path(folder), dtype or self.config.param_dtype
         rundir.check_folder("folder", target.parent)
         if target.exists() and (target.is_file() or any(target.iterdir())):
             raise ConfigError(f"{target} is not empty: choose another one")
+        if self.config.lora.rank and format != "peft":
+            return self.merged().save(folder, format, dtype)
         own = self.experiment.init.from_model or self.experiment.init.from_run
         rows = self.config.vocab_size if own else self.tokenizer.vocab_size
         cfg = dataclasses.replace(self.config, vocab_size=rows)
@@ -200,8 +204,30 @@ class LanguageModel:
             from nanojaxgpt.interchange import gguf_write
 
             gguf_write.write_file(target, *parts, target.stem, GGUF_TYPES.get(dtype, dtype))
+        elif format == "peft":
+            self.save_adapters(target)
         else:
-            raise ConfigError(f"format={format!r} must be one of run, hf, gguf")
+            raise ConfigError(f"format={format!r} must be one of run, hf, gguf, peft")
+
+    def merged(self) -> "LanguageModel":
+        """Return the model with its adapters added to its kernels; itself where it has none."""
+        if not self.config.lora.rank:
+            return self
+        plain = config.with_fields(self.experiment, {"lora.rank": 0})
+        params = merge_adapters(self.config, self.params)
+        return dataclasses.replace(self, config=plain.model, params=params, experiment=plain)
+
+    def save_adapters(self, folder: Path) -> None:
+        """Write the adapters for peft; the base is the one that the training started from."""
+        from nanojaxgpt.interchange import peft
+
+        if not self.config.lora.rank:
+            raise ConfigError(f"{self.run} has no adapters (lora.rank=0): write it as hf or gguf")
+        init = self.experiment.init
+        base = find_model(init.from_model) if init.from_model else Path(init.from_run)
+        family = "" if isinstance(base, Path) else base.family
+        name = (init.from_model or init.from_run).removeprefix(HUB)
+        peft.write_adapter(folder, self.config, self.params, name, family)
 
     def save_run(self, run: Path) -> None:
         """Write the model as a run directory that every command takes."""

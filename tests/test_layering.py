@@ -20,8 +20,8 @@ LAYERS = {
     1: {"model.config", "model.parameters", "model.projection", "model.rotary", "model.block",
         "model.lora", "model.transformer", "interchange.tensors", "attention", "attention.*",
         "sharding", "loss", "schedules", "matrices", "optim", "trainable", "objectives",
-        "objectives.*", "flops", "data.rows", "data.tasks", "data.tokenizers", "data.tokenizer_json", "data.subwords",
-        "papers.scaling", "papers.probe"},
+        "objectives.*", "flops", "data.rows", "data.tasks", "data.tokenizers",
+        "data.tokenizer_json", "data.subwords", "papers.scaling", "papers.probe"},
     # Runs, data, hosts; parameters are read, evaluated, sampled.
     2: {"rundir", "arguments", "hosts.process", "hosts.lifeline", "hosts.team", "hosts.joining",
         "hosts.watchdog", "checkpoint", "adapters", "rundiff", "metrics", "trackers", "finish",
