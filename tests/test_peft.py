@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import random_tokens
-from test_families import CASES, their_model, torch
+from test_families import CASES, Case, their_model, torch
 from test_huggingface import LETTERS, assert_close, their_logits
 from test_lora import draw_adapters, forward
 
@@ -130,7 +130,7 @@ def test_five_steps_of_adamw_are_those_of_peft_and_torch(tmp_path):
         )
         loss.backward()
         optimizer.step()
-        losses.append((float(numbers["loss"]), float(loss)))
+        losses.append((float(numbers["loss"]), loss.item()))
     np.testing.assert_allclose(*zip(*losses, strict=True), rtol=1e-5)
     theirs.save_pretrained(tmp_path / "end")
     whole = merge_params(state.params, frozen)
