@@ -29,18 +29,18 @@ EDGE = 2**16  # bytes at each end of a file that are hashed
 
 def read_start(
     cfg: Config, mesh: Mesh, step: int, report: Callable[[str], None], team: Team = ALONE
-) -> Params:
-    """Return the parameters of init.from_model, or of a step of init.from_run, without adapters."""
+) -> tuple[str, Params]:
+    """Return (where they are from, the parameters) of init.from_model or a step of init.from_run.
+
+    They have no adapters.
+    """
     model = complete(cfg).model.bare
     name = cfg.init.from_model
     source = find_model(name) if name else Path(cfg.init.from_run)
     if isinstance(source, Path):
         step, params = load_run_params(source, model, mesh, step, report, team)
-        report(f"starting from the parameters of {source}, step {step}")
-    else:
-        params = read_params(source, model, mesh)
-        report(f"starting from the parameters of {source.origin}")
-    return params
+        return f"{source}, step {step}", params
+    return str(source.origin), read_params(source, model, mesh)
 
 
 def load_run_params(
@@ -75,7 +75,7 @@ def frozen_base(
 ) -> Params:
     """Return the frozen parameters of a run with adapters. Raises what `base_identity` raises."""
     step = team.decide(lambda: base_identity(cfg, run))["step"]
-    whole = read_start(cfg, mesh, step, report, team)
+    _, whole = read_start(cfg, mesh, step, report, team)
     return split_params(whole, trained_patterns(cfg))[1]
 
 

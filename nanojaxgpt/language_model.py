@@ -29,10 +29,11 @@ from nanojaxgpt.interchange.templates import (
 )
 from nanojaxgpt.model.config import JobConfig, ModelConfig, complete
 from nanojaxgpt.model.lora import merge_adapters
-from nanojaxgpt.model.parameters import Params, count_params
+from nanojaxgpt.model.parameters import Params, count_params, parameters
 from nanojaxgpt.model.transformer import Transformer
 from nanojaxgpt.sample import Sampling, padded_length, stream
 from nanojaxgpt.text_stream import TextStream, encode_prompt
+from nanojaxgpt.trainable import is_trainable, trained_patterns
 from nanojaxgpt.training import make_evaluation
 
 GGUF_TYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "q8_0": "Q8_0"}
@@ -183,12 +184,15 @@ class LanguageModel:
         started from. Raises ConfigError where there is something at `folder`, or where the format
         can't express the model.
         """
-        target, dtype = Path(folder), dtype or self.config.param_dtype
+        target = Path(folder)
         rundir.check_folder("folder", target.parent)
         if target.exists() and (target.is_file() or any(target.iterdir())):
             raise ConfigError(f"{target} is not empty: choose another one")
         if self.config.lora.rank and format != "peft":
             return self.merged().save(folder, format, dtype)
+        if format == "peft":
+            return self.save_adapters(target, dtype or "float32")
+        dtype = dtype or self.config.param_dtype
         own = self.experiment.init.from_model or self.experiment.init.from_run
         rows = self.config.vocab_size if own else self.tokenizer.vocab_size
         cfg = dataclasses.replace(self.config, vocab_size=rows)
@@ -204,8 +208,6 @@ class LanguageModel:
             from nanojaxgpt.interchange import gguf_write
 
             gguf_write.write_file(target, *parts, target.stem, GGUF_TYPES.get(dtype, dtype))
-        elif format == "peft":
-            self.save_adapters(target)
         else:
             raise ConfigError(f"format={format!r} must be one of run, hf, gguf, peft")
 
@@ -217,17 +219,23 @@ class LanguageModel:
         params = merge_adapters(self.config, self.params)
         return dataclasses.replace(self, config=plain.model, params=params, experiment=plain)
 
-    def save_adapters(self, folder: Path) -> None:
+    def save_adapters(self, folder: Path, dtype: str) -> None:
         """Write the adapters for peft; the base is the one that the training started from."""
         from nanojaxgpt.interchange import peft
 
         if not self.config.lora.rank:
             raise ConfigError(f"{self.run} has no adapters (lora.rank=0): write it as hf or gguf")
+        patterns = trained_patterns(self.experiment)
+        table = parameters(self.config).values()
+        if more := [row.path for row in table
+                    if row.kind != "adapter" and is_trainable(row.path, patterns)]:  # fmt: skip
+            raise ConfigError(f"beside its adapters {self.run} trained {', '.join(more)}, which a "
+                              "folder of peft can't hold here: write it as hf or gguf")  # fmt: skip
         init = self.experiment.init
         base = find_model(init.from_model) if init.from_model else Path(init.from_run)
         family = "" if isinstance(base, Path) else base.family
         name = (init.from_model or init.from_run).removeprefix(HUB)
-        peft.write_adapter(folder, self.config, self.params, name, family)
+        peft.write_adapter(folder, self.config, self.params, name, family, dtype)
 
     def save_run(self, run: Path) -> None:
         """Write the model as a run directory that every command takes."""

@@ -39,6 +39,12 @@ def check_trainable(patterns: Sequence[str], table: Table) -> None:
             )
     if not any(is_trainable(path, patterns) for path in table):
         raise ConfigError(f"optim.trainable={tuple(patterns)} leaves no parameter to train")
+    for path, row in table.items():
+        if row.kind == "adapter" and not is_trainable(path, patterns):
+            raise ConfigError(
+                f"optim.trainable={tuple(patterns)} freezes the adapter {path}: put {ADAPTERS!r} "
+                "first, or set lora.rank=0"
+            )
 
 
 def split_params(

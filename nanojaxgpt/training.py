@@ -170,7 +170,8 @@ def start_state(
     adapted, step = job.cfg.lora.rank > 0, init.step
     if adapted:
         step = team.decide(lambda: base_identity(job.cfg, run))["step"]
-    params = read_start(job.cfg, job.mesh, step, report, team)
+    origin, params = read_start(job.cfg, job.mesh, step, report, team)
+    report(f"starting from the parameters of {origin}")
     if adapted:
         key = jax.random.key(job.cfg.train.seed)
         params = place_adapters(job.cfg.model, params, key, job.mesh)

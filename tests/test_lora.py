@@ -26,7 +26,7 @@ from nanojaxgpt.model.parameters import parameters
 from nanojaxgpt.model.transformer import Transformer, init_params
 from nanojaxgpt.step import make_hyper, make_step
 from nanojaxgpt.sweep.plan import program_key
-from nanojaxgpt.trainable import merge_params
+from nanojaxgpt.trainable import check_trainable, merge_params
 from nanojaxgpt.training import fit, make_job, start_state
 
 GATED = dict(mlp="swiglu", num_kv_heads=1, mlp_dims=(24, 40), num_layers=3)
@@ -142,6 +142,13 @@ def test_a_target_that_is_no_kernel_is_refused(targets):
     cfg = adapted_model(lora=sections.Lora(rank=3, targets=targets))
     with pytest.raises(ConfigError, match="matches no kernel; the paths: layers/q_DNH, layers/k_"):
         check_targets(cfg)
+
+
+def test_adapters_must_train():
+    table = parameters(adapted_model())
+    check_trainable(("_lora_", "norm"), table)
+    with pytest.raises(ConfigError, match="freezes the adapter layers/q_lora_DR: put '_lora_' fi"):
+        check_trainable(("norm",), table)
 
 
 def test_what_contradicts_adapters_is_refused(small_config):

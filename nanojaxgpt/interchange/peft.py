@@ -94,13 +94,20 @@ def adapter_matrices(slot: Slot, params: Params, rank: int) -> tuple[np.ndarray,
 
 
 def write_adapter(
-    folder: Path, cfg: ModelConfig, params: Params, base: str, model_type: str = ""
+    folder: Path,
+    cfg: ModelConfig,
+    params: Params,
+    base: str,
+    model_type: str = "",
+    dtype: str = "float32",
 ) -> None:
-    """Write the adapters of a model for peft; `base` names the folder or repository beside them.
+    """Write the adapters of a model for peft; `base` names the folder or repository they adapt.
 
     `model_type` is the family of the base, by default the first that can express it. Raises
     ConfigError where none can, or the folder is not empty.
     """
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype={dtype!r} must be one of {', '.join(DTYPES)}")
     family, _ = choose_family(cfg.bare, model_type)
     found, lora = adapted_tensors(cfg, family.tensors, params), cfg.lora
     modules = {one.module: one.ranks for one in found.values()}
@@ -127,10 +134,10 @@ def write_adapter(
     shapes = {name: array.shape for name, array in arrays.items()}
     with new_folder(folder) as partial:
         write_json(partial / CONFIG, keys)
-        write_safetensors(partial / WEIGHTS, shapes, "float32", iter(arrays.items()))
+        write_safetensors(partial / WEIGHTS, shapes, dtype, iter(arrays.items()))
 
 
-def check_keys(keys: Mapping[str, Any]) -> None:
+def check_settings(keys: Mapping[str, Any]) -> None:
     """Raise ConfigError, naming the key, for what can't be read or isn't known."""
     for name, value in keys.items():
         if name in HARMLESS or name in READ or not value:
@@ -149,7 +156,7 @@ def open_adapter(folder: Path, find_model: Callable[[str], Path | Pretrained]) -
     """
     keys = read_json(folder / CONFIG)
     try:
-        check_keys(keys)
+        check_settings(keys)
         name = keys.get("base_model_name_or_path")
         if keys.get("peft_type") != "LORA" or not isinstance(name, str) or not name:
             raise ConfigError("it needs peft_type=LORA and base_model_name_or_path")
