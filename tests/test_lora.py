@@ -203,6 +203,7 @@ def run_losses(run) -> list[float]:
     return [record.get("loss", record.get("validation_loss")) for record in records]
 
 
+@pytest.mark.slow
 def test_adapters_train_alone_are_saved_alone_and_resume(cfg, gpt2, tmp_path):
     run, said = tmp_path / "run", list[str]()
     state = fit(cfg, run, report=said.append)
@@ -279,6 +280,7 @@ def first_losses(cfg, sizes, run) -> list[float]:
     return losses
 
 
+@pytest.mark.slow
 def test_steps_are_the_same_in_parts_and_on_a_mesh(cfg, tmp_path):
     cfg = override_config(cfg, {"lora.dropout": "0.0", "optim.learning_rate": "0.1"})
     alone = first_losses(cfg, {}, tmp_path)
