@@ -23,7 +23,7 @@ from nanojaxgpt.step import make_init, open_state
 # The optimizer, and the fields that decide the rows of a batch: they must match.
 SAME = re.compile(
     r"optim\.optimizer|train\.(seed|batch_size|ramp_batch_size|ramp_steps)|model\.seq_len"
-    r"|data\.(packing|mixture|validation_fraction|validation_documents|validation_source)"
+    r"|data\.(packing|overlong|mixture|validation_fraction|validation_documents|validation_source)"
 )
 
 

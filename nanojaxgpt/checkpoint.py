@@ -192,7 +192,7 @@ def restore_step(
 
 
 def read_leaves(path: Path, wanted: dict[str, list]) -> dict[str, list]:
-    """Return what `describe` gave when the checkpoint was saved. Raises ValueError.
+    """Return the result of `describe` when the checkpoint was saved. Raises ValueError.
 
     The step is compared, too: the folder's name alone would let a renamed checkpoint pass.
     """

@@ -355,7 +355,12 @@ def model_data(model: LanguageModel, source: str, report: Callable[[str], None])
     """Return the data of a model's run, or another source read with the model's tokenizer."""
     cfg = model.experiment
     if source:
-        return open_source(source, model.tokenizer, cfg.data, config.cache_dir(cfg), report)
+        identity = (
+            rundir.read_identity(model.run, "the labels", report) if model.run.is_dir() else {}
+        )
+        labels = tuple(identity.get("data", {}).get("labels", ()))
+        folder, template = config.cache_dir(cfg), model.chat_template
+        return open_source(source, model.tokenizer, cfg.data, folder, report, template, labels)
     data = prepare_data(cfg, report, model.run)
     rundir.check_identity(model.run, data.identity)
     return data

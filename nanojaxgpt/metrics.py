@@ -105,7 +105,7 @@ class MetricsWriter:
 
     def close(self) -> None:
         """Close the file and the trackers; one that is slow is not waited for."""
-        with suppress(OSError):  # what is deleted or full was reported
+        with suppress(OSError):  # a deleted folder or a full disk was reported
             if rundir.identify(self.run) == self.identity:
                 self._restore()
         self.file.close()

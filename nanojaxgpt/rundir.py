@@ -144,7 +144,7 @@ def writing(run: Path, kind: type[UserError]) -> Iterator[None]:
 
 
 def identify(path: Path | int) -> tuple[int, int] | None:
-    """Return what tells a file or directory from another of its name; None: there is none.
+    """Return the identity of a file or directory, which another of its name lacks; None if missing.
 
     `path` may be the descriptor of an open file.
     """

@@ -227,7 +227,7 @@ def open_job(
 
 
 def begin_run(job: Job, run: Path, report: Callable[[str], None]) -> None:
-    """Write what identifies the run into its directory, or check it against what is there."""
+    """Write the run's identity into its directory, or check it against the one there."""
     with rundir.writing(run, ConfigError):
         write_run(job, run, report)
 
@@ -239,7 +239,8 @@ def write_run(job: Job, run: Path, report: Callable[[str], None]) -> None:
         report(f"changed since the run began: {name} {old!r} -> {new!r}")
     (run / "tokenizer").mkdir(exist_ok=True)
     job.data.tokenizer.save(run / "tokenizer")
-    save_template(run / "tokenizer", inherited_template(job.cfg.init, run))
+    template = job.data.template or inherited_template(job.cfg.init, run)
+    save_template(run / "tokenizer", template)
     devices = [device.device_kind for device in job.mesh.devices.flat]
     base = base_identity(job.cfg, run) if job.cfg.lora.rank else {}
     write_identity(run, job.cfg, job.data.identity, devices, report, base)

@@ -26,8 +26,8 @@ LAYERS = {
     2: {"rundir", "arguments", "hosts.process", "hosts.lifeline", "hosts.team", "hosts.joining",
         "hosts.watchdog", "checkpoint", "adapters", "rundiff", "metrics", "trackers", "finish",
         "sample", "perplexity", "text_stream", "interchange.*", "data.sources", "data.sources.*",
-        "data.shards", "data.manifests", "data.exactness", "data.store", "data.packing",
-        "data.loader", "data.show"},
+        "data.chat", "data.examples", "data.shards", "data.manifests", "data.exactness",
+        "data.store", "data.packing", "data.loader", "data.show"},
     # Training.
     3: {"step", "recorder", "loop", "training", "memory", "branch",
         "language_model", "session"},

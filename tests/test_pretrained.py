@@ -137,6 +137,7 @@ def test_a_base_model_continues_what_is_typed(folder, capsys, monkeypatch):
         _ = model.template
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_a_model_on_one_device_and_on_a_mesh(
     folder, experiment, tmp_path, monkeypatch
 ):
@@ -179,6 +180,7 @@ def test_what_the_model_has_otherwise_is_refused(field, experiment, tmp_path):
     assert not (tmp_path / "run" / "config.json").exists()
 
 
+@pytest.mark.slow
 def test_a_longer_context_needs_a_scaling_that_is_named(folder, experiment, tmp_path, monkeypatch):
     devices(monkeypatch, 1)
     longer = {"model.seq_len": "512", "model.rotary": "('scaling=linear factor=4',)",

@@ -127,6 +127,7 @@ def finish(process, run) -> str:
     return output
 
 
+@pytest.mark.slow
 def test_killed_stopped_and_started_again(start, uninterrupted, tmp_path):
     run = tmp_path / "run"
     for step, number, expected in (
@@ -229,6 +230,7 @@ def test_stopped_after_every_step(job, tmp_path, monkeypatch):
     assert_same_run(run, plain)
 
 
+@pytest.mark.slow
 def test_a_signal_while_restoring_is_no_broken_checkpoint(job, tmp_path, monkeypatch):
     run, lines = tmp_path / "run", []
     interrupt_at(job, 9, monkeypatch, [])

@@ -166,6 +166,11 @@ class Data(Section):
     packing: str = field("wrap",
         "wrap: cut one stream every seq_len; pack: whole, separate documents",
         choices=("wrap", "pack"))
+    overlong: str = field("drop",
+        "an example for fine-tuning that is longer than a row: drop it, or cut its end",
+        choices=("drop", "cut"))
+    chat_template: str = field("",
+        'Jinja file, plain, none; "": the model\'s own; see docs/data.md')
     validation_fraction: float = field(0.1, "tail of each source that is held out", high=BELOW_ONE)
     validation_documents: int = field(0,
         "hold out the last N documents of each source instead; 0: off")

@@ -25,6 +25,7 @@ class Batch(NamedTuple):
     weights_BT: Array  # float32; 0: this target is not scored
     segments_BT: Array | None = None  # int32; 1, 2, ... in each row, 0: padding
     positions_BT: Array | None = None  # int32; they restart with each segment
+    documents_BT: Array | None = None  # int32; of preferences: a document's number, -1: padding
 
 
 # (step, first_row, last_row) -> the rows [first_row, last_row) of that step's batch.
@@ -127,7 +128,7 @@ def make_train_rows(sources: tuple[WeightedRows, ...], batch_size: int, seed: in
 def make_eval_batches(rows: Rows, batch_size: int) -> tuple[int, ReadRows]:
     """Return the number of batches and `read(batch_index, first_row, last_row)`.
 
-    Together they hold every row once; what is missing from the last batch has weight 0.
+    Together they hold every row once; the rows missing from the last batch have weight 0.
     """
 
     def read(batch_index: int, first_row: int, last_row: int) -> Batch:

@@ -440,7 +440,7 @@ def short_hash(data: bytes) -> str:
 
 
 def mark_bytes(marks: Mapping[str, int]) -> bytes:
-    """Return what marks add to the content that is hashed: nothing where there are none."""
+    """Return the part of the hashed content that marks add: nothing without marks."""
     return json.dumps(marks, sort_keys=True).encode() if marks else b""
 
 

@@ -142,13 +142,15 @@ def adopted(cfg: Config, theirs: Model, name: str) -> Config:
     return config.with_fields(cfg, changes)
 
 
-def inherited_template(init: Init, run: Path) -> str:
+def inherited_template(init: Init, run: Path | None) -> str:
     """Return the chat template of the model that a run starts from, or "".
 
     A run that was begun keeps a copy.
     """
-    if (run / "identity.json").exists() or not (init.from_run or init.from_model):
+    if run and (run / "identity.json").exists():
         return load_template(run / "tokenizer")
+    if not (init.from_run or init.from_model):
+        return ""
     source = find_model(init.from_model) if init.from_model else Path(init.from_run)
     if isinstance(source, Path):
         return load_template(source / "tokenizer")

@@ -26,7 +26,7 @@ class Context(NamedTuple):
     deterministic: bool
     score_multiplier: jax.typing.ArrayLike
     alpha: jax.typing.ArrayLike  # lora.alpha
-    prefill: bool = False  # the cache is empty: what is read now is all there is to see
+    prefill: bool = False  # the cache is empty: tokens see only each other
 
 
 # Flax numbers the keys that a module asks for, and its `scan`, by which the layers once ran, traced

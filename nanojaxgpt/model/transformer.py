@@ -120,7 +120,7 @@ class Transformer(Weights):
         return (head(x_BTD) if logits else (x_BTD, head)), cache
 
     def position_embedding(self, positions_BT: jax.Array) -> jax.Array:
-        """Return what is added to the token embeddings: [B, T, D], or 0."""
+        """Return the embeddings of the positions, [B, T, D], or 0."""
         cfg = self.cfg
         if cfg.positions == "learned":
             return self.weight("position_TD")[positions_BT]

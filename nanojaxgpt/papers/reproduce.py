@@ -213,7 +213,7 @@ def format_number(value: float | str) -> str:
 
 
 def interval(claim: Claim) -> str:
-    """Return what a claim accepts, in words."""
+    """Return a claim's criterion in words."""
     low, high = map(format_number, claim.accept)
     text = f"{low} to {high}"
     if math.inf in claim.accept:
@@ -232,7 +232,7 @@ def difference(result: ClaimResult) -> float:
 
 
 def report_json(found: Reproduction) -> str:
-    """Return the report as JSON; what is not finite is null."""
+    """Return the report as JSON, with null for numbers that are not finite."""
 
     def finite(value: float | str) -> float | str | None:
         return value if isinstance(value, str) or math.isfinite(value) else None

@@ -239,7 +239,7 @@ class Follower:
             self.recorder.validate(step, params, trained.opt_state)
 
     def close(self) -> None:
-        """End the trial; what is being saved is waited for."""
+        """End the trial, after the checkpoints in progress."""
         if not self.ended:
             self.ended = True
             self.recorder.writer.close()
