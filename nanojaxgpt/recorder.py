@@ -111,7 +111,7 @@ class Recorder:
 
     def save(self, step: int, state: TrainState, frozen: Params) -> None:
         """Start to save a state; its arrays may be donated as soon as this returns."""
-        self.checkpoints.save(step, state.items(frozen))
+        self.checkpoints.save(step, state.items(self.job.cfg, frozen))
         self.saved = step
         self.reset_clock(step)
 

@@ -32,6 +32,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "mlp": ("tensor",),
     "positions": (),
     "norm": (),
+    "rank": (),
 }
 
 # The config field that gives a dimension its size.

@@ -18,14 +18,14 @@ LAYERS = {
         "hosts", "data", "rehearse", "model", "interchange"},
     # The model, and what is computed with it.
     1: {"model.config", "model.parameters", "model.projection", "model.rotary", "model.block",
-        "model.transformer", "interchange.tensors", "attention", "attention.*", "sharding", "loss",
-        "schedules", "matrices", "optim", "trainable", "objectives", "objectives.*", "flops",
-        "data.rows", "data.tasks", "data.tokenizers", "data.tokenizer_json", "data.subwords",
-        "papers.scaling", "papers.probe"},
+        "model.lora", "model.transformer", "interchange.tensors", "attention", "attention.*",
+        "sharding", "loss", "schedules", "matrices", "optim", "trainable", "objectives",
+        "objectives.*", "flops", "data.rows", "data.tasks", "data.tokenizers",
+        "data.tokenizer_json", "data.subwords", "papers.scaling", "papers.probe"},
     # Runs, data, hosts; parameters are read, evaluated, sampled.
     2: {"rundir", "arguments", "hosts.process", "hosts.lifeline", "hosts.team", "hosts.joining",
-        "hosts.watchdog", "checkpoint", "rundiff", "metrics", "trackers", "finish", "sample",
-        "perplexity", "text_stream", "interchange.*", "data.sources", "data.sources.*",
+        "hosts.watchdog", "checkpoint", "adapters", "rundiff", "metrics", "trackers", "finish",
+        "sample", "perplexity", "text_stream", "interchange.*", "data.sources", "data.sources.*",
         "data.chat", "data.examples", "data.shards", "data.manifests", "data.exactness",
         "data.store", "data.packing", "data.loader", "data.show"},
     # Training.

@@ -221,6 +221,23 @@ class Optim(Section, traced=True):
 
 
 @dataclass(frozen=True)
+class Lora(Section):
+    """Adapters of low rank beside the kernels of a pretrained model; see docs/finetune.md."""
+
+    rank: int = field(0, "of each kernel's adapter; 0: none")
+    alpha: float = field(16.0, "an adapter adds alpha / rank times its output", traced=True)
+    rank_stabilized: bool = field(False, "alpha / sqrt(rank) instead")
+    targets: tuple[str, ...] = field(("layers",),
+        "kernels with an adapter: patterns of paths; default: all of attention and MLP")
+    dropout: float = field(0.0, "rate for the input of the adapters", high=BELOW_ONE)
+
+    @property
+    def divisor(self) -> float:
+        """What alpha is divided by."""
+        return math.sqrt(self.rank) if self.rank_stabilized else self.rank
+
+
+@dataclass(frozen=True)
 class Mesh(Section, resume=True, place=True):
     """Devices per axis; -1: all that remain."""
 
@@ -362,6 +379,7 @@ class Config:
     model: Model = Model()
     data: Data = Data()
     optim: Optim = Optim()
+    lora: Lora = Lora()
     mesh: Mesh = Mesh()
     train: Train = Train()
     objective: Objective = Objective()

@@ -60,9 +60,11 @@ def is_foreign(folder: Path) -> bool:
 
 
 def open_hf(folder: Path) -> "Pretrained":
-    """Return the model of a Hugging Face folder."""
-    from nanojaxgpt.interchange import huggingface
+    """Return the model of a Hugging Face folder, or of the adapter in one of peft's."""
+    from nanojaxgpt.interchange import huggingface, peft
 
+    if (folder / peft.CONFIG).is_file() and not (folder / "config.json").is_file():
+        return peft.open_adapter(folder, find_model)
     return huggingface.open_folder(folder)
 
 

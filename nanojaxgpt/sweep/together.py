@@ -199,7 +199,7 @@ class Follower:
         ):
             begin_run(job, run, print)
             first = start_state(job, run, print)
-            start = functools.partial(first_start, job, print)
+            start = functools.partial(first_start, job, run, print)
             self.job = job = with_reference(job, run, *first, start, print)
         self.first = jax.device_get(first)  # one device may not hold all of them
         self.start = int(first[0].step)
