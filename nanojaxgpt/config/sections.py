@@ -276,7 +276,7 @@ class Objective(Section):
     """What training minimizes. The traced numbers can be swept without a new compilation."""
 
     kind: str = field("language",
-        "preference and reward learn from pairs, policy from rewards; see docs/objectives.md",
+        "preference and reward learn from pairs, policy from rewards; see docs/finetune.md",
         choices=("language", "classify", "preference", "reward", "distill", "policy"))
     loss: str = field("dpo", "of kind=preference; orpo and simpo need no reference",
         choices=("dpo", "ipo", "orpo", "simpo"))

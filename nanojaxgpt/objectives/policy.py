@@ -103,7 +103,9 @@ def policy_loss(
     gain_BT = jnp.minimum(ratio_BT * rollout.advantages_BT, clipped_BT * rollout.advantages_BT)
     losses_BT, tokens = -gain_BT, jnp.sum(weights_BT)
     outside_BT = (ratio_BT != clipped_BT) & (gain_BT == clipped_BT * rollout.advantages_BT)
-    metrics = {"clipped": (jnp.sum(outside_BT * weights_BT), tokens)}
+    # Of samples, minus their log-probability is an estimate of the entropy.
+    entropy = -jnp.sum(jnp.where(weights_BT > 0, new_BT, 0) * weights_BT)
+    metrics = {"clipped": (jnp.sum(outside_BT * weights_BT), tokens), "entropy": (entropy, tokens)}
     if rollout.reference_BT is not None:
         apart_BT = jnp.where(weights_BT > 0, rollout.reference_BT - new_BT, 0)
         kl_BT = jnp.exp(apart_BT) - apart_BT - 1  # the estimator k3 (Schulman 2020)
