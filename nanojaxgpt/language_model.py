@@ -12,13 +12,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from nanojaxgpt import checkpoint, config, memory, rundir, sharding
+from nanojaxgpt.adapters import load_run_params
 from nanojaxgpt.config.sections import Config
 from nanojaxgpt.console import warn
 from nanojaxgpt.data.loader import RunData, load_run_tokenizer, open_source, prepare_data
 from nanojaxgpt.data.tokenizers import Tokenizer
 from nanojaxgpt.errors import ConfigError, DataError
 from nanojaxgpt.interchange.loading import read_params
-from nanojaxgpt.interchange.opening import adopted, config_of, find_model
+from nanojaxgpt.interchange.opening import HUB, adopted, config_of, find_model
 from nanojaxgpt.interchange.pretrained import Pretrained
 from nanojaxgpt.interchange.templates import (
     ChatTemplate,
@@ -27,10 +28,12 @@ from nanojaxgpt.interchange.templates import (
     save_template,
 )
 from nanojaxgpt.model.config import JobConfig, ModelConfig, complete
-from nanojaxgpt.model.parameters import Params, count_params
+from nanojaxgpt.model.lora import merge_adapters
+from nanojaxgpt.model.parameters import Params, count_params, parameters
 from nanojaxgpt.model.transformer import Transformer
 from nanojaxgpt.sample import Sampling, padded_length, stream
 from nanojaxgpt.text_stream import TextStream, encode_prompt
+from nanojaxgpt.trainable import is_trainable, trained_patterns
 from nanojaxgpt.training import make_evaluation
 
 GGUF_TYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "q8_0": "Q8_0"}
@@ -173,17 +176,23 @@ class LanguageModel:
         return tuple({self.tokenizer.end_id, *self.experiment.sample.end_ids} - {-1})
 
     def save(self, folder: str | Path, format: str = "run", dtype: str = "") -> None:
-        """Write the model as a run directory, a Hugging Face folder or a GGUF file.
+        """Write the model as a run directory, a Hugging Face folder, a GGUF file, or its adapters.
 
-        `format` is run, hf or gguf; `dtype` (default: that of the parameters) float32, bfloat16 or
-        float16, and q8_0 for gguf. Rows of the vocabulary that only pad it are left out, unless
-        they are those of the model that it started from. Raises ConfigError where there is
-        something at `folder`, or where the format can't express the model.
+        `format` is run, hf, gguf or peft; but for the last, adapters are merged. `dtype` (default:
+        that of the parameters) is float32, bfloat16 or float16, and q8_0 for gguf. Rows of the
+        vocabulary that only pad it are left out, unless they are those of the model that it
+        started from. Raises ConfigError where there is something at `folder`, or where the format
+        can't express the model.
         """
-        target, dtype = Path(folder), dtype or self.config.param_dtype
+        target = Path(folder)
         rundir.check_folder("folder", target.parent)
         if target.exists() and (target.is_file() or any(target.iterdir())):
             raise ConfigError(f"{target} is not empty: choose another one")
+        if self.config.lora.rank and format != "peft":
+            return self.merged().save(folder, format, dtype)
+        if format == "peft":
+            return self.save_adapters(target, dtype or "float32")
+        dtype = dtype or self.config.param_dtype
         own = self.experiment.init.from_model or self.experiment.init.from_run
         rows = self.config.vocab_size if own else self.tokenizer.vocab_size
         cfg = dataclasses.replace(self.config, vocab_size=rows)
@@ -200,7 +209,33 @@ class LanguageModel:
 
             gguf_write.write_file(target, *parts, target.stem, GGUF_TYPES.get(dtype, dtype))
         else:
-            raise ConfigError(f"format={format!r} must be one of run, hf, gguf")
+            raise ConfigError(f"format={format!r} must be one of run, hf, gguf, peft")
+
+    def merged(self) -> "LanguageModel":
+        """Return the model with its adapters added to its kernels; itself where it has none."""
+        if not self.config.lora.rank:
+            return self
+        plain = config.with_fields(self.experiment, {"lora.rank": 0})
+        params = merge_adapters(self.config, self.params)
+        return dataclasses.replace(self, config=plain.model, params=params, experiment=plain)
+
+    def save_adapters(self, folder: Path, dtype: str) -> None:
+        """Write the adapters for peft; the base is the one that the training started from."""
+        from nanojaxgpt.interchange import peft
+
+        if not self.config.lora.rank:
+            raise ConfigError(f"{self.run} has no adapters (lora.rank=0): write it as hf or gguf")
+        patterns = trained_patterns(self.experiment)
+        table = parameters(self.config).values()
+        if more := [row.path for row in table
+                    if row.kind != "adapter" and is_trainable(row.path, patterns)]:  # fmt: skip
+            raise ConfigError(f"beside its adapters {self.run} trained {', '.join(more)}, which a "
+                              "folder of peft can't hold here: write it as hf or gguf")  # fmt: skip
+        init = self.experiment.init
+        base = find_model(init.from_model) if init.from_model else Path(init.from_run)
+        family = "" if isinstance(base, Path) else base.family
+        name = (init.from_model or init.from_run).removeprefix(HUB)
+        peft.write_adapter(folder, self.config, self.params, name, family, dtype)
 
     def save_run(self, run: Path) -> None:
         """Write the model as a run directory that every command takes."""
@@ -284,7 +319,7 @@ def open_model(
     with memory.explained("loading the model", mesh, lambda: LOWER), jax.set_mesh(mesh):
         memory.check_model("the model", job_cfg.model, mesh, 0, LOWER)
         if isinstance(source, Path):
-            step, params = checkpoint.load_params(source, job_cfg.model, mesh, step, report)
+            step, params = load_run_params(source, job_cfg.model, mesh, step, report)
         else:
             params = read_params(source, job_cfg.model, mesh)
     return LanguageModel(job_cfg.model, params, tokenizer, mesh, job_cfg, origin, step, template)

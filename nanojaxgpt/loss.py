@@ -1,9 +1,11 @@
-"""Token-weighted cross-entropy from logits, or from features in chunks; sums, never means."""
+"""Cross-entropy and log-probabilities of tokens, from logits or, in chunks, from features."""
 
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+
+from nanojaxgpt.model.parameters import PyTree
 
 
 @jax.custom_vjp
@@ -37,6 +39,26 @@ def _token_loss_backward(residuals: tuple, grad_BT: jax.Array) -> tuple:
 token_loss.defvjp(_token_loss_forward, _token_loss_backward)
 
 
+def split_sequence(array: jax.Array, chunks: int) -> jax.Array:
+    """Return an array [B, T, ...] as [chunks, B, T / chunks, ...]."""
+    parts = array.reshape(array.shape[0], chunks, -1, *array.shape[2:])
+    return jnp.swapaxes(parts, 0, 1)
+
+
+def map_chunks(function: Callable[..., PyTree], chunks: int, *arrays: jax.Array) -> PyTree:
+    """Return function(*arrays), where each array is [B, T, ...] and each result [B, T].
+
+    With `chunks` > 1 it is made from as many parts of the sequence, one after the other: what the
+    function makes in between exists for one part at a time, in the backward pass too.
+    """
+    if chunks == 1:
+        return function(*arrays)
+    again = jax.checkpoint(function)
+    parts = tuple(split_sequence(array, chunks) for array in arrays)
+    found = jax.lax.scan(lambda _, part: (None, again(*part)), None, parts)[1]
+    return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1).reshape(x.shape[1], -1), found)
+
+
 def loss_sum(
     logits: Callable[[jax.Array], jax.Array],
     x_BTD: jax.Array,
@@ -54,15 +76,11 @@ def loss_sum(
     if chunks == 1:
         return jnp.sum(token_loss(logits(x_BTD), targets_BT, z_loss) * weights_BT)
 
-    def split(array: jax.Array) -> jax.Array:
-        parts = array.reshape(array.shape[0], chunks, -1, *array.shape[2:])
-        return jnp.swapaxes(parts, 0, 1)
-
     @jax.checkpoint
     def add_chunk(total: jax.Array, part: tuple) -> tuple[jax.Array, None]:
         x_BCD, targets_BC, weights_BC = part
         losses_BC = token_loss(logits(x_BCD), targets_BC, z_loss)
         return total + jnp.sum(losses_BC * weights_BC), None
 
-    parts = (split(x_BTD), split(targets_BT), split(weights_BT))
+    parts = tuple(split_sequence(array, chunks) for array in (x_BTD, targets_BT, weights_BT))
     return jax.lax.scan(add_chunk, jnp.float32(0), parts)[0]

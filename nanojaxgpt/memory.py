@@ -84,6 +84,8 @@ def abstract_batch(cfg: Config, mesh: Mesh, batch_size: int = 0) -> Batch:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.batch_sharding(mesh))
 
     whole = Batch(rows(jnp.int32), rows(jnp.int32), rows(jnp.float32))
+    if cfg.objective.has_reference:
+        whole = whole._replace(reference_BT=rows(jnp.float32))
     if cfg.data.packing == "wrap" and not cfg.data.source.startswith("task:"):
         return whole
     return whole._replace(segments_BT=rows(jnp.int32), positions_BT=rows(jnp.int32))

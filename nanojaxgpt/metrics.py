@@ -10,6 +10,7 @@ from typing import Any
 from nanojaxgpt import config, rundir
 from nanojaxgpt.config.sections import Config
 from nanojaxgpt.errors import CheckpointError, ConfigError
+from nanojaxgpt.extras import plots_advice
 from nanojaxgpt.trackers import close_all, open_trackers
 
 
@@ -91,6 +92,14 @@ class MetricsWriter:
         for tracker in self.trackers:
             tracker.log(step, values)
 
+    def write_confusion(self, counts_CC: Any) -> None:
+        """Write examples by label and by prediction as confusion.json, and as a picture."""
+        counts = [[round(count) for count in row] for row in counts_CC.tolist()]
+        with rundir.writing(self.run, CheckpointError):
+            rundir.write_text(self.run / "confusion.json", json.dumps(counts) + "\n")
+            if not plots_advice():
+                plot_confusion(counts, self.run / "confusion.png", self.run.name)
+
     def _restore(self) -> None:
         """Write the file again, from the handle, where it is no longer the one that is open."""
         if rundir.identify(self.path) == rundir.identify(self.file.fileno()):
@@ -118,6 +127,9 @@ class NoMetrics:
     began = 0.0
 
     def write(self, step: int, **values: float) -> None:
+        """Write nothing."""
+
+    def write_confusion(self, counts_CC: Any) -> None:
         """Write nothing."""
 
     def step(self, step: int, values: dict[str, float]) -> None:
@@ -155,4 +167,24 @@ def plot_losses(records: Iterable[dict[str, Any]], path: Path, title: str) -> No
     axes.grid(alpha=0.3)
     if axes.lines:
         axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def plot_confusion(counts: list[list[int]], path: Path, title: str) -> None:
+    """Write how many examples of each label (a row) were taken for which, as a PNG."""
+    from matplotlib.figure import Figure
+
+    size = len(counts)
+    inches = 2.5 + 0.5 * min(size, 20)
+    figure = Figure(figsize=(inches, inches), layout="constrained")
+    axes = figure.subplots()
+    shares = [[count / max(sum(row), 1) for count in row] for row in counts]
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    if size <= 20:
+        axes.set(xticks=range(size), yticks=range(size))
+        for label, row in enumerate(counts):
+            for found, count in enumerate(row):
+                color = "white" if shares[label][found] > 0.5 else "black"
+                axes.text(found, label, f"{count:,}", ha="center", va="center", color=color)
+    axes.set(xlabel="prediction", ylabel="label", title=title)
     figure.savefig(path, dpi=120)

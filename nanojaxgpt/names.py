@@ -9,7 +9,13 @@ from typing import NamedTuple
 
 NANOGPT, MAXTEXT, TRANSFORMERS = "nanoGPT", "MaxText", "transformers"
 
-SECONDARY = ("eval.", "checkpoint.", "init.", "sample.")  # sections that are suggested last
+SECONDARY = (
+    "lora.",
+    "eval.",
+    "checkpoint.",
+    "init.",
+    "sample.",
+)  # sections that are suggested last
 
 
 class OtherName(NamedTuple):

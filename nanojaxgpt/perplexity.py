@@ -2,7 +2,8 @@
 
 import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,23 +11,27 @@ import numpy as np
 
 from nanojaxgpt.data.rows import Batch
 from nanojaxgpt.loss import loss_sum
-from nanojaxgpt.model.config import Multipliers
-from nanojaxgpt.model.parameters import Params
+from nanojaxgpt.model.config import MULTIPLIERS, Multipliers
+from nanojaxgpt.model.parameters import Params, PyTree
 from nanojaxgpt.model.transformer import Transformer
+from nanojaxgpt.objectives import Loss, Metric
+from nanojaxgpt.objectives.classify import macro_f1
+from nanojaxgpt.schedules import Hyper
 from nanojaxgpt.sharding import constrain
 
 
 def make_eval_step(
     model: Transformer, token_bytes: np.ndarray, loss_chunks: int = 1
 ) -> Callable[..., jax.Array]:
-    """Return eval_step(params, batch, multipliers) -> [sum of losses in nats, tokens, bytes].
+    """Return eval_step(params, batch, hyper) -> [sum of losses in nats, tokens, bytes].
 
     It gives float32 [3]. `token_bytes` [V] is how many bytes of text each token stands for.
     """
     bytes_V = jnp.zeros(model.cfg.vocab_size, jnp.float32).at[: len(token_bytes)].set(token_bytes)
 
     @jax.jit
-    def eval_step(params: Params, batch: Batch, multipliers: Multipliers) -> jax.Array:
+    def eval_step(params: Params, batch: Batch, hyper: Hyper) -> jax.Array:
+        multipliers = Multipliers(*(hyper[name] for name in MULTIPLIERS))
         (x_BTD, head), _ = model.apply(
             {"params": params}, batch.tokens_BT, batch.positions_BT, batch.segments_BT,
             logits=False, multipliers=multipliers,
@@ -39,19 +44,46 @@ def make_eval_step(
     return eval_step
 
 
-def evaluate_batches(
-    eval_step: Callable[[Params, Batch], jax.Array], params: Params, batches: Iterable[Batch]
-) -> dict[str, float]:
-    """Return loss (nats per token), perplexity, bits_per_byte and tokens over all batches."""
-    sums = np.zeros(3)
-    waiting: list[jax.Array] = []
-    for batch in batches:  # the device works on this batch while the one before is read
-        waiting.append(eval_step(params, batch))
-        if len(waiting) > 1:
-            sums += np.asarray(waiting.pop(0), np.float64)
-    for last in waiting:
-        sums += np.asarray(last, np.float64)
-    loss, tokens, text = sums.tolist()
+def make_objective_step(loss: Loss) -> Callable[..., dict[str, Metric]]:
+    """Return eval_step(params, batch, hyper) -> the sums of the loss and its metrics, by name.
+
+    `loss` is that of a model without dropout.
+    """
+
+    @jax.jit
+    def eval_step(params: Params, batch: Batch, hyper: Hyper) -> dict[str, Metric]:
+        total, weight, metrics = loss(params, {}, batch, hyper, jax.random.key(0))
+        sums = {"loss": (total, weight), **metrics}
+        return jax.tree.map(lambda x: constrain(x, *[None] * x.ndim), sums)
+
+    return eval_step
+
+
+def sum_batches(
+    eval_step: Callable[[Params, Batch], PyTree], params: Params, batches: Iterable[Batch]
+) -> PyTree:
+    """Return the sums in float64 of what eval_step gives of all batches; None without any."""
+
+    def found() -> Iterator[PyTree]:
+        waiting = None
+        for batch in batches:  # the device works on this batch while the one before is read
+            ahead = eval_step(params, batch)
+            if waiting is not None:
+                yield waiting
+            waiting = ahead
+        if waiting is not None:
+            yield waiting
+
+    total = None
+    for part in found():
+        part = jax.tree.map(lambda x: np.asarray(x, np.float64), part)
+        total = part if total is None else jax.tree.map(np.add, total, part)
+    return total
+
+
+def language_numbers(sums: PyTree) -> dict[str, Any]:
+    """Return loss (nats per token), perplexity, bits_per_byte and tokens of summed batches."""
+    loss, tokens, text = np.zeros(3).tolist() if sums is None else sums.tolist()
     mean = loss / tokens if tokens else math.nan
     return {
         "loss": mean,
@@ -59,6 +91,22 @@ def evaluate_batches(
         "bits_per_byte": loss / math.log(2) / text if text else math.nan,
         "tokens": int(tokens),
     }
+
+
+def objective_numbers(sums: PyTree) -> dict[str, Any]:
+    """Return the loss and every metric of summed batches, and `tokens`, what they are means of.
+
+    A confusion matrix stays one of counts, and gives macro_f1.
+    """
+    sums = sums or {"loss": (0.0, 0.0)}
+    found = {
+        name: float(s / w) if w else math.nan for name, (s, w) in sums.items() if not np.ndim(s)
+    }
+    found["tokens"] = round(float(sums["loss"][1]))
+    if "confusion" in sums:
+        found["confusion"] = sums["confusion"][0]
+        found["macro_f1"] = macro_f1(found["confusion"])
+    return found
 
 
 @functools.partial(jax.jit, static_argnums=0)

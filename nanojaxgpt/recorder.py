@@ -6,7 +6,7 @@ The loop has one recorder; trials that train together have one each.
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
 
@@ -19,6 +19,9 @@ from nanojaxgpt.model.config import JobConfig
 from nanojaxgpt.model.parameters import Params, PyTree
 from nanojaxgpt.optim import is_average
 from nanojaxgpt.step import TrainState
+
+# What a loss is the mean of.
+UNITS = {"classify": "examples", "preference": "pairs", "reward": "pairs"}
 
 
 def ignore(step: int) -> None:
@@ -41,7 +44,7 @@ class Job(NamedTuple):
     init: Callable[..., tuple[TrainState, Params]]
     train_step: Callable
     train_batch: Callable[[int], Batch]
-    evaluate: Callable[..., dict[str, float]]
+    evaluate: Callable[..., dict[str, Any]]
     evaluated: Callable[[int], None] = ignore
 
 
@@ -108,7 +111,7 @@ class Recorder:
 
     def save(self, step: int, state: TrainState, frozen: Params) -> None:
         """Start to save a state; its arrays may be donated as soon as this returns."""
-        self.checkpoints.save(step, state.items(frozen))
+        self.checkpoints.save(step, state.items(self.job.cfg, frozen))
         self.saved = step
         self.reset_clock(step)
 
@@ -118,18 +121,19 @@ class Recorder:
         `through` are further arguments of the evaluation, see training.make_evaluation.
         """
         found = self.job.evaluate(params, *through)
-        if not found["tokens"]:
+        if not (count := found.pop("tokens")):
             return False
         self.losses[step] = found["loss"]
-        self.writer.write(
-            step,
-            validation_loss=found["loss"],
-            validation_bits_per_byte=found["bits_per_byte"],
-        )
+        confusion_CC = found.pop("confusion", None)
+        found.pop("perplexity", None)  # it follows from the loss
+        self.writer.write(step, **{f"validation_{name}": value for name, value in found.items()})
+        if confusion_CC is not None:
+            self.writer.write_confusion(confusion_CC)
         average = " of the average" if is_average(opt_state) else ""
+        loss, unit = found.pop("loss"), UNITS.get(self.job.cfg.objective.kind, "tokens")
+        others = ", ".join(f"{value:.4f} {name.replace('_', ' ')}" for name, value in found.items())
         self.say(
-            f"step {step}: validation loss {found['loss']:.4f}{average}, "
-            f"{found['bits_per_byte']:.4f} bits per byte over {found['tokens']:,} tokens"
+            f"step {step}: validation loss {loss:.4f}{average}, {others} over {count:,} {unit}"
         )
         self.reset_clock(step)
         self.job.evaluated(step)

@@ -25,12 +25,14 @@ RULES: dict[str, tuple[str, ...]] = {
     "layers": (),
     "embed": ("fsdp",),
     "vocab": ("tensor",),
+    "labels": (),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "head_dim": (),
     "mlp": ("tensor",),
     "positions": (),
     "norm": (),
+    "rank": (),
 }
 
 # The config field that gives a dimension its size.

@@ -1,49 +1,68 @@
 """From a config to a trained run: its data, its job, where it starts, and the end."""
 
+import dataclasses
 import functools
 import math
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from nanojaxgpt import checkpoint, finish, memory, rundir, sharding
+from nanojaxgpt.adapters import base_identity, frozen_base, place_adapters, read_start
+from nanojaxgpt.batches import Finish, make_batches, make_train_batch, without_documents
 from nanojaxgpt.branch import branch_state
 from nanojaxgpt.config import AnyConfig, typed
 from nanojaxgpt.config.sections import Config
 from nanojaxgpt.data.loader import RunData, fetch_ahead, prepare_data, resolve
-from nanojaxgpt.data.rows import (
-    Batch,
-    Ramp,
-    ReadRows,
-    make_eval_batches,
-    make_ramp,
-    make_train_rows,
-    read_batch,
-)
+from nanojaxgpt.data.rows import Batch, make_eval_batches, make_ramp
 from nanojaxgpt.errors import ConfigError, DataError
 from nanojaxgpt.horizon import warmup_warning
 from nanojaxgpt.hosts.joining import preflight
 from nanojaxgpt.hosts.process import StopRequest, stop_signals
 from nanojaxgpt.hosts.team import ALONE, Team
-from nanojaxgpt.interchange.loading import read_params
-from nanojaxgpt.interchange.opening import adopt_model, find_model, inherited_template
+from nanojaxgpt.interchange.opening import adopt_model, inherited_template
 from nanojaxgpt.interchange.templates import save_template
 from nanojaxgpt.loop import Loop
-from nanojaxgpt.model.config import JobConfig, Multipliers
+from nanojaxgpt.model.config import JobConfig
 from nanojaxgpt.model.parameters import Params, PyTree, count_params, parameters
-from nanojaxgpt.model.transformer import Transformer
+from nanojaxgpt.model.transformer import Transformer, init_params
 from nanojaxgpt.objectives import Loss
-from nanojaxgpt.perplexity import evaluate_batches, make_eval_step
+from nanojaxgpt.perplexity import (
+    language_numbers,
+    make_eval_step,
+    make_objective_step,
+    objective_numbers,
+    sum_batches,
+)
 from nanojaxgpt.recorder import Job, train_ramp
+from nanojaxgpt.reference import with_reference
+from nanojaxgpt.rollout import with_rollouts
 from nanojaxgpt.rundir import enter_run, own_run, write_identity
-from nanojaxgpt.step import TrainState, first_state, make_step, open_state, traced_multipliers
+from nanojaxgpt.schedules import Hyper
+from nanojaxgpt.step import (
+    OBJECTIVES,
+    TrainState,
+    first_state,
+    make_hyper,
+    make_step,
+    open_state,
+)
+from nanojaxgpt.teacher import load_teacher
 from nanojaxgpt.trackers import check_installed
-from nanojaxgpt.trainable import merge_params, split_lines
+from nanojaxgpt.trainable import (
+    HEAD,
+    TEACHER,
+    merge_params,
+    split_lines,
+    trained_patterns,
+    without_teacher,
+)
 
 
 def prepare_together(
@@ -84,21 +103,7 @@ def share_job(job: Job, cfg: JobConfig) -> Job:
         cfg=cfg,
         init=functools.partial(job.init, scale=np.float32(cfg.init.scale)),
         train_batch=make_train_batch(cfg, job.data, job.mesh),
-        evaluate=functools.partial(job.evaluate, multipliers=traced_multipliers(cfg)),
-    )
-
-
-def make_train_batch(cfg: Config, data: RunData, mesh: Mesh) -> Callable[[int], Batch]:
-    """Return batch(step) -> the global batch of a 0-based training step."""
-    seq_len, ramp = cfg.model.seq_len, train_ramp(cfg)
-    rows = make_train_rows(data.train(seq_len), ramp.full, cfg.train.seed)
-    return make_batches(rows, ramp, seq_len, mesh)
-
-
-def make_batches(rows: ReadRows, ramp: Ramp, seq_len: int, mesh: Mesh) -> Callable[[int], Batch]:
-    """Return batch(step) -> that step's batch as global arrays; a host reads its own rows alone."""
-    return lambda step: sharding.global_batch(
-        functools.partial(read_batch, rows, ramp, int(step)), ramp.size(step), seq_len, mesh
+        evaluate=functools.partial(job.evaluate, hyper=make_hyper(cfg)),
     )
 
 
@@ -108,12 +113,12 @@ def make_evaluation(
     mesh: Mesh,
     model: Transformer,
     held: Mapping[str, PyTree] | None = None,
-) -> Callable[..., dict[str, float]]:
+) -> Callable[..., dict[str, Any]]:
     """Return evaluate(params) -> the numbers over the validation split, or its first batches.
 
-    A second argument is a function through which the batches go, a watchdog's say; a third, the
-    multipliers of another config. Raises MemoryExceeded where a batch does not fit beside the
-    abstract trees that a device holds: `held`, by name.
+    A second argument is a function through which the batches go, a watchdog's say; `hyper` are the
+    numbers of another config, `finish` see make_batches. Raises MemoryExceeded where a batch does
+    not fit beside the abstract trees that a device holds: `held`, by name.
     """
     cfg = typed(cfg)  # a paper's measure may have changed the ConfigDict of its run
     size, seq_len = cfg.eval.batch_size or cfg.train.batch_size, cfg.model.seq_len
@@ -122,20 +127,28 @@ def make_evaluation(
     count = min(count, cfg.eval.num_batches or count)
     if count:
         memory.check_evaluation(cfg, mesh, held or {})
-    fetch = make_batches(rows, make_ramp(size), seq_len, mesh)
     ahead, lower = cfg.data.prefetch_batches, lambda: memory.EVALUATION_ADVICE
-    eval_step = make_eval_step(model, data.tokenizer.token_bytes(), cfg.train.loss_chunks)
+    if cfg.objective.kind in ("language", "policy"):
+        token_bytes, numbers = data.tokenizer.token_bytes(), language_numbers
+        eval_step = make_eval_step(model, token_bytes, cfg.train.loss_chunks)
+    else:
+        adapters = dataclasses.replace(model.cfg.lora, dropout=0.0)
+        plain = Transformer(dataclasses.replace(model.cfg, dropout=0.0, lora=adapters))
+        eval_step = make_objective_step(OBJECTIVES[cfg.objective.kind](plain, cfg))
+        numbers = objective_numbers
     eval_step = memory.checked(eval_step, mesh, "an evaluation step", lower)
 
     def run_evaluation(
         params: Params,
         each: Callable[[Iterable[Batch]], Iterable[Batch]] = iter,
-        multipliers: Multipliers | None = None,
-    ) -> dict[str, float]:
-        numbers = dict(multipliers=multipliers or traced_multipliers(cfg))
+        hyper: Hyper | None = None,
+        finish: Finish = without_documents,
+    ) -> dict[str, Any]:
+        fetch = make_batches(rows, make_ramp(size), seq_len, mesh, finish)
+        one = functools.partial(eval_step, hyper=hyper or make_hyper(cfg))
         with memory.explained("the evaluation", mesh, lower):
             batches = each(fetch_ahead(fetch, 0, count, ahead))
-            return evaluate_batches(functools.partial(eval_step, **numbers), params, batches)
+            return numbers(sum_batches(one, params, batches))
 
     return run_evaluation
 
@@ -143,37 +156,68 @@ def make_evaluation(
 def start_state(
     job: Job, run: Path, report: Callable[[str], None], team: Team = ALONE
 ) -> tuple[TrainState, Params]:
-    """Return the state to start from, and the frozen parameters.
+    """Return the state to start from, and the frozen parameters, a teacher's among them.
 
-    1. This run's newest good checkpoint. 2. The whole state of another run (init.state=all). 3. The
-    parameters of another run (init.from_run) or model (init.from_model). 4. From scratch, by
-    train.seed.
+    It is that of this run's newest good checkpoint, or `first_start`.
     """
     folder = Path(run) / "checkpoints"
-    abstract = job.abstract.items(job.frozen)
+    abstract = job.abstract.items(job.cfg, job.frozen)
     found = checkpoint.restore(folder, abstract, report=report, team=team)
     if found:
         step, items = found
         team.decide(lambda: checkpoint.set_aside(folder, step))
         report(f"resuming from step {step}")
-        return open_state(job.cfg, jax.device_put(np.int32(step), job.shardings.step), items)
-    if job.cfg.init.state == "all":
-        return branch_state(job, report, team)
-    init = job.cfg.init
-    if not (init.from_run or init.from_model):
-        return job.init(jax.random.key(job.cfg.train.seed))
-    source = find_model(init.from_model) if init.from_model else Path(init.from_run)
-    if isinstance(source, Path):
-        step, params = checkpoint.load_params(
-            source, job.cfg.model, job.mesh, init.step, report, team
-        )
-        report(f"starting from the parameters of {source}, step {step}")
+        step = jax.device_put(np.int32(step), job.shardings.step)
+        state, frozen = open_state(job.cfg, step, items)
+        if job.cfg.lora.rank:
+            frozen = frozen_base(job.cfg, run, job.mesh, report, team)
     else:
-        params = read_params(source, job.cfg.model, job.mesh)
-        report(f"starting from the parameters of {source.origin}")
+        state, frozen = first_start(job, run, report, team)
+    if job.cfg.objective.kind == "distill":
+        tokenizer = job.data.tokenizer
+        frozen = {**frozen, TEACHER: load_teacher(job.cfg, job.mesh, tokenizer, report, team)}
+    return state, frozen
+
+
+def first_start(
+    job: Job, run: Path, report: Callable[[str], None], team: Team = ALONE
+) -> tuple[TrainState, Params]:
+    """Return the state of a run before its first step, and the frozen parameters.
+
+    1. The whole state of another run (init.state=all). 2. The parameters of another run
+    (init.from_run) or model (init.from_model). 3. From scratch, by train.seed.
+    """
+    init, adapted = job.cfg.init, job.cfg.lora.rank > 0
+    if init.state == "all":
+        return branch_state(job, report, team)
+    if not (init.from_run or init.from_model):
+        state, frozen = job.init(jax.random.key(job.cfg.train.seed))
+        return state, without_teacher(frozen)
+    step = team.decide(lambda: base_identity(job.cfg, run))["step"] if adapted else init.step
+    origin, params = read_start(job.cfg, job.mesh, step, report, team)
+    report(f"starting from the parameters of {origin}")
+    labels, theirs = job.cfg.model.num_labels, len(params.get(HEAD, ()))
+    if labels != theirs:
+        params = with_new_head(job, params)
+        report(f"a new head for labels: {labels} rows, where it has {theirs}")
+    if adapted:
+        key = jax.random.key(job.cfg.train.seed)
+        params = place_adapters(job.cfg.model, params, key, job.mesh)
     first = functools.partial(first_state, job.cfg)
-    frozen = jax.tree.map(lambda leaf: leaf.sharding, job.frozen)
+    frozen = jax.tree.map(lambda leaf: leaf.sharding, without_teacher(job.frozen))
     return jax.jit(first, out_shardings=(job.shardings, frozen), donate_argnums=0)(params)
+
+
+def with_new_head(job: Job, params: Params) -> Params:
+    """Return the parameters with the head for labels, if any, that a run from scratch has."""
+    rest = {name: value for name, value in params.items() if name != HEAD}
+    if not job.cfg.model.num_labels:
+        return rest
+    abstract = merge_params(job.abstract.params, job.frozen)[HEAD]
+    make = jax.jit(
+        lambda rng: init_params(job.cfg.model, rng)[HEAD], out_shardings=abstract.sharding
+    )
+    return {**rest, HEAD: make(jax.random.key(job.cfg.train.seed))}
 
 
 def fit(
@@ -238,10 +282,11 @@ def write_run(job: Job, run: Path, report: Callable[[str], None]) -> None:
     template = job.data.template or inherited_template(job.cfg.init, run)
     save_template(run / "tokenizer", template)
     devices = [device.device_kind for device in job.mesh.devices.flat]
-    write_identity(run, job.cfg, job.data.identity, devices, report)
+    base = base_identity(job.cfg, run) if job.cfg.lora.rank else {}
+    write_identity(run, job.cfg, job.data.identity, devices, report, base)
     num_params = count_params(job.cfg.model)
     report(f"{run}: {num_params:,} parameters, {job.data.size}, {len(devices)} x {devices[0]}")
-    if job.cfg.optim.trainable:
+    if trained_patterns(job.cfg):
         table = parameters(job.cfg.model)
         for line in split_lines(job.abstract.params, job.abstract.opt_state, table):
             report(line)
@@ -255,7 +300,7 @@ def write_run(job: Job, run: Path, report: Callable[[str], None]) -> None:
 
 def check_space(job: Job, run: Path) -> None:
     """Raise ConfigError where the run directory's disk has too little space for a checkpoint."""
-    leaves = jax.tree.leaves(job.abstract.items(job.frozen))
+    leaves = jax.tree.leaves(job.abstract.items(job.cfg, job.frozen))
     size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
     if (free := shutil.disk_usage(run).free) < size:
         raise ConfigError(
@@ -271,6 +316,8 @@ def train_job(
     team.decide(lambda: begin_run(job, run, report))
     with memory.training_explained(job.cfg, job.mesh), jax.set_mesh(job.mesh):
         state, frozen = start_state(job, run, report, team)
+        start = functools.partial(first_start, job, run, report, team)
+        job = with_rollouts(with_reference(job, run, state, frozen, start, report, team), start)
         if state.step < job.cfg.train.num_steps:
             team.decide(lambda: check_space(job, run))
         return Loop(job, run, int(state.step), stop, team).train(state, frozen)

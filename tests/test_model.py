@@ -307,6 +307,6 @@ def test_multipliers_scale_embeddings_scores_and_logits():
     sharp = changed(attention_scale=4 * cfg.attention_scale)
     np.testing.assert_allclose(changed(attention_multiplier=4.0), sharp, rtol=1e-4, atol=1e-5)
     assert min(np.abs(plain - other).max() for other in (expected, sharp)) > 1e-2
-    given = forward(cfg, params, tokens_BT, multipliers=Multipliers(3.0, 4.0, 0.5))
+    given = forward(cfg, params, tokens_BT, multipliers=Multipliers(3.0, 4.0, 0.5, 1.0))
     fields = dict(embed_multiplier=3.0, attention_multiplier=4.0, logit_multiplier=0.5)
     np.testing.assert_allclose(given, changed(**fields), rtol=1e-5, atol=1e-6)

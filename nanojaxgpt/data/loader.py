@@ -216,6 +216,7 @@ def resolve(cfg: AnyConfig, data: RunData) -> JobConfig:
     if 0 < cfg.model.vocab_size < size:
         raise ConfigError(f"model.vocab_size={cfg.model.vocab_size}, but the tokenizer has {size}")
     found = {"data.tokenizer": tokenizer, "model.vocab_size": cfg.model.vocab_size or size}
+    found["model.num_labels"] = cfg.model.num_labels or int(cfg.objective.kind == "reward")
     return build({**dict(fields(cfg)), **found}, JobConfig)
 
 

@@ -26,6 +26,8 @@ class Batch(NamedTuple):
     segments_BT: Array | None = None  # int32; 1, 2, ... in each row, 0: padding
     positions_BT: Array | None = None  # int32; they restart with each segment
     documents_BT: Array | None = None  # int32; of preferences: a document's number, -1: padding
+    # float32; of preferences: the segment's log-probability by the reference model, at each place
+    reference_BT: Array | None = None
 
 
 # (step, first_row, last_row) -> the rows [first_row, last_row) of that step's batch.

@@ -16,7 +16,16 @@ if TYPE_CHECKING:
 HUB = "hf:"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 # Fields that a config may set though a model of another format has them otherwise.
-FREE = ("attention", "unroll", "remat", "dropout", "param_dtype", "compute_dtype", "init")
+FREE = (
+    "attention",
+    "unroll",
+    "remat",
+    "dropout",
+    "param_dtype",
+    "compute_dtype",
+    "init",
+    "num_labels",
+)
 
 
 def find_model(model: str | Path) -> "Path | Pretrained":
@@ -51,9 +60,11 @@ def is_foreign(folder: Path) -> bool:
 
 
 def open_hf(folder: Path) -> "Pretrained":
-    """Return the model of a Hugging Face folder."""
-    from nanojaxgpt.interchange import huggingface
+    """Return the model of a Hugging Face folder, or of the adapter in one of peft's."""
+    from nanojaxgpt.interchange import huggingface, peft
 
+    if (folder / peft.CONFIG).is_file() and not (folder / "config.json").is_file():
+        return peft.open_adapter(folder, find_model)
     return huggingface.open_folder(folder)
 
 

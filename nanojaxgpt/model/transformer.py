@@ -17,6 +17,7 @@ from nanojaxgpt.attention.cache import Cache
 from nanojaxgpt.attention.request import Mask
 from nanojaxgpt.model.block import Block, Context, Weights, scaled
 from nanojaxgpt.model.config import LayerConfig, ModelConfig, Multipliers
+from nanojaxgpt.model.lora import add_adapters
 from nanojaxgpt.model.parameters import Parameter, Params, PyTree, model_rows
 from nanojaxgpt.model.projection import decoding_params, project
 from nanojaxgpt.model.rotary import sinusoids
@@ -90,7 +91,8 @@ class Transformer(Weights):
         mask = Mask(order_1T, order_1T, segments_BT, segments_BT)
         if cache is not None and not prefill:
             mask = Mask(positions_BT, jnp.arange(cache[0].k_BKSH.shape[2])[None])
-        context = Context(mask, positions_BT, deterministic, factors.attention, prefill)
+        scalars = factors.attention, factors.alpha
+        context = Context(mask, positions_BT, deterministic, *scalars, prefill)
         if self.is_initializing():
             x_BTD = self.init_layers(x_BTD, context)
         elif cache is None and not self.is_mutable_collection("intermediates"):
@@ -103,6 +105,8 @@ class Transformer(Weights):
         apart = not cfg.tied_head or self.has_variable("params", "head_VD")
         kernel = self.kernel("head_VD") if apart else (embed_VD, "TI,OI->TO")
         bias_V = self.weight("head_bias") if cfg.head_bias else None
+        if cfg.num_labels and self.is_initializing():
+            self.weight("label_CD")  # last, so that the others' values are the same with it
 
         def head(x_BTD: jax.Array) -> jax.Array:
             x_BTD = scaled(x_BTD, factors.logit)
@@ -195,7 +199,7 @@ class Transformer(Weights):
 
     def layer_keys(self, context: Context) -> jax.Array | None:
         """Return a key for the dropout of each layer [L]; None without dropout."""
-        if not self.cfg.dropout or context.deterministic or self.scope is None:
+        if self.cfg.deterministic or context.deterministic or self.scope is None:
             return None
         rng: Any = self.scope.rngs["dropout"]
         return jax.random.split(rng.rng, self.cfg.num_layers)
@@ -220,4 +224,5 @@ class Transformer(Weights):
 
 def init_params(cfg: ModelConfig, rng: jax.Array) -> Params:
     """Return new parameters, a nested dict of the paths of the table."""
-    return Transformer(cfg).init(rng, jnp.zeros((1, 1), jnp.int32))["params"]
+    params = Transformer(cfg).init(rng, jnp.zeros((1, 1), jnp.int32))["params"]
+    return add_adapters(cfg, params, rng)

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 
 from nanojaxgpt.data.rows import Batch
 from nanojaxgpt.loss import loss_sum
-from nanojaxgpt.model.config import MULTIPLIERS, Multipliers
 from nanojaxgpt.model.parameters import Params
 from nanojaxgpt.model.transformer import Transformer
 from nanojaxgpt.objectives import Loss, Metric
+from nanojaxgpt.objectives.features import features
 from nanojaxgpt.schedules import Hyper
 from nanojaxgpt.trainable import merge_params
 
@@ -19,12 +19,8 @@ def make_loss(model: Transformer, loss_chunks: int) -> Loss:
     def loss(
         params: Params, frozen: Params, batch: Batch, hyper: Hyper, rng: jax.Array
     ) -> tuple[jax.Array, jax.Array, dict[str, Metric]]:
-        (x_BTD, head), _ = model.apply(
-            {"params": merge_params(params, frozen)},
-            batch.tokens_BT, batch.positions_BT, batch.segments_BT,
-            deterministic=model.cfg.dropout == 0, logits=False, rngs={"dropout": rng},
-            multipliers=Multipliers(*(hyper[name] for name in MULTIPLIERS)),
-        )  # fmt: skip
+        whole = merge_params(params, frozen)
+        x_BTD, head = features(model, whole, batch, hyper, rng)
         total = loss_sum(
             head, x_BTD, batch.targets_BT, batch.weights_BT, hyper["z_loss"], loss_chunks
         )

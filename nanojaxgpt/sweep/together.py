@@ -25,12 +25,12 @@ from nanojaxgpt.errors import ConfigError
 from nanojaxgpt.hosts.process import StopRequest
 from nanojaxgpt.model.parameters import Params, PyTree
 from nanojaxgpt.model.transformer import Transformer
-from nanojaxgpt.objectives import language
 from nanojaxgpt.recorder import Job, Recorder, due, train_ramp
+from nanojaxgpt.reference import with_reference
 from nanojaxgpt.rundir import own_run
-from nanojaxgpt.step import TrainState, make_hyper, make_train_step
+from nanojaxgpt.step import OBJECTIVES, TrainState, make_hyper, make_train_step
 from nanojaxgpt.trainable import merge_params
-from nanojaxgpt.training import begin_run, make_job, start_state
+from nanojaxgpt.training import begin_run, first_start, make_job, start_state
 
 MEASURED_STEPS = 5
 
@@ -40,6 +40,8 @@ def open_group(cfg: Config, report: Callable[[str], None]) -> Job:
 
     Raises ConfigError, DataError.
     """
+    if cfg.objective.kind == "policy":
+        raise ConfigError("trials whose steps sample can't share one step: use --mode=map")
     sizes = {axis: 1 if size == -1 else size for axis, size in cfg.mesh.given().items()}
     devices, count = jax.devices(), math.prod(sizes.values())
     if len(devices) % count:
@@ -105,7 +107,7 @@ class Stack:
         """
         shape = self.job.cfg.train
         model = Transformer(self.job.cfg.model)
-        loss = language.make_loss(model, shape.loss_chunks)
+        loss = OBJECTIVES[self.job.cfg.objective.kind](model, self.job.cfg)
         alone = make_train_step(loss, self.job.cfg.optim, model.cfg, shape.accumulation_steps)
 
         def step(
@@ -134,9 +136,12 @@ class Stack:
 def stacked_batches(jobs: list[Job], starts: list[int], stack: Stack) -> Callable[[int], PyTree]:
     """Return batches(number) -> every trial's batch, so many steps after its start, stacked.
 
-    What has the same seed and start is read once.
+    What has the same seed and start, and begins with the same parameters, is read once.
     """
-    keys = [(job.cfg.train.seed, start) for job, start in zip(jobs, starts, strict=True)]
+    keys = [
+        (job.cfg.train.seed, start, job.cfg.init if job.cfg.objective.has_reference else "")
+        for job, start in zip(jobs, starts, strict=True)
+    ]
     fetches = {key: job.train_batch for key, job in zip(keys, jobs, strict=True)}
 
     def batches(number: int) -> PyTree:
@@ -194,6 +199,8 @@ class Follower:
         ):
             begin_run(job, run, print)
             first = start_state(job, run, print)
+            start = functools.partial(first_start, job, run, print)
+            self.job = job = with_reference(job, run, *first, start, print)
         self.first = jax.device_get(first)  # one device may not hold all of them
         self.start = int(first[0].step)
         self.recorder = Recorder(job, run, self.start, self.say)
@@ -284,7 +291,7 @@ def train_together(jobs: list[Job], runs: list[Path], stop: StopRequest) -> list
             job.cfg.train.num_steps - start for job, start in zip(jobs, starts, strict=True)
         )
         step = stack.make_step()
-        fetch = stacked_batches(jobs, starts, stack)
+        fetch = stacked_batches([follower.job for follower in followers], starts, stack)
         ahead = first.cfg.data.prefetch_batches
         with closing(fetch_ahead(fetch, 0, rounds, ahead)) as fetched:
             for number, batches in enumerate(fetched, 1):
