@@ -89,6 +89,8 @@ class LanguageModel:
         `stop`, or with one of the model's end ids or of `end_ids`. The options are those of the
         config's section `sample`. Raises ConfigError, DataError, MemoryExceeded.
         """
+        if isinstance(prompts, str):
+            raise ConfigError(f"prompts must be a list: [{prompts!r}]")
         ids = [self.encode(prompt) for prompt in prompts]
         if not ids:
             return
@@ -132,6 +134,8 @@ class LanguageModel:
         ids_BT = np.zeros((len(rows), padded_length(longest, self.config.seq_len)), np.int32)
         for row, ids in enumerate(rows):
             ids_BT[row, : len(ids)] = ids
+        if ids_BT.min() < 0 or ids_BT.max() >= self.config.vocab_size:
+            raise ConfigError(f"ids must be from 0 to {self.config.vocab_size - 1}")
         with self.on_devices("the forward pass"):
             logits_BTV = _logits(Transformer(self.config), self.params, ids_BT)
             return np.asarray(logits_BTV)[:, :longest, : self.tokenizer.vocab_size]
@@ -186,10 +190,15 @@ class LanguageModel:
         """
         target = Path(folder)
         rundir.check_folder("folder", target.parent)
-        if target.exists() and (target.is_file() or any(target.iterdir())):
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
             raise ConfigError(f"{target} is not empty: choose another one")
         if self.config.lora.rank and format != "peft":
             return self.merged().save(folder, format, dtype)
+        if (format == "gguf") != (target.suffix == ".gguf"):
+            raise ConfigError(
+                f"{target} with format={format}: the name of a GGUF file ends in .gguf, and that "
+                "of nothing else"
+            )
         if format == "peft":
             return self.save_adapters(target, dtype or "float32")
         dtype = dtype or self.config.param_dtype

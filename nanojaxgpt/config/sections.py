@@ -360,7 +360,7 @@ class Sample(Section, resume=True, host_only=True):
 
     prompt: str = field("\n", '"": a new document, from the tokenizer\'s end token')
     max_tokens: int = field(256, "new tokens of a sample", low=1)
-    num_samples: int = field(1, "continuations of the prompt", low=1)
+    num_samples: int = field(1, "continuations of the prompt", low=1, high=1 << 16)
     temperature: float = field(0.8, "below 1e-5: greedy")
     top_k: int = field(0, "sample from the k likeliest tokens; 0: off")
     top_p: float = field(1.0, "sample from the fewest tokens of this total probability", high=1)

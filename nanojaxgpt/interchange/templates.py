@@ -161,6 +161,11 @@ def compile_template(source: str) -> Callable[[dict[str, Any]], str]:
                 raise TemplateError(f"it uses {operator} on other than small numbers")
             return super().call_binop(context, operator, left, right)
 
+        def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+            """Refuse the methods that pad text to any width."""
+            padding = isinstance(obj, str) and attr in PADDING
+            return not padding and super().is_safe_attribute(obj, attr, value)
+
     environment = Environment(
         trim_blocks=True,
         lstrip_blocks=True,
@@ -173,7 +178,7 @@ def compile_template(source: str) -> Callable[[dict[str, Any]], str]:
                            "dict": dict}  # fmt: skip
     try:
         template = environment.from_string(source)
-    except jinja2.TemplateError as error:
+    except (jinja2.TemplateError, RecursionError) as error:
         raise TemplateError(f"the chat template can't be read: {error}") from error
 
     def render(variables: dict[str, Any]) -> str:
@@ -192,6 +197,7 @@ def compile_template(source: str) -> Callable[[dict[str, Any]], str]:
     return render
 
 
+PADDING = ("center", "expandtabs", "ljust", "rjust", "zfill")
 # Filters that fill up to any width, or do what no chat template needs.
 REFUSED = ("center", "indent", "wordwrap", "format", "urlize", "xmlattr", "pprint", "random",
            "filesizeformat", "batch", "slice")  # fmt: skip
@@ -228,13 +234,25 @@ def now(form: str) -> str:
     return datetime.now().strftime(form)
 
 
+def peak_bytes() -> int:
+    """Return the most bytes that this process has held; 0 where the system does not say."""
+    try:
+        import resource
+    except ImportError:
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
 def in_time(work: Callable[[], str]) -> str:
     """Return what `work` gives. Raises TemplateError where it takes longer than SECONDS."""
-    end = time.thread_time() + SECONDS
+    end, most = time.thread_time() + SECONDS, peak_bytes() + MEMORY
 
     def watch(frame: FrameType, event: str, argument: Any) -> Any:
         if time.thread_time() > end:
             raise TemplateError(f"the chat template runs for more than {SECONDS:.0f} s")
+        if peak_bytes() > most:
+            raise TemplateError("the chat template takes too much memory")
         return watch
 
     before = sys.gettrace()
