@@ -113,7 +113,8 @@ def test_every_command_takes_a_folder(folder, tmp_path, capsys):
 
 def test_a_conversation_in_the_terminal(folder, tmp_path, capsys, monkeypatch):
     typed = ["hello", "\udcff", "/retry", "again", "/undo", "/nope", "/temperature warm", "/undo",
-             "/undo", f"/save {tmp_path}/talk.json", "/system brief", "hi", "/quit", "more"]  # fmt: skip
+             "/undo", f"/save {tmp_path}/talk.json", "/system brief", "hi", "/quit",
+             "more"]  # fmt: skip
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(typed) + "\n"))
     assert main(["chat", str(folder), "--max_tokens=6", "--temperature=0"]) == 0
     out, err = capsys.readouterr()
