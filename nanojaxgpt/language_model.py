@@ -13,9 +13,16 @@ from jax.sharding import Mesh
 
 from nanojaxgpt import checkpoint, config, memory, rundir, sharding
 from nanojaxgpt.adapters import load_run_params
-from nanojaxgpt.config.sections import Config
+from nanojaxgpt.batches import without_documents
+from nanojaxgpt.config.sections import Config, Objective
 from nanojaxgpt.console import warn
-from nanojaxgpt.data.loader import RunData, load_run_tokenizer, open_source, prepare_data
+from nanojaxgpt.data.loader import (
+    RunData,
+    check_objective,
+    load_run_tokenizer,
+    open_source,
+    prepare_data,
+)
 from nanojaxgpt.data.tokenizers import Tokenizer
 from nanojaxgpt.errors import ConfigError, DataError
 from nanojaxgpt.interchange.loading import read_params
@@ -31,6 +38,7 @@ from nanojaxgpt.model.config import JobConfig, ModelConfig, complete
 from nanojaxgpt.model.lora import merge_adapters
 from nanojaxgpt.model.parameters import Params, count_params, parameters
 from nanojaxgpt.model.transformer import Transformer
+from nanojaxgpt.reference import fill_reference, read_tables
 from nanojaxgpt.sample import Sampling, padded_length, stream
 from nanojaxgpt.text_stream import TextStream, encode_prompt
 from nanojaxgpt.trainable import is_trainable, trained_patterns
@@ -336,19 +344,32 @@ def open_model(
 
 def evaluate(
     model: LanguageModel, source: str = "", report: Callable[[str], None] = warn
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Return loss, perplexity, bits per byte and the number of tokens that were scored.
 
-    Over the run's validation split, or all of another source, written as data.source. Raises
+    Of a run with another objective it returns that one's metrics, see objectives/. Over the run's
+    validation split, or all of another source, written as data.source. Raises
     ConfigError, DataError, MemoryExceeded.
     """
     cfg = model.experiment
     data = model_data(model, source, report)
+    if cfg.objective.kind in ("distill", "policy"):  # teachers and rewards belong to training
+        cfg = dataclasses.replace(cfg, objective=Objective())
+    check_objective(cfg.objective.kind, data)
+    finish = without_documents
+    if cfg.objective.has_reference:
+        tables = {} if source else read_tables(model.run, {"data": data.identity})
+        if not tables:
+            raise ConfigError(
+                f"objective.loss={cfg.objective.loss} compares with a reference, which is known "
+                f"for the data of {model.run} alone: evaluate that, without --data"
+            )
+        finish = fill_reference(tables["validation"])
     with model.on_devices("the evaluation"):
         held = {"parameters": checkpoint.abstract_params(model.config, model.mesh)}
         transformer = Transformer(model.config)
         run_evaluation = make_evaluation(cfg, data, model.mesh, transformer, held)
-        found = run_evaluation(model.params)
+        found = run_evaluation(model.params, finish=finish)
     if not found["tokens"] and source:
         raise DataError(f"{source} has nothing to score: it is shorter than two tokens")
     if not found["tokens"]:

@@ -124,11 +124,11 @@ class Recorder:
         if not (count := found.pop("tokens")):
             return False
         self.losses[step] = found["loss"]
-        confusion_CC = found.pop("confusion", None)
+        confusion = found.pop("confusion", None)
         found.pop("perplexity", None)  # it follows from the loss
         self.writer.write(step, **{f"validation_{name}": value for name, value in found.items()})
-        if confusion_CC is not None:
-            self.writer.write_confusion(confusion_CC)
+        if confusion is not None:
+            self.writer.write_confusion(confusion)
         average = " of the average" if is_average(opt_state) else ""
         loss, unit = found.pop("loss"), UNITS.get(self.job.cfg.objective.kind, "tokens")
         others = ", ".join(f"{value:.4f} {name.replace('_', ' ')}" for name, value in found.items())

@@ -77,18 +77,28 @@ def prepare_data(
 ) -> RunData:
     """Return the data of a config, tokenized now where it is not there yet.
 
-    `run` is the run directory that it is for, where there is one. Raises as `open_data` and
-    `inherited_tokenizer` do.
+    `run` is the run directory that it is for, where there is one. Raises as `open_data`,
+    `inherited_tokenizer` and `check_objective` do.
     """
     cfg = typed(cfg)
     inherited = inherited_tokenizer(cfg, report, run)
-    return open_data(cfg.data, cache_dir(cfg), report, inherited, own_template(cfg, run))
+    data = open_data(cfg.data, cache_dir(cfg), report, inherited, own_template(cfg, run))
+    check_objective(cfg.objective.kind, data)
+    return data
 
 
 def own_template(cfg: sections.Config, run: Path | None = None) -> str:
     """Return the chat template that data.chat_template "" means; "" where none is needed."""
     needed = has_examples(cfg.data) and not cfg.data.chat_template
     return inherited_template(cfg.init, run) if needed else ""
+
+
+def check_objective(kind: str, data: RunData) -> None:
+    """Raise ConfigError where an objective can't learn from such data."""
+    wanted = {"classify": "labels", "preference": "preferences", "reward": "preferences"}
+    if (needed := wanted.get(kind, "")) != data.kind:
+        problem = f"needs {needed}:FILE" if needed else f"can't learn from {data.kind}:"
+        raise ConfigError(f"objective.kind={kind} {problem}; change it, or data.source")
 
 
 def inherited_tokenizer(
@@ -216,7 +226,13 @@ def resolve(cfg: AnyConfig, data: RunData) -> JobConfig:
     if 0 < cfg.model.vocab_size < size:
         raise ConfigError(f"model.vocab_size={cfg.model.vocab_size}, but the tokenizer has {size}")
     found = {"data.tokenizer": tokenizer, "model.vocab_size": cfg.model.vocab_size or size}
-    found["model.num_labels"] = cfg.model.num_labels or int(cfg.objective.kind == "reward")
+    labels = {"reward": 1, "classify": len(data.labels)}.get(cfg.objective.kind, 0)
+    if labels and cfg.model.num_labels not in (0, labels):
+        raise ConfigError(
+            f"model.num_labels={cfg.model.num_labels}, but the data have {labels}: "
+            f"{', '.join(data.labels)}; leave it at 0"
+        )
+    found["model.num_labels"] = cfg.model.num_labels or labels
     return build({**dict(fields(cfg)), **found}, JobConfig)
 
 
