@@ -93,7 +93,8 @@ def leaves(run) -> dict[str, np.ndarray]:
     """Return the arrays of the last step's checkpoint by their paths."""
     cfg = complete(rundir.read_config(run))
     job = make_job(cfg, prepare_data(cfg, print), one_device_mesh())
-    step, items = checkpoint.restore(run / "checkpoints", job.abstract.items({}), NUM_STEPS)
+    abstract = job.abstract.items(cfg, {})
+    step, items = checkpoint.restore(run / "checkpoints", abstract, NUM_STEPS)
     assert step == NUM_STEPS
     found = jax.tree_util.tree_leaves_with_path(items)
     return {checkpoint.path_name(path): np.asarray(leaf) for path, leaf in found}

@@ -153,7 +153,8 @@ class JobConfig(Config):
     model: ModelConfig = dataclasses.field()  # no default: the vocabulary must be known
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "model", ModelConfig(**self.model.given(), lora=self.lora))
+        if self.model.lora != self.lora:
+            object.__setattr__(self, "model", ModelConfig(**self.model.given(), lora=self.lora))
 
 
 def complete(cfg: config.AnyConfig) -> JobConfig:
