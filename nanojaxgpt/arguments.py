@@ -214,7 +214,7 @@ def open_model_config(
 def open_for_sampling(
     command: str, about: str | None, arguments: list[str]
 ) -> tuple[argparse.Namespace, Config]:
-    """Return what `open_model_config` does, with each field of the section `sample` as an option.
+    """As `open_model_config`, with each field of the section `sample` as an option.
 
     `parsed.mesh` holds the sizes of the mesh where they are given, else None: one device.
     """

@@ -23,7 +23,7 @@ from nanojaxgpt.step import make_init, open_state
 # The optimizer, and the fields that decide the rows of a batch: they must match.
 SAME = re.compile(
     r"optim\.optimizer|train\.(seed|batch_size|ramp_batch_size|ramp_steps)|model\.seq_len"
-    r"|data\.(packing|mixture|validation_fraction|validation_documents|validation_source)"
+    r"|data\.(packing|overlong|mixture|validation_fraction|validation_documents|validation_source)"
 )
 
 
@@ -37,7 +37,9 @@ def branch_state(job: Job, report: Callable[[str], None], team: Team = ALONE) ->
     if not team.decide(lambda: check_branch(job, other)):
         report(f"WARNING: {other} has no identity.json, so its data can't be compared")
     folder = other / "checkpoints"
-    found = checkpoint.restore(folder, job.abstract.items(job.frozen), init.step, report, team)
+    found = checkpoint.restore(
+        folder, job.abstract.items(job.cfg, job.frozen), init.step, report, team
+    )
     if found is None:
         raise CheckpointError(f"{other} has no checkpoint yet")
     step, items = found
@@ -67,10 +69,10 @@ def check_branch(job: Job, other: Path) -> bool:
 
     def first_state(key: jax.Array) -> dict[str, PyTree]:
         state, frozen = make_init(complete(there))(key)
-        return state.items(frozen)
+        return state.items(there, frozen)
 
     old = checkpoint.leaf_kinds(jax.eval_shape(first_state, jax.random.key(0)))
-    new = checkpoint.leaf_kinds(job.abstract.items(job.frozen))
+    new = checkpoint.leaf_kinds(job.abstract.items(job.cfg, job.frozen))
     # Parameters first: the moments of one with another shape differ, too.
     for name in sorted([*new, *old], key=lambda name: not name.startswith("params/")):
         if old.get(name) != new.get(name):

@@ -192,19 +192,24 @@ def restore_step(
 
 
 def read_leaves(path: Path, wanted: dict[str, list]) -> dict[str, list]:
-    """Return what `describe` gave when the checkpoint was saved. Raises ValueError.
+    """Return the result of `describe` when the checkpoint was saved. Raises ValueError.
 
     The step is compared, too: the folder's name alone would let a renamed checkpoint pass.
     """
-    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-        meta = reader.restore(path / "meta")
-    if meta["step"] != int(path.name):
-        raise ValueError(f"it holds step {meta['step']}")
-    saved = meta["leaves"]
+    saved = saved_leaves(path)
     for name, kind in wanted.items():
         if saved.get(name, [])[:2] != kind:
             raise ValueError(f"{name} is {saved.get(name, ['missing'])[:2]} there, {kind} here")
     return saved
+
+
+def saved_leaves(path: Path) -> dict[str, list]:
+    """Return dtype, shape and fingerprint of the leaves of a checkpoint. Raises ValueError."""
+    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+        meta = reader.restore(Path(path).absolute() / "meta")
+    if meta["step"] != int(path.name):
+        raise ValueError(f"it holds step {meta['step']}")
+    return meta["leaves"]
 
 
 def read_items(path: Path, abstract: dict[str, PyTree]) -> dict[str, PyTree]:

@@ -190,6 +190,7 @@ def partner_problems(cfg: "Config") -> list[str]:
             f"data.sha256={show(cfg.data.sha256)} must be a SHA-256 in 64 hex digits, or "
             "several separated by commas"
         )
+    problems += lora_problems(cfg)
     mesh = asdict(cfg.mesh)
     if list(mesh.values()).count(-1) > 1:
         problems.append(f"only one mesh axis can be -1 (all other devices): {mesh}")
@@ -197,6 +198,8 @@ def partner_problems(cfg: "Config") -> list[str]:
         problems.append("init.state=all needs a run to branch from: set init.from_run")
     if cfg.init.from_run and cfg.init.from_model:
         problems.append("init.from_run and init.from_model both say where to start: set one")
+    if cfg.objective.kind == "policy" and not cfg.objective.reward:
+        problems.append("objective.kind=policy needs objective.reward=FILE.py:FUNCTION")
     if 0 in mesh.values():
         problems.append(f"a mesh axis of size 0 has no devices: {mesh}; use 1 for an unused axis")
     return problems
@@ -211,7 +214,7 @@ def objective_problems(cfg: "Config") -> list[str]:
         value = getattr(objective, field)
         if value != rule.default and name not in READ_BY.get(field, (name,)):
             problems.append(
-                f"objective.{field}={show(value)} has no effect with {name}: it is read by "
+                f"objective.{field}={value!r} has no effect with {name}: it is read by "
                 f"{', '.join(READ_BY[field])}"
             )
     if kind == "distill" and not objective.teacher:
@@ -222,6 +225,24 @@ def objective_problems(cfg: "Config") -> list[str]:
         problems.append(f"train.z_loss={cfg.train.z_loss} has no effect with {name}")
     if kind == "reward" and cfg.model.num_labels > 1:
         problems.append(f"a reward is one number, but model.num_labels={cfg.model.num_labels}")
+    return problems
+
+
+def lora_problems(cfg: "Config") -> list[str]:
+    """Return the contradictions of `lora` with other sections, and its patterns that can't be read.
+
+    Whether a target is found is known once the model is.
+    """
+    problems = [pattern_problem(pattern) for pattern in cfg.lora.targets]
+    problems = [f"lora.targets: {problem}" for problem in problems if problem]
+    if cfg.lora.rank and not (cfg.init.from_run or cfg.init.from_model):
+        problems.append(
+            f"lora.rank={cfg.lora.rank} adapts a model: set init.from_model or init.from_run"
+        )
+    if cfg.lora.rank and cfg.init.state == "all":
+        problems.append(
+            "init.state=all continues a whole run, without new adapters: set lora.rank=0"
+        )
     return problems
 
 

@@ -185,7 +185,7 @@ def quiet_libraries() -> None:
 
 
 def reason(error: Exception) -> str:
-    """Return what an exception says, without its number and file."""
+    """Return the message of an exception, without its number and file."""
     return getattr(error, "strerror", None) or str(error)
 
 

@@ -29,7 +29,8 @@ def forward_flops(cfg: ModelConfig, seq_len: int) -> int:
     compares; norms, activations and the embedding's look-up left out.
     """
     rows = parameters(cfg).values()
-    weights = sum(row.size for row in rows if row.kind == "kernel") + cfg.embed_dim * cfg.vocab_size
+    kernels = sum(row.size for row in rows if row.kind in ("kernel", "adapter"))
+    weights = kernels + cfg.embed_dim * cfg.vocab_size
     return 2 * seq_len * weights + attention_flops(cfg, seq_len)
 
 
@@ -39,8 +40,14 @@ def attention_flops(cfg: ModelConfig, seq_len: int) -> int:
 
 
 def train_flops(cfg: ModelConfig, seq_len: int) -> int:
-    """Return the FLOPs of training on one sequence: the backward pass is twice the forward."""
-    return 3 * forward_flops(cfg, seq_len)
+    """Return the FLOPs of training on one sequence: the backward pass is twice the forward.
+
+    With adapters it computes no gradient of the other weights, and half of it falls away for them.
+    """
+    frozen = 0
+    if cfg.lora.rank:
+        frozen = forward_flops(cfg.bare, seq_len) - attention_flops(cfg, seq_len)
+    return 3 * forward_flops(cfg, seq_len) - frozen
 
 
 def peak_flops(device_kind: str) -> float:

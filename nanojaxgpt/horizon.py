@@ -12,7 +12,7 @@ def decay_begin(cfg: Config) -> int:
 
 
 def warmup_warning(cfg: Config) -> str:
-    """Return what to tell of a warm-up that does not end within the run; "" where it does."""
+    """Return a warning if the warm-up does not end within the run, else ""."""
     warmup, steps = cfg.optim.warmup_steps, cfg.train.num_steps
     if warmup < steps:
         return ""

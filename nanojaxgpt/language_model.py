@@ -12,14 +12,21 @@ import numpy as np
 from jax.sharding import Mesh
 
 from nanojaxgpt import checkpoint, config, memory, rundir, sharding
+from nanojaxgpt.adapters import load_run_params
 from nanojaxgpt.batches import without_documents
 from nanojaxgpt.config.sections import Config, Objective
 from nanojaxgpt.console import warn
-from nanojaxgpt.data.loader import RunData, load_run_tokenizer, open_source, prepare_data
+from nanojaxgpt.data.loader import (
+    RunData,
+    check_objective,
+    load_run_tokenizer,
+    open_source,
+    prepare_data,
+)
 from nanojaxgpt.data.tokenizers import Tokenizer
-from nanojaxgpt.errors import CheckpointError, ConfigError, DataError
+from nanojaxgpt.errors import ConfigError, DataError
 from nanojaxgpt.interchange.loading import read_params
-from nanojaxgpt.interchange.opening import adopted, config_of, find_model
+from nanojaxgpt.interchange.opening import HUB, adopted, config_of, find_model
 from nanojaxgpt.interchange.pretrained import Pretrained
 from nanojaxgpt.interchange.templates import (
     ChatTemplate,
@@ -28,12 +35,13 @@ from nanojaxgpt.interchange.templates import (
     save_template,
 )
 from nanojaxgpt.model.config import JobConfig, ModelConfig, complete
-from nanojaxgpt.model.parameters import Params, count_params
+from nanojaxgpt.model.lora import merge_adapters
+from nanojaxgpt.model.parameters import Params, count_params, parameters
 from nanojaxgpt.model.transformer import Transformer
-from nanojaxgpt.recorder import unit_of
-from nanojaxgpt.reference import FILE, fill_reference, read_tables
+from nanojaxgpt.reference import fill_reference, read_tables
 from nanojaxgpt.sample import Sampling, padded_length, stream
 from nanojaxgpt.text_stream import TextStream, encode_prompt
+from nanojaxgpt.trainable import is_trainable, trained_patterns
 from nanojaxgpt.training import make_evaluation
 
 GGUF_TYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "q8_0": "Q8_0"}
@@ -89,6 +97,8 @@ class LanguageModel:
         `stop`, or with one of the model's end ids or of `end_ids`. The options are those of the
         config's section `sample`. Raises ConfigError, DataError, MemoryExceeded.
         """
+        if isinstance(prompts, str):
+            raise ConfigError(f"prompts must be a list: [{prompts!r}]")
         ids = [self.encode(prompt) for prompt in prompts]
         if not ids:
             return
@@ -132,6 +142,8 @@ class LanguageModel:
         ids_BT = np.zeros((len(rows), padded_length(longest, self.config.seq_len)), np.int32)
         for row, ids in enumerate(rows):
             ids_BT[row, : len(ids)] = ids
+        if ids_BT.min() < 0 or ids_BT.max() >= self.config.vocab_size:
+            raise ConfigError(f"ids must be from 0 to {self.config.vocab_size - 1}")
         with self.on_devices("the forward pass"):
             logits_BTV = _logits(Transformer(self.config), self.params, ids_BT)
             return np.asarray(logits_BTV)[:, :longest, : self.tokenizer.vocab_size]
@@ -176,17 +188,28 @@ class LanguageModel:
         return tuple({self.tokenizer.end_id, *self.experiment.sample.end_ids} - {-1})
 
     def save(self, folder: str | Path, format: str = "run", dtype: str = "") -> None:
-        """Write the model as a run directory, a Hugging Face folder or a GGUF file.
+        """Write the model as a run directory, a Hugging Face folder, a GGUF file, or its adapters.
 
-        `format` is run, hf or gguf; `dtype` (default: that of the parameters) float32, bfloat16 or
-        float16, and q8_0 for gguf. Rows of the vocabulary that only pad it are left out, unless
-        they are those of the model that it started from. Raises ConfigError where there is
-        something at `folder`, or where the format can't express the model.
+        `format` is run, hf, gguf or peft; but for the last, adapters are merged. `dtype` (default:
+        that of the parameters) is float32, bfloat16 or float16, and q8_0 for gguf. Rows of the
+        vocabulary that only pad it are left out, unless they are those of the model that it
+        started from. Raises ConfigError where there is something at `folder`, or where the format
+        can't express the model.
         """
-        target, dtype = Path(folder), dtype or self.config.param_dtype
+        target = Path(folder)
         rundir.check_folder("folder", target.parent)
-        if target.exists() and (target.is_file() or any(target.iterdir())):
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
             raise ConfigError(f"{target} is not empty: choose another one")
+        if self.config.lora.rank and format != "peft":
+            return self.merged().save(folder, format, dtype)
+        if (format == "gguf") != (target.suffix == ".gguf"):
+            raise ConfigError(
+                f"{target} with format={format}: the name of a GGUF file ends in .gguf, and that "
+                "of nothing else"
+            )
+        if format == "peft":
+            return self.save_adapters(target, dtype or "float32")
+        dtype = dtype or self.config.param_dtype
         own = self.experiment.init.from_model or self.experiment.init.from_run
         rows = self.config.vocab_size if own else self.tokenizer.vocab_size
         cfg = dataclasses.replace(self.config, vocab_size=rows)
@@ -203,7 +226,33 @@ class LanguageModel:
 
             gguf_write.write_file(target, *parts, target.stem, GGUF_TYPES.get(dtype, dtype))
         else:
-            raise ConfigError(f"format={format!r} must be one of run, hf, gguf")
+            raise ConfigError(f"format={format!r} must be one of run, hf, gguf, peft")
+
+    def merged(self) -> "LanguageModel":
+        """Return the model with its adapters added to its kernels; itself where it has none."""
+        if not self.config.lora.rank:
+            return self
+        plain = config.with_fields(self.experiment, {"lora.rank": 0})
+        params = merge_adapters(self.config, self.params)
+        return dataclasses.replace(self, config=plain.model, params=params, experiment=plain)
+
+    def save_adapters(self, folder: Path, dtype: str) -> None:
+        """Write the adapters for peft; the base is the one that the training started from."""
+        from nanojaxgpt.interchange import peft
+
+        if not self.config.lora.rank:
+            raise ConfigError(f"{self.run} has no adapters (lora.rank=0): write it as hf or gguf")
+        patterns = trained_patterns(self.experiment)
+        table = parameters(self.config).values()
+        if more := [row.path for row in table
+                    if row.kind != "adapter" and is_trainable(row.path, patterns)]:  # fmt: skip
+            raise ConfigError(f"beside its adapters {self.run} trained {', '.join(more)}, which a "
+                              "folder of peft can't hold here: write it as hf or gguf")  # fmt: skip
+        init = self.experiment.init
+        base = find_model(init.from_model) if init.from_model else Path(init.from_run)
+        family = "" if isinstance(base, Path) else base.family
+        name = (init.from_model or init.from_run).removeprefix(HUB)
+        peft.write_adapter(folder, self.config, self.params, name, family, dtype)
 
     def save_run(self, run: Path) -> None:
         """Write the model as a run directory that every command takes."""
@@ -287,7 +336,7 @@ def open_model(
     with memory.explained("loading the model", mesh, lambda: LOWER), jax.set_mesh(mesh):
         memory.check_model("the model", job_cfg.model, mesh, 0, LOWER)
         if isinstance(source, Path):
-            step, params = checkpoint.load_params(source, job_cfg.model, mesh, step, report)
+            step, params = load_run_params(source, job_cfg.model, mesh, step, report)
         else:
             params = read_params(source, job_cfg.model, mesh)
     return LanguageModel(job_cfg.model, params, tokenizer, mesh, job_cfg, origin, step, template)
@@ -298,28 +347,32 @@ def evaluate(
 ) -> dict[str, Any]:
     """Return loss, perplexity, bits per byte and the number of tokens that were scored.
 
-    Over the run's validation split, or all of another source, written as data.source. Of a run of
-    another objective over its own split: the loss, its metrics, and of how many examples or pairs.
-    Raises ConfigError, DataError, CheckpointError, MemoryExceeded.
+    Of a run with another objective it returns that one's metrics, see objectives/. Over the run's
+    validation split, or all of another source, written as data.source. Raises
+    ConfigError, DataError, MemoryExceeded.
     """
-    cfg, finish = model.experiment, without_documents
-    if source or cfg.objective.kind == "distill":  # the teacher need not be here
-        cfg = dataclasses.replace(cfg, objective=Objective())
-    if cfg.objective.has_reference:
-        tables = read_tables(model.run, {})
-        if not tables:
-            raise CheckpointError(f"{model.run} has no {FILE}, the log-probabilities to compare "
-                                  "with: restore it, or train on to compute it")  # fmt: skip
-        finish = fill_reference(tables["validation"])
+    cfg = model.experiment
     data = model_data(model, source, report)
+    if cfg.objective.kind in ("distill", "policy"):  # teachers and rewards belong to training
+        cfg = dataclasses.replace(cfg, objective=Objective())
+    check_objective(cfg.objective.kind, data)
+    finish = without_documents
+    if cfg.objective.has_reference:
+        tables = {} if source else read_tables(model.run, {"data": data.identity})
+        if not tables:
+            raise ConfigError(
+                f"objective.loss={cfg.objective.loss} compares with a reference, which is known "
+                f"for the data of {model.run} alone: evaluate that, without --data"
+            )
+        finish = fill_reference(tables["validation"])
     with model.on_devices("the evaluation"):
         held = {"parameters": checkpoint.abstract_params(model.config, model.mesh)}
         transformer = Transformer(model.config)
         run_evaluation = make_evaluation(cfg, data, model.mesh, transformer, held)
         found = run_evaluation(model.params, finish=finish)
-    if not found[unit_of(cfg)] and source:
+    if not found["tokens"] and source:
         raise DataError(f"{source} has nothing to score: it is shorter than two tokens")
-    if not found[unit_of(cfg)]:
+    if not found["tokens"]:
         raise DataError(
             f"{model.run} has no held-out data to validate on; set data.validation_fraction, "
             "data.validation_documents or data.validation_source (for a task: train_fraction), "
@@ -332,7 +385,12 @@ def model_data(model: LanguageModel, source: str, report: Callable[[str], None])
     """Return the data of a model's run, or another source read with the model's tokenizer."""
     cfg = model.experiment
     if source:
-        return open_source(source, model.tokenizer, cfg.data, config.cache_dir(cfg), report)
+        identity = (
+            rundir.read_identity(model.run, "the labels", report) if model.run.is_dir() else {}
+        )
+        labels = tuple(identity.get("data", {}).get("labels", ()))
+        folder, template = config.cache_dir(cfg), model.chat_template
+        return open_source(source, model.tokenizer, cfg.data, folder, report, template, labels)
     data = prepare_data(cfg, report, model.run)
     rundir.check_identity(model.run, data.identity)
     return data

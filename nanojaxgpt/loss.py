@@ -1,4 +1,4 @@
-"""Token-weighted cross-entropy from logits, or from features in chunks; sums, never means."""
+"""Cross-entropy and log-probabilities of tokens, from logits or, in chunks, from features."""
 
 from collections.abc import Callable
 

@@ -92,9 +92,8 @@ class MetricsWriter:
         for tracker in self.trackers:
             tracker.log(step, values)
 
-    def write_confusion(self, counts_CK: Any) -> None:
+    def write_confusion(self, counts: list[list[int]]) -> None:
         """Write examples by label and by prediction as confusion.json, and as a picture."""
-        counts = [[round(count) for count in row] for row in counts_CK.tolist()]
         with rundir.writing(self.run, CheckpointError):
             rundir.write_text(self.run / "confusion.json", json.dumps(counts) + "\n")
             if not plots_advice():
@@ -114,7 +113,7 @@ class MetricsWriter:
 
     def close(self) -> None:
         """Close the file and the trackers; one that is slow is not waited for."""
-        with suppress(OSError):  # what is deleted or full was reported
+        with suppress(OSError):  # a deleted folder or a full disk was reported
             if rundir.identify(self.run) == self.identity:
                 self._restore()
         self.file.close()
@@ -129,7 +128,7 @@ class NoMetrics:
     def write(self, step: int, **values: float) -> None:
         """Write nothing."""
 
-    def write_confusion(self, counts_CK: Any) -> None:
+    def write_confusion(self, counts: list[list[int]]) -> None:
         """Write nothing."""
 
     def step(self, step: int, values: dict[str, float]) -> None:

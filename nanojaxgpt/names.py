@@ -9,7 +9,13 @@ from typing import NamedTuple
 
 NANOGPT, MAXTEXT, TRANSFORMERS = "nanoGPT", "MaxText", "transformers"
 
-SECONDARY = ("eval.", "checkpoint.", "init.", "sample.")  # sections that are suggested last
+SECONDARY = (
+    "lora.",
+    "eval.",
+    "checkpoint.",
+    "init.",
+    "sample.",
+)  # sections that are suggested last
 
 
 class OtherName(NamedTuple):
@@ -197,7 +203,7 @@ def near_names(name: str, known: Sequence[str]) -> list[str]:
 
 
 def note(name: str) -> str:
-    """Return what differs from another project's field of this name, in parentheses, or ""."""
+    """Return the difference from another project's field of this name, in parentheses, or ""."""
     other = OTHER_NAMES.get(leaf(name))
     return f" ({other.note})" if other and other.note else ""
 

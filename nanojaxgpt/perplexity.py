@@ -93,19 +93,19 @@ def language_numbers(sums: PyTree) -> dict[str, Any]:
     }
 
 
-def objective_numbers(sums: PyTree, unit: str) -> dict[str, Any]:
-    """Return the loss and every metric of summed batches, and how many `unit` they are means of.
+def objective_numbers(sums: PyTree) -> dict[str, Any]:
+    """Return the loss and every metric of summed batches, and `tokens`, what they are means of.
 
-    A confusion matrix stays one of counts, and gives macro_f1.
+    A confusion matrix stays one of counts, as lists, and gives macro_f1.
     """
     sums = sums or {"loss": (0.0, 0.0)}
     found = {
         name: float(s / w) if w else math.nan for name, (s, w) in sums.items() if not np.ndim(s)
     }
-    found[unit] = round(float(sums["loss"][1]))
+    found["tokens"] = round(float(sums["loss"][1]))
     if "confusion" in sums:
-        found["confusion"] = sums["confusion"][0]
-        found["macro_f1"] = macro_f1(found["confusion"])
+        found["macro_f1"] = macro_f1(sums["confusion"][0])
+        found["confusion"] = np.round(sums["confusion"][0]).astype(int).tolist()
     return found
 
 

@@ -20,6 +20,7 @@ from nanojaxgpt.model.parameters import Params, PyTree
 from nanojaxgpt.optim import is_average
 from nanojaxgpt.step import TrainState
 
+# What a loss is the mean of.
 UNITS = {"classify": "examples", "preference": "pairs", "reward": "pairs"}
 
 
@@ -110,7 +111,7 @@ class Recorder:
 
     def save(self, step: int, state: TrainState, frozen: Params) -> None:
         """Start to save a state; its arrays may be donated as soon as this returns."""
-        self.checkpoints.save(step, state.items(frozen))
+        self.checkpoints.save(step, state.items(self.job.cfg, frozen))
         self.saved = step
         self.reset_clock(step)
 
@@ -120,17 +121,16 @@ class Recorder:
         `through` are further arguments of the evaluation, see training.make_evaluation.
         """
         found = self.job.evaluate(params, *through)
-        unit = unit_of(self.job.cfg)
-        if not (count := found.pop(unit)):
+        if not (count := found.pop("tokens")):
             return False
         self.losses[step] = found["loss"]
-        confusion_CK = found.pop("confusion", None)
+        confusion = found.pop("confusion", None)
         found.pop("perplexity", None)  # it follows from the loss
         self.writer.write(step, **{f"validation_{name}": value for name, value in found.items()})
-        if confusion_CK is not None:
-            self.writer.write_confusion(confusion_CK)
+        if confusion is not None:
+            self.writer.write_confusion(confusion)
         average = " of the average" if is_average(opt_state) else ""
-        loss = found.pop("loss")
+        loss, unit = found.pop("loss"), UNITS.get(self.job.cfg.objective.kind, "tokens")
         others = ", ".join(f"{value:.4f} {name.replace('_', ' ')}" for name, value in found.items())
         self.say(
             f"step {step}: validation loss {loss:.4f}{average}, {others} over {count:,} {unit}"
@@ -138,11 +138,6 @@ class Recorder:
         self.reset_clock(step)
         self.job.evaluated(step)
         return True
-
-
-def unit_of(cfg: Config) -> str:
-    """Return what the loss of a config is the mean of, in the plural."""
-    return UNITS.get(cfg.objective.kind, "tokens")
 
 
 def train_ramp(cfg: Config) -> Ramp:

@@ -8,7 +8,7 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -144,7 +144,7 @@ def writing(run: Path, kind: type[UserError]) -> Iterator[None]:
 
 
 def identify(path: Path | int) -> tuple[int, int] | None:
-    """Return what tells a file or directory from another of its name; None: there is none.
+    """Return the identity of a file or directory, which another of its name lacks; None if missing.
 
     `path` may be the descriptor of an open file.
     """
@@ -181,12 +181,17 @@ def code_hash() -> str:
 
 
 def write_identity(
-    run: Path, cfg: Config, data: dict, devices: list[str], report: Callable[[str], None]
+    run: Path,
+    cfg: Config,
+    data: dict,
+    devices: list[str],
+    report: Callable[[str], None],
+    base: Mapping[str, Any],
 ) -> None:
     """Write `identity.json` (hashes, versions, devices); report what changed since the last time.
 
-    `data` is the token store's identity. Raises DataError where it is not the one that the run
-    has been trained on.
+    `data` is the token store's identity, `base` that of the parameters that adapters belong to.
+    Raises DataError where the data is not what the run has been trained on.
     """
     identity = {
         "config": config.config_hash(cfg),
@@ -197,6 +202,8 @@ def write_identity(
         "devices": devices,
         "command": sys.argv,
     }
+    if base:
+        identity["base"] = dict(base)
     old = check_identity(run, data, report)
     write_text(Path(run) / "identity.json", json.dumps(identity, indent=2) + "\n")
     for key in ("code", "packages", "python", "devices"):

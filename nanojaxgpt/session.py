@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nanojaxgpt.attention.cache import Cache
+from nanojaxgpt.errors import DataError
 from nanojaxgpt.language_model import LanguageModel
 from nanojaxgpt.model.transformer import Transformer
 from nanojaxgpt.sample import (
@@ -54,7 +55,9 @@ class Session:
         the session has not read is read. Raises ValueError where they are longer than the context.
         """
         text, room = list(ids), self.model.config.seq_len - len(ids) + 1
-        if not text or room < 1:
+        if not text:
+            raise DataError("the chat template gives no token for this conversation")
+        if room < 1:
             raise ValueError(f"{len(text)} tokens in a context of {self.model.config.seq_len}")
         with self.model.on_devices("sampling"):
             self.read(text, min(max_tokens, room))

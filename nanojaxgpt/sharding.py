@@ -32,6 +32,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "mlp": ("tensor",),
     "positions": (),
     "norm": (),
+    "rank": (),
 }
 
 # The config field that gives a dimension its size.
@@ -80,7 +81,7 @@ def arrange(shape: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
 def platform() -> str:
     """Return where the traced program will run: cpu, gpu or tpu.
 
-    That is what the devices of `jax.set_mesh` are, which need not be here; else what is here.
+    That of the devices of `jax.set_mesh`, which may be absent, else of this machine.
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     return device.platform if device else jax.default_backend()
@@ -116,7 +117,7 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
 
 
 def tree_shardings(tree: PyTree, table: Table, mesh: Mesh) -> PyTree:
-    """Return the NamedSharding of every leaf of a tree of parameters, or of what is kept of them.
+    """Return the NamedSharding of every leaf of a tree of parameters, or of an optimizer's state.
 
     A leaf whose path ends with that of a parameter is laid out like it; all others (steps,
     counters, Adafactor's rows and columns) are replicated. Raises ConfigError where a dimension is

@@ -11,13 +11,22 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from nanojaxgpt import checkpoint, optim, sharding
 from nanojaxgpt.checks import parse_multiplier
-from nanojaxgpt.config.sections import Config, Optim
-from nanojaxgpt.errors import ConfigError
+from nanojaxgpt.config.sections import Config, Objective, Optim
 from nanojaxgpt.horizon import decay_begin
-from nanojaxgpt.model.config import MULTIPLIERS, JobConfig, ModelConfig
+from nanojaxgpt.model.config import MULTIPLIERS, JobConfig, ModelConfig, Multipliers
+from nanojaxgpt.model.lora import check_targets
 from nanojaxgpt.model.parameters import Params, PyTree, parameters
 from nanojaxgpt.model.transformer import Transformer, init_params
-from nanojaxgpt.objectives import Loss, Metric, classify, distill, language, preference, reward
+from nanojaxgpt.objectives import (
+    Loss,
+    Metric,
+    classify,
+    distill,
+    language,
+    policy,
+    preference,
+    reward,
+)
 from nanojaxgpt.schedules import Hyper, learning_rate
 from nanojaxgpt.teacher import teacher_config
 from nanojaxgpt.trainable import (
@@ -25,8 +34,12 @@ from nanojaxgpt.trainable import (
     check_trainable,
     merge_params,
     split_params,
+    trained_patterns,
     without_teacher,
 )
+
+# Numbers of the section `objective` that the step takes as arguments.
+TRACED = [name for name, rule in Objective.rules().items() if rule.traced]
 
 
 class TrainState(NamedTuple):
@@ -43,15 +56,18 @@ class TrainState(NamedTuple):
     opt_state: PyTree
     recent: optim.Recent
 
-    def items(self, frozen: Params) -> dict[str, PyTree]:
-        """Return the items of a checkpoint by name: all parameters, and the rest but the step."""
-        whole = merge_params(self.params, without_teacher(frozen))
+    def items(self, cfg: Config, frozen: Params) -> dict[str, PyTree]:
+        """Return the items of a checkpoint by name: all parameters, and the rest but the step.
+
+        With adapters the frozen parameters stay where they came from, see adapters.py.
+        """
+        whole = merge_params(self.params, {} if cfg.lora.rank else without_teacher(frozen))
         return {"params": whole, "opt_state": self.opt_state, "recent": self.recent}
 
 
 def open_state(cfg: Config, step: jax.Array, items: dict[str, PyTree]) -> tuple[TrainState, Params]:
     """Return the state and the frozen parameters from the items of a checkpoint."""
-    params, frozen = split_params(items["params"], cfg.optim.trainable)
+    params, frozen = split_params(items["params"], trained_patterns(cfg))
     return TrainState(step, params, items["opt_state"], items["recent"]), frozen
 
 
@@ -62,10 +78,9 @@ def make_hyper(cfg: Config) -> dict[str, PyTree]:
     """
     numbers = {k: v for k, v in cfg.optim.given().items() if isinstance(v, int | float)}
     numbers |= {"num_steps": cfg.train.num_steps, "z_loss": cfg.train.z_loss}
+    numbers |= {name: getattr(cfg.objective, name) for name in (*TRACED, "kl")}
     numbers["decay_begin"] = decay_begin(cfg)
-    numbers |= {name: getattr(cfg.model, name) for name in MULTIPLIERS}
-    given = cfg.objective.given().items()
-    numbers |= {name: value for name, value in given if isinstance(value, float)}
+    numbers |= dict(zip(MULTIPLIERS, traced_multipliers(cfg), strict=True))
     hyper: dict[str, PyTree] = {name: np.float32(value) for name, value in numbers.items()}
     entries = optim.rate_multipliers(cfg.optim.rate_multipliers, cfg.optim.optimizer, 1, {})
     hyper["rate_multipliers"] = tuple(np.float32(factor) for _, factor in entries)
@@ -83,7 +98,14 @@ OBJECTIVES: dict[str, Callable[[Transformer, Config], Loss]] = {
     "distill": lambda model, cfg: distill.make_loss(
         model, Transformer(teacher_config(cfg)), cfg.train.loss_chunks
     ),
+    "policy": lambda model, cfg: policy.make_loss(model, cfg.train.loss_chunks, cfg.objective),
 }
+
+
+def traced_multipliers(cfg: Config) -> Multipliers:
+    """Return the model's multipliers as numbers that a jitted function takes as arguments."""
+    sections = vars(cfg.model) | {"alpha": cfg.lora.alpha}
+    return Multipliers(*(np.float32(sections[name]) for name in MULTIPLIERS))
 
 
 def make_init(cfg: JobConfig) -> Callable[..., tuple[TrainState, Params]]:
@@ -107,7 +129,7 @@ def make_init(cfg: JobConfig) -> Callable[..., tuple[TrainState, Params]]:
 
 def first_state(cfg: JobConfig, params: Params) -> tuple[TrainState, Params]:
     """Return the state at step 0 of these parameters, and the frozen ones among them."""
-    params, frozen = split_params(params, cfg.optim.trainable)
+    params, frozen = split_params(params, trained_patterns(cfg))
     name, ema = cfg.optim.optimizer, cfg.optim.ema_decay > 0
     table = parameters(cfg.model)
     optimizer = optim.make_optimizer(name, table, make_hyper(cfg), 0.0, "", ema=ema)
@@ -238,12 +260,9 @@ def make_step(cfg: JobConfig, mesh: Mesh, loss_fn: Loss | None = None) -> Step:
         sharding.check_batch("train.ramp_batch_size", *first, cfg.model.seq_len, mesh)
     model = Transformer(cfg.model)
     table = parameters(model.cfg)
-    check_trainable(cfg.optim.trainable, table)
-    if cfg.objective.kind == "classify" and model.cfg.num_labels < 2:
-        raise ConfigError(
-            f"objective.kind=classify needs at least two labels: model.num_labels="
-            f"{model.cfg.num_labels}"
-        )
+    if cfg.lora.rank:
+        check_targets(model.cfg)
+    check_trainable(trained_patterns(cfg), table)
     # The key is created while tracing, too: on an absent device none can be.
     shapes = jax.eval_shape(lambda: make_init(cfg)(jax.random.key(0)))
     shardings = tuple(sharding.tree_shardings(part, table, mesh) for part in shapes)

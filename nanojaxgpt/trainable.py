@@ -6,16 +6,26 @@ from collections.abc import Sequence
 import jax
 
 from nanojaxgpt.checks import compile_pattern
+from nanojaxgpt.config.sections import Config
 from nanojaxgpt.errors import ConfigError
 from nanojaxgpt.model.parameters import Params, PyTree, Table, row_of
 
 # The branch of the frozen parameters that holds those of another model, which are never saved.
 TEACHER = "teacher"
+ADAPTERS = "_lora_"  # what the paths of all adapters have
+HEAD = "label_CD"  # the path of the head for labels
 
 
 def without_teacher(frozen: Params) -> Params:
     """Return the frozen parameters that are the model's own."""
     return {name: value for name, value in frozen.items() if name != TEACHER}
+
+
+def trained_patterns(cfg: Config) -> tuple[str, ...]:
+    """Return optim.trainable; if it is () and there are adapters, these and a head for labels."""
+    if cfg.optim.trainable or not cfg.lora.rank:
+        return cfg.optim.trainable
+    return (ADAPTERS, HEAD) if cfg.model.num_labels else (ADAPTERS,)
 
 
 def is_trainable(path: str, patterns: Sequence[str]) -> bool:
@@ -39,6 +49,12 @@ def check_trainable(patterns: Sequence[str], table: Table) -> None:
             )
     if not any(is_trainable(path, patterns) for path in table):
         raise ConfigError(f"optim.trainable={tuple(patterns)} leaves no parameter to train")
+    for path, row in table.items():
+        if row.kind == "adapter" and not is_trainable(path, patterns):
+            raise ConfigError(
+                f"optim.trainable={tuple(patterns)} freezes the adapter {path}: put {ADAPTERS!r} "
+                "first, or set lora.rank=0"
+            )
 
 
 def split_params(

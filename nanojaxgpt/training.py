@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from nanojaxgpt import checkpoint, finish, memory, rundir, sharding
+from nanojaxgpt.adapters import base_identity, frozen_base, place_adapters, read_start
 from nanojaxgpt.batches import Finish, make_batches, make_train_batch, without_documents
 from nanojaxgpt.branch import branch_state
 from nanojaxgpt.config import AnyConfig, typed
@@ -25,13 +26,7 @@ from nanojaxgpt.horizon import warmup_warning
 from nanojaxgpt.hosts.joining import preflight
 from nanojaxgpt.hosts.process import StopRequest, stop_signals
 from nanojaxgpt.hosts.team import ALONE, Team
-from nanojaxgpt.interchange.loading import read_params
-from nanojaxgpt.interchange.opening import (
-    adopt_model,
-    config_of,
-    find_model,
-    inherited_template,
-)
+from nanojaxgpt.interchange.opening import adopt_model, inherited_template
 from nanojaxgpt.interchange.templates import save_template
 from nanojaxgpt.loop import Loop
 from nanojaxgpt.model.config import JobConfig
@@ -45,8 +40,9 @@ from nanojaxgpt.perplexity import (
     objective_numbers,
     sum_batches,
 )
-from nanojaxgpt.recorder import Job, train_ramp, unit_of
+from nanojaxgpt.recorder import Job, train_ramp
 from nanojaxgpt.reference import with_reference
+from nanojaxgpt.rollout import with_rollouts
 from nanojaxgpt.rundir import enter_run, own_run, write_identity
 from nanojaxgpt.schedules import Hyper
 from nanojaxgpt.step import (
@@ -59,9 +55,14 @@ from nanojaxgpt.step import (
 )
 from nanojaxgpt.teacher import load_teacher
 from nanojaxgpt.trackers import check_installed
-from nanojaxgpt.trainable import TEACHER, merge_params, split_lines, without_teacher
-
-HEAD = "label_CD"
+from nanojaxgpt.trainable import (
+    HEAD,
+    TEACHER,
+    merge_params,
+    split_lines,
+    trained_patterns,
+    without_teacher,
+)
 
 
 def prepare_together(
@@ -127,13 +128,14 @@ def make_evaluation(
     if count:
         memory.check_evaluation(cfg, mesh, held or {})
     ahead, lower = cfg.data.prefetch_batches, lambda: memory.EVALUATION_ADVICE
-    if cfg.objective.kind == "language":
+    if cfg.objective.kind in ("language", "policy"):
         token_bytes, numbers = data.tokenizer.token_bytes(), language_numbers
         eval_step = make_eval_step(model, token_bytes, cfg.train.loss_chunks)
     else:
-        plain = Transformer(dataclasses.replace(model.cfg, dropout=0.0))
+        adapters = dataclasses.replace(model.cfg.lora, dropout=0.0)
+        plain = Transformer(dataclasses.replace(model.cfg, dropout=0.0, lora=adapters))
         eval_step = make_objective_step(OBJECTIVES[cfg.objective.kind](plain, cfg))
-        numbers = functools.partial(objective_numbers, unit=unit_of(cfg))
+        numbers = objective_numbers
     eval_step = memory.checked(eval_step, mesh, "an evaluation step", lower)
 
     def run_evaluation(
@@ -159,7 +161,7 @@ def start_state(
     It is that of this run's newest good checkpoint, or `first_start`.
     """
     folder = Path(run) / "checkpoints"
-    abstract = job.abstract.items(job.frozen)
+    abstract = job.abstract.items(job.cfg, job.frozen)
     found = checkpoint.restore(folder, abstract, report=report, team=team)
     if found:
         step, items = found
@@ -167,8 +169,10 @@ def start_state(
         report(f"resuming from step {step}")
         step = jax.device_put(np.int32(step), job.shardings.step)
         state, frozen = open_state(job.cfg, step, items)
+        if job.cfg.lora.rank:
+            frozen = frozen_base(job.cfg, run, job.mesh, report, team)
     else:
-        state, frozen = first_start(job, report, team)
+        state, frozen = first_start(job, run, report, team)
     if job.cfg.objective.kind == "distill":
         tokenizer = job.data.tokenizer
         frozen = {**frozen, TEACHER: load_teacher(job.cfg, job.mesh, tokenizer, report, team)}
@@ -176,31 +180,29 @@ def start_state(
 
 
 def first_start(
-    job: Job, report: Callable[[str], None], team: Team = ALONE
+    job: Job, run: Path, report: Callable[[str], None], team: Team = ALONE
 ) -> tuple[TrainState, Params]:
     """Return the state of a run before its first step, and the frozen parameters.
 
     1. The whole state of another run (init.state=all). 2. The parameters of another run
     (init.from_run) or model (init.from_model). 3. From scratch, by train.seed.
     """
-    init, cfg = job.cfg.init, job.cfg.model
+    init, adapted = job.cfg.init, job.cfg.lora.rank > 0
     if init.state == "all":
         return branch_state(job, report, team)
     if not (init.from_run or init.from_model):
         state, frozen = job.init(jax.random.key(job.cfg.train.seed))
         return state, without_teacher(frozen)
-    source = find_model(init.from_model) if init.from_model else Path(init.from_run)
-    labels = config_of(source).model.num_labels
-    theirs = dataclasses.replace(cfg, num_labels=labels)
-    if isinstance(source, Path):
-        step, params = checkpoint.load_params(source, theirs, job.mesh, init.step, report, team)
-        report(f"starting from the parameters of {source}, step {step}")
-    else:
-        params = read_params(source, theirs, job.mesh)
-        report(f"starting from the parameters of {source.origin}")
-    if labels != cfg.num_labels:
+    step = team.decide(lambda: base_identity(job.cfg, run))["step"] if adapted else init.step
+    origin, params = read_start(job.cfg, job.mesh, step, report, team)
+    report(f"starting from the parameters of {origin}")
+    labels, theirs = job.cfg.model.num_labels, len(params.get(HEAD, ()))
+    if labels != theirs:
         params = with_new_head(job, params)
-        report(f"a new head for labels: {cfg.num_labels} rows, where it has {labels}")
+        report(f"a new head for labels: {labels} rows, where it has {theirs}")
+    if adapted:
+        key = jax.random.key(job.cfg.train.seed)
+        params = place_adapters(job.cfg.model, params, key, job.mesh)
     first = functools.partial(first_state, job.cfg)
     frozen = jax.tree.map(lambda leaf: leaf.sharding, without_teacher(job.frozen))
     return jax.jit(first, out_shardings=(job.shardings, frozen), donate_argnums=0)(params)
@@ -265,7 +267,7 @@ def open_job(
 
 
 def begin_run(job: Job, run: Path, report: Callable[[str], None]) -> None:
-    """Write what identifies the run into its directory, or check it against what is there."""
+    """Write the run's identity into its directory, or check it against the one there."""
     with rundir.writing(run, ConfigError):
         write_run(job, run, report)
 
@@ -277,12 +279,14 @@ def write_run(job: Job, run: Path, report: Callable[[str], None]) -> None:
         report(f"changed since the run began: {name} {old!r} -> {new!r}")
     (run / "tokenizer").mkdir(exist_ok=True)
     job.data.tokenizer.save(run / "tokenizer")
-    save_template(run / "tokenizer", inherited_template(job.cfg.init, run))
+    template = job.data.template or inherited_template(job.cfg.init, run)
+    save_template(run / "tokenizer", template)
     devices = [device.device_kind for device in job.mesh.devices.flat]
-    write_identity(run, job.cfg, job.data.identity, devices, report)
+    base = base_identity(job.cfg, run) if job.cfg.lora.rank else {}
+    write_identity(run, job.cfg, job.data.identity, devices, report, base)
     num_params = count_params(job.cfg.model)
     report(f"{run}: {num_params:,} parameters, {job.data.size}, {len(devices)} x {devices[0]}")
-    if job.cfg.optim.trainable:
+    if trained_patterns(job.cfg):
         table = parameters(job.cfg.model)
         for line in split_lines(job.abstract.params, job.abstract.opt_state, table):
             report(line)
@@ -296,7 +300,7 @@ def write_run(job: Job, run: Path, report: Callable[[str], None]) -> None:
 
 def check_space(job: Job, run: Path) -> None:
     """Raise ConfigError where the run directory's disk has too little space for a checkpoint."""
-    leaves = jax.tree.leaves(job.abstract.items(job.frozen))
+    leaves = jax.tree.leaves(job.abstract.items(job.cfg, job.frozen))
     size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
     if (free := shutil.disk_usage(run).free) < size:
         raise ConfigError(
@@ -312,8 +316,8 @@ def train_job(
     team.decide(lambda: begin_run(job, run, report))
     with memory.training_explained(job.cfg, job.mesh), jax.set_mesh(job.mesh):
         state, frozen = start_state(job, run, report, team)
-        start = functools.partial(first_start, job, report, team)
-        job = with_reference(job, run, state, frozen, start, report, team)
+        start = functools.partial(first_start, job, run, report, team)
+        job = with_rollouts(with_reference(job, run, state, frozen, start, report, team), start)
         if state.step < job.cfg.train.num_steps:
             team.decide(lambda: check_space(job, run))
         return Loop(job, run, int(state.step), stop, team).train(state, frozen)

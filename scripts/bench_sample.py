@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 
-from bench_train import print_table, take_turns
+from bench_train import before, print_table, take_turns
 
 WORKERS = ("nanojaxgpt", "transformers")
 PROMPT_LEN = 32
@@ -90,6 +90,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="number of cores to use")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--python", default=sys.executable, help="the Python that has PyTorch")
+    parser.add_argument("--before", default="", help="compare with this checkout of the project")
     parser.add_argument("--worker", choices=WORKERS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
@@ -101,7 +102,12 @@ def main() -> None:
     for name in WORKERS:
         python = sys.executable if name == "nanojaxgpt" else args.python
         commands[name] = [python, __file__, *flags, f"--worker={name}"]
-    seconds = take_turns(commands, dict.fromkeys(WORKERS, 1), args.rounds)
+    if args.before:
+        commands = {
+            "nanojaxgpt": commands["nanojaxgpt"],
+            "before": before(args.before, __file__, flags),
+        }
+    seconds = take_turns(commands, dict.fromkeys(commands, 1), args.rounds)
     made = args.batch * args.new_tokens
     shape = {"batch": args.batch, "prompt": PROMPT_LEN, "new_tokens": args.new_tokens}
     print(json.dumps({**shape, "dtype": "float32", "threads": args.threads}))

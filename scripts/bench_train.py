@@ -2,7 +2,8 @@
 
 Each framework runs in its own process, and they take turns, so that what else the machine does
 falls on all alike: compare the ratios. PyTorch is `transformers`' GPT-2 with fused AdamW, eager
-and compiled (`pip install -e .[interop]`). A step is forward, backward, clipping and AdamW.
+and compiled (`pip install -e .[interop]`). A step is forward, backward, clipping and AdamW. With
+`--before=FOLDER` it is another checkout of this project instead.
 """
 
 import argparse
@@ -117,6 +118,12 @@ def work(name: str, shape: dict[str, int], dtype: str) -> None:
         print(time.perf_counter() - began, flush=True)
 
 
+def before(folder: str, script: str, flags: list[str]) -> list[str]:
+    """Return the command of the worker that another checkout of this project has."""
+    path = os.path.join(folder, "scripts", os.path.basename(script))
+    return ["env", f"PYTHONPATH={folder}", sys.executable, path, *flags, "--worker=nanojaxgpt"]
+
+
 def take_turns(commands: dict[str, list[str]], counts: dict[str, int], rounds: int) -> dict:
     """Return {name: seconds of each round}, the workers taking turns, one at a time."""
     workers = {
@@ -158,6 +165,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--seconds", type=float, default=1.0, help="seconds per turn, about")
     parser.add_argument("--python", default=sys.executable, help="the Python that has PyTorch")
+    parser.add_argument("--before", default="", help="compare with this checkout of the project")
     parser.add_argument("--worker", choices=WORKERS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
@@ -169,7 +177,12 @@ def main() -> None:
     for name in WORKERS:
         python = sys.executable if name == "nanojaxgpt" else args.python
         commands[name] = [python, __file__, *flags, f"--worker={name}"]
-    first = take_turns(commands, dict.fromkeys(WORKERS, 5), 2)
+    if args.before:
+        commands = {
+            "nanojaxgpt": commands["nanojaxgpt"],
+            "before": before(args.before, __file__, flags),
+        }
+    first = take_turns(commands, dict.fromkeys(commands, 5), 2)
     counts = {name: max(1, round(5 * args.seconds / min(t))) for name, t in first.items()}
     seconds = take_turns(commands, counts, args.rounds)
     tokens = shape["batch_size"] * shape["seq_len"]

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 import textwrap
 import tracemalloc
 from contextlib import contextmanager
@@ -16,10 +15,11 @@ os.environ["XLA_FLAGS"] = (
     f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0 "
     "--xla_cpu_collective_call_terminate_timeout_seconds=600"
 )
-# What one process has compiled, the other workers and all child processes read.
+# What one process has compiled, the other workers, all child processes and the next run read;
+# pytest --cache-clear deletes it.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    compiled = tempfile.TemporaryDirectory(prefix="nanojaxgpt-compiled-")
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled.name
+    compiled = Path(__file__).parents[1] / ".pytest_cache" / "d" / "compiled"
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(compiled)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 

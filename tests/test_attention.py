@@ -247,6 +247,7 @@ def test_rows_from_some_length_on_are_tiled():
     assert "scan" in str(traced(blocked.LONGEST_SAVED + 1).jaxpr)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("window", "softcap"), [(0, 0.0), (5, 5.0)])
 def test_decoding_from_a_prefilled_cache_is_attention_over_the_whole_row(window, softcap):
     """The prompt takes a kernel over its own keys; the cache is written beside it."""

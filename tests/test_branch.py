@@ -92,6 +92,7 @@ def test_a_cooldown_from_a_checkpoint_has_the_bits_of_a_run_that_always_had_it(p
     assert_same_bits(programs.train("branch", **WSD, **options, **{"init.step": "8"}), wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["constant", "wsd"])
 def test_a_finished_run_goes_on_with_the_bits_of_a_longer_one(schedule, programs):
     options = {"optim.schedule": schedule, "optim.decay_fraction": "0.5"}
@@ -113,6 +114,7 @@ def test_a_finished_run_goes_on_with_the_bits_of_a_longer_one(schedule, programs
         programs.train(name, **options, **{"train.num_steps": "19"})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_a_length_can_change_exactly_where_the_rates_so_far_stay_what_they_were(schedule):
     def build(steps: int, fraction: float, final: float):

@@ -76,6 +76,7 @@ def run_on(tiny, monkeypatch):
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("step", "argument", "kept", "words"),
     [

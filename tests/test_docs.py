@@ -42,7 +42,9 @@ from nanojaxgpt.model import parameters, transformer
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 LANGUAGES = {"python", "bash", "text", "yaml"}
 README_LINES = 120
-SLOW_PAGES = ("data", "extend", "sweeps", "troubleshooting")
+SLOW_PAGES = (
+    "accelerators", "data", "extend", "optimizers", "python", "sweeps", "troubleshooting"
+)  # fmt: skip
 
 # Appended to every command that trains an experiment: the smallest model, and as few steps.
 SMALL = {

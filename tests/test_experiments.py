@@ -15,6 +15,7 @@ from nanojaxgpt.papers.paper import load_paper
 from nanojaxgpt.sweep.plan import load_trials
 
 FILES = sorted((ROOT / "experiments").glob("*.py"))
+RECIPES = sorted((ROOT / "experiments" / "finetune").glob("*.py"))
 PAPERS = sorted((ROOT / "experiments" / "papers").glob("*.py"))
 CASES = [
     (path, variant)
@@ -33,9 +34,10 @@ def test_it_has_the_parameters_it_declares(path: Path, variant: str):
     assert declared in (None, count_params(ModelConfig(**cfg.model)))
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [*FILES, *RECIPES], ids=lambda path: path.stem)
 def test_its_docstring_holds_its_command(path: Path):
-    assert f"--config=experiments/{path.name}" in load_module(str(path)).__doc__
+    name = path.relative_to(ROOT / "experiments")
+    assert f"--config=experiments/{name}" in load_module(str(path)).__doc__
 
 
 @pytest.mark.parametrize("path", PAPERS, ids=lambda path: path.stem)

@@ -337,6 +337,7 @@ def test_a_killed_process_is_named_and_ends_all(number, start_three):
                                         "or its machine is down")  # fmt: skip
 
 
+@pytest.mark.slow
 def test_an_exception_on_one_host_ends_all_with_its_traceback_there(start_three):
     found = ends(start_three("error"))
     assert found[1] == (70, "KeyError: 'a bug'")

@@ -246,6 +246,7 @@ def test_an_iterator_that_is_dropped_waits_for_a_fetch_but_not_for_one_that_hang
     assert not thread[0].is_alive()
 
 
+@pytest.mark.slow
 def test_a_task_trains_and_eval_says_that_nothing_is_held_out(
     small_config, tmp_path, monkeypatch, capsys
 ):

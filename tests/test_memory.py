@@ -106,6 +106,7 @@ def test_training_asks_before_it_allocates(experiment, limit, tmp_path, capsys):
     assert not (run_ / "config.json").exists()
 
 
+@pytest.mark.slow
 def test_the_compiled_step_is_compared_before_it_runs(experiment, limit, tmp_path, capsys):
     limit(3e4)  # holds the state and the batch, but not the activations
     assert main(["train", f"--config={experiment}", f"--run={tmp_path}/run"]) == TOO_LARGE
@@ -129,6 +130,7 @@ def test_an_evaluation_that_cannot_fit_is_refused_before_training(
     assert not (tmp_path / "run" / "config.json").exists()
 
 
+@pytest.mark.slow
 def test_the_advice_of_an_evaluation_is_its_own(experiment, limit, tmp_path, monkeypatch, capsys):
     run = [f"{tmp_path}/run"]
     limit(math.inf)

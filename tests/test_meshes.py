@@ -204,6 +204,7 @@ def test_a_checkpoint_of_one_mesh_is_the_same_on_every_other(cfg, on_mesh, tmp_p
             assert b.sharding.is_equivalent_to(s, b.ndim)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [dict(sequence=2, tensor=2, data=2), dict(sequence=4, fsdp=2)])
 @pytest.mark.parametrize("window", [0, 100])
 def test_splash_with_its_queries_spread_is_the_formula(sizes, window):

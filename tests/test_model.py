@@ -125,9 +125,9 @@ def test_window_is_the_reach_of_a_layer():
 
 def test_packed_documents_are_the_documents_alone(variant):
     cfg, params = variant
-    first_T, second_T = random_tokens(5), random_tokens(9, seed=1)
+    first_T, second_T = random_tokens(7), random_tokens(7, seed=1)
     packed = dict(
-        positions_BT=np.array([[*range(5), *range(9)]]), segments_BT=np.array([[1] * 5 + [2] * 9])
+        positions_BT=np.array([[*range(7), *range(7)]]), segments_BT=np.array([[1] * 7 + [2] * 7])
     )
     both_BTV = forward(cfg, params, np.concatenate([first_T, second_T])[None], **packed)
     alone_TV = [forward(cfg, params, tokens_T[None])[0] for tokens_T in (first_T, second_T)]
@@ -252,6 +252,7 @@ def test_soft_cap_bounds_the_logits():
     assert np.abs(forward(cfg, params, tokens_BT)).max() <= 0.5
 
 
+@pytest.mark.slow
 def test_initialisations_have_their_published_spread():
     wide = dict(embed_dim=256, num_heads=4, mlp_dim=1024, num_layers=8)
     spread = {}
@@ -306,6 +307,6 @@ def test_multipliers_scale_embeddings_scores_and_logits():
     sharp = changed(attention_scale=4 * cfg.attention_scale)
     np.testing.assert_allclose(changed(attention_multiplier=4.0), sharp, rtol=1e-4, atol=1e-5)
     assert min(np.abs(plain - other).max() for other in (expected, sharp)) > 1e-2
-    given = forward(cfg, params, tokens_BT, multipliers=Multipliers(3.0, 4.0, 0.5))
+    given = forward(cfg, params, tokens_BT, multipliers=Multipliers(3.0, 4.0, 0.5, 1.0))
     fields = dict(embed_multiplier=3.0, attention_multiplier=4.0, logit_multiplier=0.5)
     np.testing.assert_allclose(given, changed(**fields), rtol=1e-5, atol=1e-6)

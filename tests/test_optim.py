@@ -257,6 +257,7 @@ def adafactor_transformers(weights: list, steps: list, rate: float, decay: float
     return [tensor.detach().numpy() for tensor in tensors]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("oracle", [adafactor_numpy, adafactor_transformers])
 def test_adafactor_takes_each_layers_kernel_as_a_matrix(oracle):
     chance = np.random.default_rng(0)

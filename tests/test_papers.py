@@ -209,6 +209,7 @@ def test_chinchilla_without_its_tokens_fails(monkeypatch):
     assert judged().count("F") >= 6
 
 
+@pytest.mark.slow
 def test_chinchilla_without_its_points_runs_the_synthetic_claim(tmp_path, monkeypatch):
     monkeypatch.setenv("CHINCHILLA_POINTS", str(tmp_path / "absent.csv"))
     found = module("chinchilla_refit")

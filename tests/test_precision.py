@@ -54,6 +54,7 @@ def test_a_step_keeps_the_structure_shapes_and_dtypes_of_the_state(name, ema, dt
     assert kinds <= {jnp.dtype("float32"), jnp.dtype("int32")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [{"optim.ema_decay": "0.9"}, {"optim.optimizer": "muon", "train.accumulation_steps": "2"}],

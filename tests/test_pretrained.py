@@ -112,14 +112,16 @@ def test_every_command_takes_a_folder(folder, tmp_path, capsys):
 
 
 def test_a_conversation_in_the_terminal(folder, tmp_path, capsys, monkeypatch):
-    typed = ["hello", "/retry", "again", "/undo", "/nope", "/temperature warm", "/undo", "/undo",
-             f"/save {tmp_path}/talk.json", "/system brief", "hi", "/quit", "more"]  # fmt: skip
+    typed = ["hello", "\udcff", "/retry", "again", "/undo", "/nope", "/temperature warm", "/undo",
+             "/undo", f"/save {tmp_path}/talk.json", "/system brief", "hi", "/quit",
+             "more"]  # fmt: skip
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(typed) + "\n"))
     assert main(["chat", str(folder), "--max_tokens=6", "--temperature=0"]) == 0
     out, err = capsys.readouterr()
     assert len(out.splitlines()) >= 4
     assert out.splitlines()[0] == out.splitlines()[1]  # the same answer, greedily
     assert "no command /nope" in err
+    assert "not valid UTF-8" in err
     assert "temperature" in err
     assert "no message to take back" in err
     assert json.loads((tmp_path / "talk.json").read_text()) == []
@@ -137,6 +139,7 @@ def test_a_base_model_continues_what_is_typed(folder, capsys, monkeypatch):
         _ = model.template
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_a_model_on_one_device_and_on_a_mesh(
     folder, experiment, tmp_path, monkeypatch
 ):
@@ -179,6 +182,7 @@ def test_what_the_model_has_otherwise_is_refused(field, experiment, tmp_path):
     assert not (tmp_path / "run" / "config.json").exists()
 
 
+@pytest.mark.slow
 def test_a_longer_context_needs_a_scaling_that_is_named(folder, experiment, tmp_path, monkeypatch):
     devices(monkeypatch, 1)
     longer = {"model.seq_len": "512", "model.rotary": "('scaling=linear factor=4',)",
@@ -197,12 +201,41 @@ def test_what_is_no_model_is_named(folder, tmp_path, capsys):
     ):  # fmt: skip
         assert main(["check", str(name)]) == code
         assert said in capsys.readouterr().err
+    assert main(["export", str(folder), "/dev/null"]) == 2
+    assert main(["export", str(folder), str(tmp_path / "it.gguf")]) == 2
+    assert "ends in .gguf" in capsys.readouterr().err
     (folder / "model.safetensors").unlink()
+    assert main(["sample", str(folder)]) == 5
+    assert "has no model.safetensors" in capsys.readouterr().err
     (folder / "pytorch_model.bin").write_bytes(b"")
     assert main(["sample", str(folder)]) == 5
     assert "pickle" in capsys.readouterr().err
     (folder / "chat_template.jinja").write_text("{{ ''.__class__ }}")
     assert main(["chat", str(folder)]) == 5
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"vocab_size": None}, {"vocab_size": 0}, {"hidden_act": []}, {"hidden_act": {}},
+        {"rope_parameters": {"rope_type": ["yarn"], "rope_theta": 1e4}},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_config_of_other_kinds_is_refused(change, folder, capsys):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    assert main(["check", str(folder)]) == 2
+    assert "config.json" in capsys.readouterr().err
+
+
+def test_a_chat_without_input_or_without_tokens_ends(folder, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", None)
+    assert main(["chat", str(folder)]) == 0
+    (folder / "chat_template.jinja").write_text("{% if false %}x{% endif %}")
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\n"))
+    assert main(["chat", str(folder)]) == 0
+    assert "gives no token" in capsys.readouterr().err
 
 
 def test_a_harmful_template_is_refused_before_anything_is_typed(folder, capsys, monkeypatch):

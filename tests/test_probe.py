@@ -64,6 +64,7 @@ def test_the_weights_are_those_that_the_model_uses(kind):
     np.testing.assert_allclose(by_hand_BTD, by_model_BTD, atol=2e-4)
 
 
+@pytest.mark.slow
 def test_nothing_is_kept_where_nobody_asks():
     cfg, params, batch = given()
     assert list(Transformer(cfg).init(jax.random.key(0), batch.tokens_BT)) == ["params"]

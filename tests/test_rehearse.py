@@ -444,6 +444,7 @@ def test_the_commands_of_experiments_divide(experiment, topology, slices):
     assert cfg.model.embed_dim % (chips.count // chips.slices) == 0
 
 
+@pytest.mark.slow
 def test_the_search_is_bounded():
     said, four = [], targets.open_target(parse_topology("cpu:4"))
     found = search.search(config(), four, said.append, limit=1)
@@ -473,6 +474,7 @@ def test_the_search_asks_once_for_too_much(monkeypatch, parallel):
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_door(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(process, "keep_freed_memory", lambda: None)
     shrink = [f"--config.{k}" for k in ("model.vocab_size=64", "model.seq_len=16")]

@@ -135,6 +135,7 @@ def tiny(small_config, monkeypatch):
     return Paper("A tiny paper", (loss, wrong, claim(name="exact")), (Arm("plain", cfg, (3, 4)),))
 
 
+@pytest.mark.slow
 def test_a_reproduction_that_was_stopped_goes_on(tiny, tmp_path):
     said = []
 

@@ -93,7 +93,8 @@ def leaves(run) -> dict[str, np.ndarray]:
     """Return the arrays of the last step's checkpoint by their paths."""
     cfg = complete(rundir.read_config(run))
     job = make_job(cfg, prepare_data(cfg, print), one_device_mesh())
-    step, items = checkpoint.restore(run / "checkpoints", job.abstract.items({}), NUM_STEPS)
+    abstract = job.abstract.items(cfg, {})
+    step, items = checkpoint.restore(run / "checkpoints", abstract, NUM_STEPS)
     assert step == NUM_STEPS
     found = jax.tree_util.tree_leaves_with_path(items)
     return {checkpoint.path_name(path): np.asarray(leaf) for path, leaf in found}
@@ -127,6 +128,7 @@ def finish(process, run) -> str:
     return output
 
 
+@pytest.mark.slow
 def test_killed_stopped_and_started_again(start, uninterrupted, tmp_path):
     run = tmp_path / "run"
     for step, number, expected in (
@@ -229,6 +231,7 @@ def test_stopped_after_every_step(job, tmp_path, monkeypatch):
     assert_same_run(run, plain)
 
 
+@pytest.mark.slow
 def test_a_signal_while_restoring_is_no_broken_checkpoint(job, tmp_path, monkeypatch):
     run, lines = tmp_path / "run", []
     interrupt_at(job, 9, monkeypatch, [])

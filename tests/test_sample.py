@@ -77,6 +77,7 @@ def test_parameters_laid_out_for_decoding_sample_the_same():
     np.testing.assert_array_equal(run(params()), run(decoding_params(CFG, params(), 1)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [Sampling(), Sampling(temperature=0.7, top_k=5, top_p=0.9)])
 def test_a_stream_gives_what_generate_gives_and_only_by_its_seed(how):
     prompts = [[1, 2, 3], [4, 5, 6, 7, 8]]

@@ -18,7 +18,7 @@ from nanojaxgpt.model.transformer import init_params
 def run_of(tmp_path, monkeypatch):
     """Return a function of a tokenizer that gives a run with a padded vocabulary."""
 
-    def load_params(run, cfg, mesh, step, log):
+    def load_params(run, cfg, mesh, step, *_):
         fresh = jax.jit(lambda: init_params(cfg, jax.random.key(0)))()
         return 1, jax.tree.map(lambda x: x * 5, fresh)
 

@@ -56,6 +56,7 @@ def test_turns_are_those_of_a_text_that_is_read_anew(model, monkeypatch):
     assert drawn(session, other, 9, GREEDY) == anew(model, other, 9, GREEDY)
 
 
+@pytest.mark.slow
 def test_a_turn_ends_with_an_end_id_and_where_the_context_is_full(model):
     session, ids = Session(model), list(b"Once upon a time")
     whole = anew(model, ids, 30, GREEDY)

@@ -353,7 +353,8 @@ def test_vmap_that_is_stopped_goes_on(trials, mapped, tmp_path, monkeypatch):
     assert "resuming from step 4" in (run_path(tmp_path, trials[0].name) / "log.txt").read_text()
 
 
-@pytest.mark.parametrize("fsdp", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("fsdp", [1, 2])
 def test_vmap_spreads_the_trials_over_the_devices(write_experiment, fsdp):
     trials = load_trials(write_experiment(f"choice('{SEED}', *range(7))"), {})
     trials[0] = trials[0]._replace(cfg=config.with_fields(trials[0].cfg, {"mesh.fsdp": fsdp}))

@@ -51,6 +51,7 @@ def test_without_matplotlib_a_report_has_no_plots(write_experiment, tmp_path, mo
     assert names == {"best.py", "report.txt", "trials.csv"}
 
 
+@pytest.mark.slow
 def test_a_report_has_a_table_the_best_and_plots(write_experiment, tmp_path, capsys):
     path = write_experiment(
         f"product(choice('{RATE}', 1e-3, 1e-2), choice('model.mlp', 'gelu', 'relu'), "

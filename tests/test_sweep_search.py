@@ -138,6 +138,7 @@ def test_searches_that_are_none(num, reduction):
         tpe(fixed("a.b", 1), num, reduction=reduction)
 
 
+@pytest.mark.slow
 def test_a_search_learns_prunes_and_is_the_same_again(write_experiment, tmp_path, monkeypatch):
     ran = []
     stand_in(monkeypatch, ran)

@@ -9,10 +9,12 @@ import tokenizers
 from nanojaxgpt.data.tokenizers import JsonTokenizer
 from nanojaxgpt.interchange.templates import (
     BREAK,
+    MEMORY,
     ChatTemplate,
     TemplateError,
     compile_template,
     open_template,
+    peak_bytes,
 )
 
 CHATML = (
@@ -96,6 +98,9 @@ HARMFUL = {
     "{{ '%999999999d' % 1 }}": "small numbers",
     "{{ 'x' | center(999999999) }}": "No filter",
     "{% for": "can't be read",
+    "{{ " + "(" * 20000 + "1" + ")" * 20000 + " }}": "can't be read|nested|its process",
+    "{{ 'x'.ljust(999999999) }}": "unsafe",
+    "{{ '1'.zfill(999999999) }}": "unsafe",
     DOUBLING: "memory|more than 2 s",
 }
 
@@ -111,6 +116,16 @@ def test_a_template_that_runs_long_is_ended(tokenizer):
     with pytest.raises(TemplateError, match="more than 2 s"):
         open_template(SLOW, tokenizer)
     assert time.monotonic() - began < 60
+
+
+def test_a_template_that_waits_for_a_message_is_ended_too(tokenizer):
+    """In the process that chats, where no limit of memory is set: it looks itself."""
+    source = "{% if messages[0].content == 'boom' %}" + DOUBLING + "{% endif %}{{ bos_token }}"
+    template = open_template(source, tokenizer)
+    before = peak_bytes()
+    with pytest.raises(TemplateError, match=r"memory|more than 2 s|characters"):
+        template.encode([{"role": "user", "content": "boom"}])
+    assert peak_bytes() - before < 4 * MEMORY
 
 
 def test_what_a_template_refuses_is_told():

@@ -108,6 +108,7 @@ def tiny(tmp_path_factory):
     return write_tiny(tmp_path_factory.mktemp("trackers"), "train.num_steps = 6")
 
 
+@pytest.mark.slow
 def test_training_ends_well_beside_a_stuck_tracker(tiny, left, monkeypatch, capsys):
     monkeypatch.setattr(trackers, "CLOSE_SECONDS", 0.05)
     monkeypatch.setattr(trackers, "QUEUE_RECORDS", 1)

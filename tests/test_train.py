@@ -232,6 +232,7 @@ def test_damaged_notes_block_no_run(small_config, tmp_path, monkeypatch, capsys)
     assert found == wanted[1:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moved", [False, True])
 def test_a_run_directory_deleted_while_it_trains(moved, small_config, tmp_path, monkeypatch):
     cfg = small_config(**{"train.num_steps": "12", "train.log_every_steps": "100"})
@@ -252,6 +253,7 @@ def test_a_run_directory_deleted_while_it_trains(moved, small_config, tmp_path, 
         assert saved_steps(tmp_path / "moved" / "checkpoints") == [5]
 
 
+@pytest.mark.slow
 def test_the_model_is_parsed_once(cfg, tmp_path, monkeypatch):
     seen, complete_one = [], ModelConfig.__post_init__
 
@@ -290,12 +292,10 @@ CASES = {name: {"optim.optimizer": name} for name in OPTIMIZERS}
 CASES["sgd"] |= {"optim.learning_rate": "0.1"}
 CASES["schedule_free"] |= {"optim.schedule": "constant"}
 CASES["adamw, averaged"] = {"optim.ema_decay": "0.8"}
-QUICK = ("muon",)
 
 
-@pytest.mark.parametrize(
-    "case", [pytest.param(c, marks=[pytest.mark.slow] * (c not in QUICK)) for c in CASES]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
 def test_every_optimizer_learns_resumes_bit_for_bit_and_shards(
     case, small_config, tmp_path, monkeypatch
 ):
@@ -321,6 +321,7 @@ def test_every_optimizer_learns_resumes_bit_for_bit_and_shards(
     np.testing.assert_allclose(losses[8], losses[1], atol=2e-4)
 
 
+@pytest.mark.slow
 def test_batches_grow_and_a_run_stopped_in_between_has_the_same_bits(
     small_config, tmp_path, monkeypatch, capsys
 ):
@@ -388,6 +389,7 @@ def test_a_vocabulary_smaller_than_the_tokenizers_is_refused(cfg):
         resolve(small, store)
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_another_runs_parameters(cfg, tmp_path):
     def quiet(config, run):
         return fit(config, tmp_path / run, report=lambda _: None)

@@ -54,6 +54,8 @@ def chat(arguments: list[str]) -> None:
 
 def typed_lines() -> Iterator[str]:
     """Yield the lines that are typed, or read from a file, up to the end."""
+    if sys.stdin is None:  # closed
+        return
     if sys.stdin.isatty():
         import contextlib
 
@@ -64,6 +66,11 @@ def typed_lines() -> Iterator[str]:
             line = input("> " if sys.stdin.isatty() else "")
         except EOFError:
             return
+        try:
+            line.encode()
+        except UnicodeEncodeError:
+            warn("this line is not valid UTF-8: it was left out")
+            continue
         yield line.strip()
 
 

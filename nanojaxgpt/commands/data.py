@@ -1,5 +1,6 @@
 """In: the arguments of `prepare` and `inspect`. Out: a tokenized corpus, or a step's batch."""
 
+from itertools import chain
 from pathlib import Path
 
 from nanojaxgpt import config
@@ -16,7 +17,8 @@ def prepare(arguments: list[str]) -> None:
     parsed, cfg = open_experiment("prepare", prepare.__doc__, arguments, {})
     check_data(cfg.data)
     from nanojaxgpt.data import store
-    from nanojaxgpt.data.loader import inherited_tokenizer
+    from nanojaxgpt.data.examples import find_template
+    from nanojaxgpt.data.loader import inherited_tokenizer, own_template
 
     said: list[str] = []
 
@@ -26,7 +28,8 @@ def prepare(arguments: list[str]) -> None:
 
     run = Path(parsed.run) if parsed.run else None
     inherited = inherited_tokenizer(cfg, warn, run)
-    corpus = store.prepare(cfg.data, config.cache_dir(cfg), report, inherited)
+    template = find_template(cfg.data, own_template(cfg, run))
+    corpus = store.prepare(cfg.data, config.cache_dir(cfg), report, inherited, template)
     print_table(store.describe_corpus(corpus))
     if not said:
         warn("everything was prepared already")
@@ -51,7 +54,7 @@ def inspect(arguments: list[str]) -> None:
     check_data(cfg.data)
     from nanojaxgpt.data.loader import prepare_data
     from nanojaxgpt.data.rows import make_ramp
-    from nanojaxgpt.data.show import show_step
+    from nanojaxgpt.data.show import show_examples, show_step
 
     data = prepare_data(cfg, warn, Path(parsed.run) if parsed.run else None)
     train = cfg.train
@@ -61,7 +64,7 @@ def inspect(arguments: list[str]) -> None:
     lines = show_step(
         data, parsed.split, parsed.step, cfg.model.seq_len, ramp, train.seed, parsed.rows
     )
-    for line in lines:
+    for line in chain(show_examples(data, cfg.model.seq_len, cfg.data.overlong), lines):
         print(line)
 
 

@@ -9,7 +9,7 @@ from nanojaxgpt.errors import ConfigError
 
 
 def evaluate(arguments: list[str]) -> None:
-    """Print the validation loss and bits per byte of a model, or its objective's metrics, as JSON.
+    """Print the validation loss and bits per byte of a model, as JSON.
 
     Of a run over its validation split; with --data=SOURCE on all of another source, with the
     model's own tokenizer.
@@ -29,8 +29,6 @@ def evaluate(arguments: list[str]) -> None:
     model = language_model.open_model(parsed.source, cfg, mesh, chosen_step(parsed), warn)
     found = language_model.evaluate(model, parsed.data, warn)
     source = {"source": parsed.data} if parsed.data else {}
-    if "confusion" in found:
-        found["confusion"] = found["confusion"].tolist()
     print(json.dumps({"step": model.step, **source, **found}))
 
 

@@ -8,7 +8,7 @@ from nanojaxgpt.arguments import Command, chosen_step, open_model_config
 from nanojaxgpt.console import warn
 from nanojaxgpt.errors import CheckpointError, ConfigError, DataError
 
-FORMATS, DTYPES = ("hf", "gguf"), ("float32", "bfloat16", "float16", "q8_0")
+FORMATS, DTYPES = ("hf", "gguf", "peft"), ("float32", "bfloat16", "float16", "q8_0")
 # Text of several kinds, to see whether the tokenizer gives it back, and that the loss is a number.
 SAMPLE = (
     "The capital of France is Paris.\n\ndef area(radius):\n    return 3.14159 * radius ** 2\n\n"
@@ -41,7 +41,10 @@ def import_model(arguments: list[str]) -> None:
 
 
 def export(arguments: list[str]) -> None:
-    """Write a model as a Hugging Face folder, or as a GGUF file for llama.cpp."""
+    """Write a model as a Hugging Face folder, a GGUF file for llama.cpp, or its adapters for peft.
+
+    But for peft, adapters are merged.
+    """
     options = {
         "format": {"default": "hf", "choices": FORMATS, "help": "default: hf"},
         "dtype": {"default": "", "choices": DTYPES, "help": "default: that of the parameters"},
@@ -128,8 +131,8 @@ COMMANDS = {
         import_model, "MODEL RUN", "a run directory from a model", order=12, writes_files=True
     ),
     "export": Command(
-        export, "MODEL FOLDER [--format=hf|gguf]", "for transformers, vLLM, llama.cpp", order=13,
-        writes_files=True,
+        export, "MODEL FOLDER [--format=hf|gguf|peft]", "for transformers, vLLM, llama.cpp",
+        order=13, writes_files=True,
     ),
     "check": Command(check, "MODEL", "files, shapes, tokenizer, memory, a forward pass", order=14),
 }  # fmt: skip

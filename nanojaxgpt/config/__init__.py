@@ -129,7 +129,7 @@ def load_config(experiment: str, overrides: dict[str, str] | None = None) -> Con
 
 
 def load_experiment(experiment: str) -> ConfigDict:
-    """Return what `get_config(variant)` of an experiment file gives. Raises ConfigError."""
+    """Return the result of an experiment file's `get_config(variant)`. Raises ConfigError."""
     path, _, variant = experiment.partition(":")
     module = load_module(path)
     if not callable(getattr(module, "get_config", None)):
@@ -164,7 +164,7 @@ def running(path: str, what: str) -> Iterator[None]:
 
 
 def exception_text(error: BaseException) -> str:
-    """Return what an exception says; of ml_collections' messages the first and the last line."""
+    """Return the message of an exception; of ml_collections' the first and the last line."""
     try:
         text = str(error if isinstance(error, UserError | SyntaxError) else error.args[0])
     except Exception:  # no arguments, or their own __str__ fails

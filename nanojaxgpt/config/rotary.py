@@ -81,7 +81,7 @@ def write_rotary(found: Rotary | None, base: float) -> str:
 
 
 def rotary_problem(found: Rotary, given: Iterable[str]) -> str:
-    """Return what is wrong with one entry, of which the words `given` are written out; or ""."""
+    """Return the fault of one entry, of which the words `given` are written out; or ""."""
     if found.scaling not in SCALINGS:
         return f"scaling={found.scaling!r} must be one of {', '.join(SCALINGS)}"
     taken = SCALINGS["default"] + SCALINGS[found.scaling]
@@ -105,7 +105,7 @@ def rotary_problem(found: Rotary, given: Iterable[str]) -> str:
 
 
 def rotary_problems(entries: tuple[str, ...], base: float, head_dim: int) -> list[str]:
-    """Return what is wrong with `model.rotary` for heads of `head_dim` dimensions."""
+    """Return the fault of `model.rotary` for heads of `head_dim` dimensions."""
     problems = []
     for entry in entries:
         try:

@@ -167,6 +167,11 @@ class Data(Section):
     packing: str = field("wrap",
         "wrap: cut one stream every seq_len; pack: whole, separate documents",
         choices=("wrap", "pack"))
+    overlong: str = field("drop",
+        "an example for fine-tuning that is longer than a row: drop it, or cut its end",
+        choices=("drop", "cut"))
+    chat_template: str = field("",
+        'Jinja file, plain, none; "": the model\'s own; see docs/data.md')
     validation_fraction: float = field(0.1, "tail of each source that is held out", high=BELOW_ONE)
     validation_documents: int = field(0,
         "hold out the last N documents of each source instead; 0: off")
@@ -216,6 +221,23 @@ class Optim(Section, traced=True):
 
 
 @dataclass(frozen=True)
+class Lora(Section):
+    """Adapters of low rank beside the kernels of a pretrained model; see docs/finetune.md."""
+
+    rank: int = field(0, "of each kernel's adapter; 0: none")
+    alpha: float = field(16.0, "an adapter adds alpha / rank times its output", traced=True)
+    rank_stabilized: bool = field(False, "alpha / sqrt(rank) instead")
+    targets: tuple[str, ...] = field(("layers",),
+        "kernels with an adapter: patterns of paths; default: all of attention and MLP")
+    dropout: float = field(0.0, "rate for the input of the adapters", high=BELOW_ONE)
+
+    @property
+    def divisor(self) -> float:
+        """What alpha is divided by."""
+        return math.sqrt(self.rank) if self.rank_stabilized else self.rank
+
+
+@dataclass(frozen=True)
 class Mesh(Section, resume=True, place=True):
     """Devices per axis; -1: all that remain."""
 
@@ -250,26 +272,48 @@ class Train(Section):
 
 
 @dataclass(frozen=True)
-class Objective(Section, traced=True):
-    """What training minimizes. Numbers can be swept without a new compilation."""
+class Objective(Section):
+    """What training minimizes. The traced numbers can be swept without a new compilation."""
 
-    kind: str = field("language", "preference and reward learn from pairs; see docs/objectives.md",
-        choices=("language", "classify", "preference", "reward", "distill"))
+    kind: str = field("language",
+        "preference and reward learn from pairs, policy from rewards; see docs/finetune.md",
+        choices=("language", "classify", "preference", "reward", "distill", "policy"))
     loss: str = field("dpo", "of kind=preference; orpo and simpo need no reference",
         choices=("dpo", "ipo", "orpo", "simpo"))
     beta: float = field(0.1, "preference: scale of the implicit reward; orpo: lambda",
-        low=ABOVE_ZERO)
+        low=ABOVE_ZERO, traced=True)
     label_smoothing: float = field(0.0, "dpo and simpo: how likely a pair is the wrong way round",
-        high=0.5)
-    margin: float = field(0.0, "simpo and reward: by how much the chosen answer should win")
+        high=0.5, traced=True)
+    margin: float = field(0.0, "simpo and reward: by how much the chosen answer should win",
+        traced=True)
     nll_weight: float = field(0.0,
-        "dpo, ipo, simpo: weight of the chosen answer's mean loss per token; orpo has it with 1")
-    centering: float = field(0.0, "reward: weight of (chosen + rejected)^2, to stay near 0")
+        "dpo, ipo, simpo: weight of the chosen answer's mean loss per token; orpo has it with 1",
+        traced=True)
+    centering: float = field(0.0, "reward: weight of (chosen + rejected)^2, to stay near 0",
+        traced=True)
     teacher: str = field("", "distill: the MODEL whose probabilities are learned")
-    temperature: float = field(1.0, "distill: divides the logits of both models", low=ABOVE_ZERO)
+    temperature: float = field(1.0, "distill: divides the logits of both models", low=ABOVE_ZERO,
+        traced=True)
     jsd_beta: float = field(0.0,
         "distill: 0: KL(teacher, student); 1: KL(student, teacher); between: generalized JSD",
-        high=1)
+        high=1, traced=True)
+    group_size: int = field(8, "policy: completions of each prompt", low=2)
+    max_tokens: int = field(64, "policy: tokens of a completion, at most", low=1)
+    sample_temperature: float = field(1.0,
+        "policy: of the samples, and of the log-probabilities that are trained", low=1e-2)
+    aggregation: str = field("dapo",
+        "policy: grpo: completions count alike; dapo: tokens; dr_grpo: over group x max_tokens",
+        choices=("dapo", "grpo", "dr_grpo"))
+    ratio: str = field("token", "policy: of each token, or of the whole sequence as in GSPO",
+        choices=("token", "sequence"))
+    clip_low: float = field(0.2, "policy: ratios below 1 - this are clipped", high=1, traced=True)
+    clip_high: float = field(0.2, "policy: ratios above 1 + this are clipped", traced=True)
+    kl: float = field(0.0, "policy: weight of the KL from where training started; 0: off")
+    updates: int = field(1, "policy: updates on the same samples", low=1)
+    reward: str = field("", "policy: FILE.py:FUNCTION(prompt, completion, record) -> a number",
+        place=True)
+    reward_seconds: float = field(10.0, "policy: the most that a call may take", low=1e-3,
+        resume=True, host_only=True)
 
     @property
     def has_reference(self) -> bool:
@@ -316,7 +360,7 @@ class Sample(Section, resume=True, host_only=True):
 
     prompt: str = field("\n", '"": a new document, from the tokenizer\'s end token')
     max_tokens: int = field(256, "new tokens of a sample", low=1)
-    num_samples: int = field(1, "continuations of the prompt", low=1)
+    num_samples: int = field(1, "continuations of the prompt", low=1, high=1 << 16)
     temperature: float = field(0.8, "below 1e-5: greedy")
     top_k: int = field(0, "sample from the k likeliest tokens; 0: off")
     top_p: float = field(1.0, "sample from the fewest tokens of this total probability", high=1)
@@ -335,6 +379,7 @@ class Config:
     model: Model = Model()
     data: Data = Data()
     optim: Optim = Optim()
+    lora: Lora = Lora()
     mesh: Mesh = Mesh()
     train: Train = Train()
     objective: Objective = Objective()

@@ -64,7 +64,7 @@ def probes(tokenizer: Tokenizer) -> Iterator[str]:
 
 
 def find_loss(tokenizer: Tokenizer) -> str:
-    """Return what becomes of the first text that does not come back as it was; "" if all do.
+    """Return the changed form of the first text that does not come back exactly; "" if all do.
 
     A text that the tokenizer refuses is not changed by it.
     """
@@ -85,7 +85,7 @@ def find_loss(tokenizer: Tokenizer) -> str:
 
 
 def count_loss(tokenizer: Tokenizer, text: str, ids: np.ndarray, counted: int) -> Loss:
-    """Return what one document loses, whose tokens count for `counted` bytes."""
+    """Return the loss of one document, whose tokens count for `counted` bytes."""
     back = tokenizer.decode(ids)
     lost = sum((Counter(text) - Counter(back)).values())
     return Loss(int(back != text), lost, abs(counted - len(text.encode())))

@@ -15,13 +15,24 @@ from typing import Any, NamedTuple, TypeVar
 
 from nanojaxgpt.checks import kind_of, read_float, read_int, show
 from nanojaxgpt.config import AnyConfig, build, cache_dir, fields, sections, typed
-from nanojaxgpt.data.packing import cover_rows, packed_rows, wrap_rows
+from nanojaxgpt.data.examples import find_template
+from nanojaxgpt.data.packing import (
+    Fit,
+    cover_rows,
+    packed_rows,
+    plan_examples,
+    planned_rows,
+    wrap_rows,
+)
 from nanojaxgpt.data.rows import Rows, WeightedRows, join_tables
 from nanojaxgpt.data.sources import check_sources, source_identity
+from nanojaxgpt.data.sources.records import is_examples
 from nanojaxgpt.data.store import (
     Corpus,
     Part,
     Report,
+    Span,
+    Store,
     check_exact,
     check_inherited,
     prepare,
@@ -30,13 +41,15 @@ from nanojaxgpt.data.store import (
 from nanojaxgpt.data.tasks import TASKS, Task, task_rows
 from nanojaxgpt.data.tokenizers import Tokenizer, WordTokenizer, load_tokenizer
 from nanojaxgpt.errors import ConfigError, DataError
-from nanojaxgpt.interchange.opening import find_model
+from nanojaxgpt.interchange.opening import find_model, inherited_template
 from nanojaxgpt.model.config import JobConfig
 from nanojaxgpt.names import unknown_name
 from nanojaxgpt.rundir import read_config, read_identity
 
 Fetched = TypeVar("Fetched")
-FETCH_SECONDS = 5.0  # that the end of a loop waits for a batch in the making
+MakeRows = Callable[[Store, Span, int], Rows]
+FETCH_SECONDS = 5.0  # that the end of a loop waits for the batch being fetched
+ALONE = ("labels", "preferences")  # kinds of examples that have objectives of their own
 LARGEST_SUM = 2**31  # of a mixture's weights as integers, see rows.interleave
 
 
@@ -48,6 +61,15 @@ class RunData(NamedTuple):
     size: str  # for a person
     train: Callable[[int], tuple[WeightedRows, ...]]
     validation: Callable[[int], Rows]  # of no row where nothing is held out
+    labels: tuple[str, ...] = ()  # of texts to classify, by their numbers
+    template: str = ""  # the chat template of the examples, where they have one
+    examples: tuple[tuple[str, Store], ...] = ()  # the sources of examples, and their stores
+
+    @property
+    def kind(self) -> str:
+        """The kind of examples that have an objective of their own, one of ALONE, or ""."""
+        kinds = {store.examples["kind"] for _, store in self.examples} & set(ALONE)
+        return next(iter(kinds), "")
 
 
 def prepare_data(
@@ -55,12 +77,28 @@ def prepare_data(
 ) -> RunData:
     """Return the data of a config, tokenized now where it is not there yet.
 
-    `run` is the run directory that it is for, where there is one. Raises as `open_data` and
-    `inherited_tokenizer` do.
+    `run` is the run directory that it is for, where there is one. Raises as `open_data`,
+    `inherited_tokenizer` and `check_objective` do.
     """
     cfg = typed(cfg)
     inherited = inherited_tokenizer(cfg, report, run)
-    return open_data(cfg.data, cache_dir(cfg), report, inherited)
+    data = open_data(cfg.data, cache_dir(cfg), report, inherited, own_template(cfg, run))
+    check_objective(cfg.objective.kind, data)
+    return data
+
+
+def own_template(cfg: sections.Config, run: Path | None = None) -> str:
+    """Return the chat template that data.chat_template "" means; "" where none is needed."""
+    needed = has_examples(cfg.data) and not cfg.data.chat_template
+    return inherited_template(cfg.init, run) if needed else ""
+
+
+def check_objective(kind: str, data: RunData) -> None:
+    """Raise ConfigError where an objective can't learn from such data."""
+    wanted = {"classify": "labels", "preference": "preferences", "reward": "preferences"}
+    if (needed := wanted.get(kind, "")) != data.kind:
+        problem = f"needs {needed}:FILE" if needed else f"can't learn from {data.kind}:"
+        raise ConfigError(f"objective.kind={kind} {problem}; change it, or data.source")
 
 
 def inherited_tokenizer(
@@ -109,12 +147,13 @@ def open_data(
     folder: Path,
     report: Callable[[str], object] = print,
     inherited: Tokenizer | None = None,
+    inherited_chat: str = "",
 ) -> RunData:
     """Return the data that the config names, made below `folder` where it is not there yet.
 
     `inherited` is the tokenizer of the parameters to start from: data.tokenizer "" means this one,
-    and any other is refused. Raises ConfigError for that, and for a name, an option or a weight
-    that can't be used, DataError as `prepare` does.
+    and any other is refused; data.chat_template "" means `inherited_chat`. Raises ConfigError for
+    that, and for a name, an option or a weight that can't be used, DataError as `prepare` does.
     """
     check_data(data)
     if is_task(data):
@@ -122,7 +161,20 @@ def open_data(
         advice = "choose a run trained on a task with the same words"
         check_inherited(task.tokenizer, inherited, data.source, advice)
         return task
-    return text_data(prepare(data, folder, report, inherited), data)
+    template = find_template(data, inherited_chat) if has_examples(data) else ""
+    corpus = prepare(data, folder, report, inherited, template)
+    return text_data(corpus, data, report, template)
+
+
+def has_examples(data: sections.Data) -> bool:
+    """Return whether any source holds examples for fine-tuning."""
+    return any(is_examples(source) for source in all_sources(data))
+
+
+def all_sources(data: sections.Data) -> list[str]:
+    """Return the sources to train on, and the one to validate on where it is set."""
+    sources = [entry.partition(" ")[2].strip() for entry in data.mixture] or [data.source]
+    return [*sources, *([data.validation_source] if data.validation_source else [])]
 
 
 def is_task(data: sections.Data) -> bool:
@@ -138,11 +190,29 @@ def check_data(data: sections.Data) -> None:
     if is_task(data):
         open_task(data.source)
         return
-    mixed = [entry.partition(" ")[2].strip() for entry in data.mixture]
-    for name in (data.validation_source, *mixed):
+    for name in all_sources(data):
         if name.startswith("task:"):
             raise ConfigError(f"{name} must be data.source, on its own: a task has its own split")
     check_sources(data)
+    if has_examples(data):
+        check_examples(data)
+
+
+def check_examples(data: sections.Data) -> None:
+    """Raise ConfigError where examples for fine-tuning can't be used together, or in these rows."""
+    sources = all_sources(data)
+    if data.packing != "pack":
+        found = next(source for source in sources if is_examples(source))
+        raise ConfigError(
+            f"{found} needs data.packing=pack, which keeps examples whole and apart; "
+            f"data.packing={data.packing} cuts them"
+        )
+    alone = {kind for source in sources if (kind := source.partition(":")[0]) in ALONE}
+    if alone and len({source.partition(":")[0] for source in sources}) > 1:
+        raise ConfigError(
+            f"{', '.join(sources)}: {min(alone)}: is trained on by itself, and validated on itself"
+        )
+    find_template(data, "")
 
 
 def resolve(cfg: AnyConfig, data: RunData) -> JobConfig:
@@ -156,17 +226,30 @@ def resolve(cfg: AnyConfig, data: RunData) -> JobConfig:
     if 0 < cfg.model.vocab_size < size:
         raise ConfigError(f"model.vocab_size={cfg.model.vocab_size}, but the tokenizer has {size}")
     found = {"data.tokenizer": tokenizer, "model.vocab_size": cfg.model.vocab_size or size}
-    found["model.num_labels"] = cfg.model.num_labels or int(cfg.objective.kind == "reward")
+    labels = {"reward": 1, "classify": len(data.labels)}.get(cfg.objective.kind, 0)
+    if labels and cfg.model.num_labels not in (0, labels):
+        raise ConfigError(
+            f"model.num_labels={cfg.model.num_labels}, but the data have {labels}: "
+            f"{', '.join(data.labels)}; leave it at 0"
+        )
+    found["model.num_labels"] = cfg.model.num_labels or labels
     return build({**dict(fields(cfg)), **found}, JobConfig)
 
 
 def open_source(
-    source: str, tokenizer: Tokenizer, data: sections.Data, folder: Path, report: Report = print
+    source: str,
+    tokenizer: Tokenizer,
+    data: sections.Data,
+    folder: Path,
+    report: Report = print,
+    inherited_chat: str = "",
+    labels: tuple[str, ...] = (),
 ) -> RunData:
     """Return the data of one source by a tokenizer that is there: all of it is for validation.
 
-    Of a generated task it is the examples that are held out. Raises what `open_data` raises, and
-    DataError where the tokenizer can't write the source.
+    Of a generated task it is the examples that are held out. Examples are written by
+    `inherited_chat` unless data.chat_template says otherwise, `labels` are those of a run. Raises
+    what `open_data` raises, and DataError where the tokenizer can't write the source.
     """
     if source.startswith("task:"):
         found = task_data(source)
@@ -174,14 +257,17 @@ def open_source(
             raise DataError(f"{source} does not have the words of the run's tokenizer")
         return found
     content, lossy = source_identity(source, data), check_exact(tokenizer, data, folder)
+    template = find_template(data, inherited_chat) if is_examples(source) else ""
+    given = tokenizer, lossy, data, folder, report, template, labels
     try:
-        store = prepare_store(source, content, tokenizer, lossy, data, folder, report)
+        store = prepare_store(source, content, *given)
     except OSError as error:
         raise DataError(f"can't create the token store in {folder}: {error}") from error
-    return text_data(Corpus((Part(source, Fraction(1), store),), store), data)
+    corpus = Corpus((Part(source, Fraction(1), store),), store)
+    return text_data(corpus, data, report, template)
 
 
-def text_data(corpus: Corpus, data: sections.Data) -> RunData:
+def text_data(corpus: Corpus, data: sections.Data, report: Report, template: str = "") -> RunData:
     """Return the data of a corpus: each part's own split, unless validation is a source."""
     if corpus.validation is None:
         spans = [
@@ -196,17 +282,48 @@ def text_data(corpus: Corpus, data: sections.Data) -> RunData:
     train_rows = {"wrap": wrap_rows, "pack": packed_rows}[data.packing]
     eval_rows = {"wrap": cover_rows, "pack": packed_rows}[data.packing]
 
+    said: set[str] = set()
+
+    def rows(plain: MakeRows, name: str, store: Store, span: Span, seq_len: int) -> Rows:
+        if not store.examples:
+            return plain(store, span, seq_len)
+        fit = plan_examples(store, span, seq_len, data.overlong)
+        if fit.plan.places_P.size == 0 and name != "validation":
+            raise DataError(f"{describe_fit(name, fit, seq_len)}: none is left to train on; "
+                            "raise model.seq_len, or set data.overlong=cut")  # fmt: skip
+        if (fit.dropped or fit.cut) and (line := describe_fit(name, fit, seq_len)) not in said:
+            said.add(line)
+            report(line)
+        return planned_rows(store, fit.plan, seq_len, weighted=True)
+
     def train(seq_len: int) -> tuple[WeightedRows, ...]:
         return tuple(
-            WeightedRows(part.source, weight, train_rows(part.store, first, seq_len))
+            WeightedRows(
+                part.source, weight, rows(train_rows, part.source, part.store, first, seq_len)
+            )
             for part, weight, (first, _) in zip(corpus.parts, weights, spans, strict=True)
         )
 
     def validation(seq_len: int) -> Rows:
-        return join_tables([eval_rows(store, span, seq_len) for store, span in held_out])
+        tables = [rows(eval_rows, "validation", store, span, seq_len) for store, span in held_out]
+        return join_tables(tables)
 
     num_tokens = sum(part.store.num_tokens for part in corpus.parts)
-    return RunData(corpus.tokenizer, corpus.identity(), f"{num_tokens:,} tokens", train, validation)
+    examples = [(part.source, part.store) for part in corpus.parts if part.store.examples]
+    if corpus.validation and corpus.validation.examples:
+        examples.append(("validation", corpus.validation))
+    return RunData(
+        corpus.tokenizer, corpus.identity(), f"{num_tokens:,} tokens", train, validation,
+        corpus.labels, template, tuple(dict(examples).items()),
+    )  # fmt: skip
+
+
+def describe_fit(name: str, fit: Fit, seq_len: int) -> str:
+    """Return how many examples don't fit rows of this length, and what became of them."""
+    return (
+        f"{name}: {fit.dropped + fit.cut:,} of {fit.num_examples:,} examples are longer than "
+        f"model.seq_len={seq_len}: {fit.dropped:,} dropped, {fit.cut:,} cut"
+    )
 
 
 def whole_weights(weights: list[Fraction]) -> list[int]:

@@ -30,9 +30,16 @@ Manifest = dict[str, Any]
 
 
 def write_manifest(
-    folder: Path, source: dict[str, Any], shards: list[dict[str, Any]], tokenizer: Tokenizer
+    folder: Path,
+    source: dict[str, Any],
+    shards: list[dict[str, Any]],
+    tokenizer: Tokenizer,
+    examples: dict[str, Any] | None = None,
 ) -> Manifest:
-    """Write where each document starts, and the manifest, which is returned; remove the rest."""
+    """Write where each document starts, and the manifest, which is returned; remove the rest.
+
+    `examples` is what is known of examples for fine-tuning, whose shards have weights.
+    """
     starts = np.lib.format.open_memmap(
         folder / "documents.npy", "w+", np.int64, (sum(shard["documents"] for shard in shards),)
     )
@@ -54,9 +61,10 @@ def write_manifest(
         documents_file=dict(file="documents.npy", **describe_file(folder / "documents.npy")),
         shards=shards,
     )
-    manifest = seal(manifest)
+    manifest = seal(manifest | ({"examples": examples} if examples else {}))
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
     kept = {"manifest.json", "documents.npy", "tokenizer", *(shard["file"] for shard in shards)}
+    kept |= {shard["weights"]["file"] for shard in shards if examples}
     for path in folder.iterdir():  # lengths and descriptions, and what a killed process left
         if path.name not in kept:
             path.unlink()
@@ -105,6 +113,12 @@ def contradiction(manifest: Manifest) -> str:
     for shard in shards:
         if shard["size"] != shard["tokens"] * np.dtype(dtype).itemsize:
             return f"{shard['tokens']:,} tokens of {dtype} are not {shard['size']:,} bytes"
+        if "examples" in manifest:
+            weights = shard["weights"]
+            if weights["file"] != Path(shard["file"]).with_suffix(".weights").name:
+                return f"the weights of {shard['file']} are in {weights['file']}"
+            if weights["size"] != shard["tokens"]:
+                return f"{shard['tokens']:,} tokens, but {weights['size']:,} weights"
     for count in ("tokens", "documents", "text_bytes", *Loss._fields):
         if (total := sum(shard[count] for shard in shards)) != manifest[count]:
             return f"{manifest[count]:,} {count}, but its shards have {total:,}"
@@ -114,6 +128,7 @@ def contradiction(manifest: Manifest) -> str:
 def check_files(folder: Path, manifest: Manifest) -> None:
     """Raise DataError, or OSError, where a file is not the one that the manifest describes."""
     files = [manifest["documents_file"], *manifest["shards"]]
+    files += [shard["weights"] for shard in manifest["shards"] if "examples" in manifest]
     hash_all = sum(file["size"] for file in files) <= HASHED_BYTES
     for expected in files:
         name, path = expected["file"], folder / expected["file"]

@@ -4,7 +4,7 @@ Dimensions: B rows, T tokens of a row, P pieces of documents.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -56,6 +56,17 @@ class RowPlan(NamedTuple):
     borders: np.ndarray  # int64 [rows + 1]: row r holds the pieces [borders[r], borders[r + 1])
     start_P: np.ndarray  # int64: a piece's first token in the store
     places_P: np.ndarray  # int32: the targets it is scored on
+    documents_P: np.ndarray | None = None  # int32: of preferences, a piece's number in the store
+    labels_P: np.ndarray | None = None  # int32: of labelled texts, the last target of a piece
+
+
+class Fit(NamedTuple):
+    """How a span's examples fit rows of a length."""
+
+    plan: RowPlan
+    num_examples: int
+    dropped: int
+    cut: int
 
 
 def packed_rows(store: Store, span: Span, seq_len: int) -> Rows:
@@ -63,7 +74,11 @@ def packed_rows(store: Store, span: Span, seq_len: int) -> Rows:
 
     Every target inside a document is scored exactly once, and none crosses a border.
     """
-    plan = plan_rows(store.document_starts, span, seq_len)
+    return planned_rows(store, plan_rows(store.document_starts, span, seq_len), seq_len)
+
+
+def planned_rows(store: Store, plan: RowPlan, seq_len: int, weighted: bool = False) -> Rows:
+    """Return the rows of a plan; with `weighted` targets have the weights of the store."""
     count_T = np.arange(plan.places_P.max(initial=0))
 
     def read(index_B: np.ndarray, key_B: np.ndarray) -> Batch:
@@ -78,34 +93,51 @@ def packed_rows(store: Store, span: Span, seq_len: int) -> Rows:
         fields = np.zeros((4, len(index_B) * seq_len), np.int32)
         tokens, targets, segments, positions = fields
         # A loop over slices: to index every token takes up to 7 times as long.
-        for piece, row in read_pieces(store, plan.start_P[piece_P], places_P):
+        pieces = plan.start_P[piece_P], places_P
+        for piece, row in read_pieces(store.read, store.num_tokens, *pieces):
             first, size = int(first_P[piece]), len(row) - 1
             tokens[first : first + size] = row[:-1]
             targets[first : first + size] = row[1:]
             segments[first : first + size] = segment_P[piece]
             positions[first : first + size] = count_T[:size]
         tokens_BT, targets_BT, segments_BT, positions_BT = fields.reshape(4, -1, seq_len)
-        weights_BT = (segments_BT > 0).astype(np.float32)
-        return Batch(tokens_BT, targets_BT, weights_BT, segments_BT, positions_BT)
+        weights_BT, documents_BT = (segments_BT > 0).astype(np.float32), None
+        if plan.labels_P is not None:
+            last_P = first_P + places_P - 1
+            targets[last_P] = plan.labels_P[piece_P]
+            weights_BT = np.zeros_like(weights_BT)
+            weights_BT.ravel()[last_P] = 1
+        elif weighted:
+            weights = weights_BT.ravel()
+            for piece, row in read_pieces(store.read_weights, store.num_tokens, *pieces):
+                weights[int(first_P[piece]) :][: len(row) - 1] = row[1:]
+        if plan.documents_P is not None:
+            documents = np.full(len(index_B) * seq_len, -1, np.int32)
+            documents[count_up(first_P, places_P)] = np.repeat(plan.documents_P[piece_P], places_P)
+            documents_BT = documents.reshape(-1, seq_len)
+        return Batch(tokens_BT, targets_BT, weights_BT, segments_BT, positions_BT, documents_BT)
 
     return Rows(len(plan.borders) - 1, read)
 
 
 def read_pieces(
-    store: Store, start_P: np.ndarray, places_P: np.ndarray
+    read: Callable[[np.ndarray, int], np.ndarray],
+    num_tokens: int,
+    start_P: np.ndarray,
+    places_P: np.ndarray,
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Yield (number, tokens) of each piece, one more token than it has places, in any order.
 
-    The store reads windows of one length: pieces are read by powers of two, in a few calls.
+    `read` gives windows of one length: pieces are read by powers of two, in a few calls.
     """
     length_P = 2 ** np.ceil(np.log2(places_P + 1)).astype(np.int64)
-    length_P = np.minimum(length_P, store.num_tokens)
+    length_P = np.minimum(length_P, num_tokens)
     for length in np.unique(length_P):
         chosen = np.flatnonzero(length_P == length)
-        first_P = np.minimum(start_P[chosen], store.num_tokens - length)  # there the store ends
+        first_P = np.minimum(start_P[chosen], num_tokens - length)  # there the store ends
         skipped_P = start_P[chosen] - first_P
         ends_P = skipped_P + places_P[chosen] + 1
-        windows = store.read(first_P, int(length))
+        windows = read(first_P, int(length))
         numbers = zip(chosen.tolist(), skipped_P.tolist(), ends_P.tolist(), strict=True)
         for window, (piece, skipped, end) in zip(windows, numbers, strict=True):
             yield piece, window[skipped:end]
@@ -118,11 +150,51 @@ def plan_rows(document_starts: np.ndarray, span: Span, seq_len: int) -> RowPlan:
     group of successive pieces the longest come first, and each goes to the first row where it fits.
     """
     start_P, places_P = cut_documents(document_starts, span, seq_len)
+    order_P, borders = order_pieces(places_P, seq_len)
+    return RowPlan(borders, start_P[order_P], places_P[order_P])
+
+
+def order_pieces(places_P: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the pieces' numbers row by row, and where each row begins among them, and the end."""
     row_P = first_fit(places_P, seq_len)
     order_P = np.argsort(row_P, kind="stable")
     _, first = np.unique(row_P[order_P], return_index=True)
-    borders = np.append(first, len(row_P)).astype(np.int64)
-    return RowPlan(borders, start_P[order_P], places_P[order_P])
+    return order_P, np.append(first, len(row_P)).astype(np.int64)
+
+
+def plan_examples(store: Store, span: Span, seq_len: int, overlong: str) -> Fit:
+    """Return how the examples of the span are packed into rows of `seq_len` places.
+
+    One that is too long is dropped, or with `overlong="cut"` loses its end, though not its label,
+    and is dropped only if nothing to train on is left. The two documents of a preference stand
+    side by side in one row, and are dropped where they don't fit it together.
+    """
+    kind, start_D = store.examples["kind"], store.document_starts
+    first, last = np.searchsorted(start_D, span)
+    start_D = start_D[first:last]
+    number_D = np.arange(first, last, dtype=np.int32)
+    places_D = (np.diff(np.append(start_D, span[1])) - 1).astype(np.int32)
+    per = 2 if kind == "preferences" else 1
+    places_X = places_D.reshape(-1, per).sum(1, dtype=np.int32)
+    kept_X = places_X <= seq_len
+    cut = 0
+    if overlong == "cut" and per == 1:
+        long = np.flatnonzero(~kept_X)
+        for number in long.tolist():
+            trained = kind == "labels" or store.read_weights(start_D[[number]], seq_len + 1)[0, 1:]
+            kept_X[number] = np.any(trained)
+        cut = int(kept_X[long].sum())
+        places_D = np.minimum(places_D, seq_len)
+        places_X = places_D
+    order_X, borders = order_pieces(places_X[kept_X], seq_len)
+    pieces = np.arange(len(places_D)).reshape(-1, per)[kept_X][order_X].ravel()
+    labels = None
+    if kind == "labels":
+        end_P = np.append(start_D[1:], span[1])[pieces]
+        labels = store.read(end_P - 1, 1)[:, 0].astype(np.int32)
+    documents = number_D[pieces] if kind == "preferences" else None
+    plan = RowPlan(borders * per, start_D[pieces], places_D[pieces], documents, labels)
+    return Fit(plan, len(kept_X), int((~kept_X).sum()), cut)
 
 
 def cut_documents(

@@ -130,7 +130,7 @@ def make_train_rows(sources: tuple[WeightedRows, ...], batch_size: int, seed: in
 def make_eval_batches(rows: Rows, batch_size: int) -> tuple[int, ReadRows]:
     """Return the number of batches and `read(batch_index, first_row, last_row)`.
 
-    Together they hold every row once; what is missing from the last batch has weight 0.
+    Together they hold every row once; the rows missing from the last batch have weight 0.
     """
 
     def read(batch_index: int, first_row: int, last_row: int) -> Batch:

@@ -135,7 +135,7 @@ def write_shard(
 def count_losses(
     tokenizer: Tokenizer, texts: list[str], ids: list[np.ndarray], lossy: bool
 ) -> Loss:
-    """Return what the texts of a shard lose as `ids`; only some are decoded unless `lossy`."""
+    """Return the loss of a shard's texts as `ids`; only some are decoded unless `lossy`."""
     bytes_V, total = tokenizer.token_bytes(), np.zeros(len(Loss._fields), np.int64)
     for text, own in zip(texts, ids, strict=True):
         counted = int(bytes_V[own].sum())

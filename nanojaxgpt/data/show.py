@@ -6,7 +6,9 @@ from itertools import pairwise
 
 import numpy as np
 
+from nanojaxgpt.data.examples import describe_facts
 from nanojaxgpt.data.loader import RunData
+from nanojaxgpt.data.packing import plan_examples
 from nanojaxgpt.data.rows import (
     Batch,
     Ramp,
@@ -23,6 +25,32 @@ from nanojaxgpt.errors import DataError
 LEGEND = """
 Each line is a position: segment, position in it, input token -> target token, and the target's
 weight in the loss."""
+BAR = 40  # characters of the longest bar of a histogram
+
+
+def show_examples(data: RunData, seq_len: int, overlong: str) -> Iterator[str]:
+    """Yield what the sources of examples hold: what is trained on, how long they are, what fits."""
+    for name, store in data.examples:
+        yield f"{name}: {describe_facts(store.examples, store.num_tokens)}"
+        starts = np.append(store.document_starts, store.num_tokens)
+        lengths = np.diff(starts)
+        if store.examples["kind"] == "preferences":
+            lengths = lengths.reshape(-1, 2).sum(1)
+        fit = plan_examples(store, (0, store.num_tokens), seq_len, overlong)
+        yield (f"  {fit.num_examples:,} examples of {lengths.min():,} to {lengths.max():,} tokens, "
+               f"mean {lengths.mean():,.1f}")  # fmt: skip
+        yield f"  at model.seq_len={seq_len}, {fit.dropped:,} are dropped and {fit.cut:,} cut"
+        yield from histogram(lengths)
+        yield ""
+
+
+def histogram(lengths: np.ndarray) -> Iterator[str]:
+    """Yield a line for each doubling of the length: how many there are, and a bar."""
+    doublings = np.ceil(np.log2(lengths)).astype(int)
+    counts = np.bincount(doublings)
+    for doubling in range(doublings.min(), len(counts)):
+        bar = "#" * -(-BAR * counts[doubling] // counts.max())
+        yield f"  up to {2**doubling:>7,} tokens {counts[doubling]:>9,} {bar}".rstrip()
 
 
 def show_step(
@@ -52,7 +80,7 @@ def show_step(
     yield LEGEND
     for row in range(min(rows, batch_size)):
         yield ""
-        yield from show_row(batch, row, data.tokenizer)
+        yield from show_row(batch, row, data.tokenizer, data.labels)
 
 
 def count_sources(sources: tuple[WeightedRows, ...], before: int, batch_size: int) -> Counter[str]:
@@ -76,7 +104,9 @@ def describe_batch(batch: Batch) -> Iterator[str]:
     yield f"  segments: {int(segments_BT.max(axis=1).sum()):,}"
 
 
-def show_row(batch: Batch, row: int, tokenizer: Tokenizer) -> Iterator[str]:
+def show_row(
+    batch: Batch, row: int, tokenizer: Tokenizer, labels: tuple[str, ...] = ()
+) -> Iterator[str]:
     """Yield one row: each of its segments as text and then place by place."""
     segment_T, weight_T = segments(batch)[row], batch.weights_BT[row]
     positions_BT = batch.positions_BT
@@ -90,10 +120,13 @@ def show_row(batch: Batch, row: int, tokenizer: Tokenizer) -> Iterator[str]:
             yield f"-- row {row}, padding: {last - first} positions, {scored} of them scored"
             continue
         text = show_text(tokenizer, tokens_T[first:last])
-        yield f"-- row {row}, segment {segment}: {last - first} positions, {text}"
+        which = ("rejected", "chosen")[segment % 2] + ", " if batch.documents_BT is not None else ""
+        yield f"-- row {row}, segment {segment}: {which}{last - first} positions, {text}"
         for place in range(first, last):
             token = show_token(tokenizer, int(tokens_T[place]))
             target = show_token(tokenizer, int(targets_T[place]))
+            if labels and weight_T[place]:
+                target = f"label {labels[targets_T[place]]}"
             mark = f"{weight_T[place]:g}" if weight_T[place] else "0  not scored"
             yield f"{segment:>4} {position_T[place]:>5}  {token:<16} -> {target:<16} {mark}"
 

@@ -16,6 +16,7 @@ import numpy as np
 from nanojaxgpt.config import sections
 from nanojaxgpt.data import shards
 from nanojaxgpt.data.exactness import Loss, find_loss
+from nanojaxgpt.data.examples import Recipe, write_example_shards
 from nanojaxgpt.data.manifests import (
     FORMAT,
     read_manifest,
@@ -24,8 +25,15 @@ from nanojaxgpt.data.manifests import (
     write_manifest,
 )
 from nanojaxgpt.data.shards import content_hash, token_dtype, write_shards
-from nanojaxgpt.data.sources import read_documents, source_identity, weighted_sources
+from nanojaxgpt.data.sources import (
+    find_source,
+    read_documents,
+    source_identity,
+    weighted_sources,
+)
+from nanojaxgpt.data.sources.documents import BadTexts
 from nanojaxgpt.data.sources.download import hold_lock
+from nanojaxgpt.data.sources.records import is_examples
 from nanojaxgpt.data.tokenizers import (
     TRAINED,
     ByteTokenizer,
@@ -57,6 +65,17 @@ class Store:
     shard_starts: np.ndarray  # int64 [num_shards + 1], the last one is num_tokens
     document_starts: np.ndarray  # int64 [num_documents], on disk
     tokenizer: Tokenizer
+    weights: Sequence[np.ndarray] = ()  # uint8, on disk: a token's in the loss; (): all are 1
+
+    @property
+    def examples(self) -> dict[str, Any]:
+        """What is known of examples for fine-tuning; of documents nothing."""
+        return self.manifest.get("examples", {})
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The labels of its texts, by their numbers; () of other documents."""
+        return tuple(self.examples.get("labels", ()))
 
     @property
     def num_tokens(self) -> int:
@@ -73,33 +92,43 @@ class Store:
 
         Every start must leave `length` tokens up to the end of the store.
         """
+        return self._read(self.shards, starts_B, length)
+
+    def read_weights(self, starts_B: np.ndarray, length: int) -> np.ndarray:
+        """Return uint8 [B, length]: the weights of these tokens, of a store that has them."""
+        return self._read(self.weights, starts_B, length)
+
+    def _read(self, shards: Sequence[np.ndarray], starts_B: np.ndarray, length: int) -> np.ndarray:
         starts_B = np.asarray(starts_B, np.int64)
         shard_B = np.searchsorted(self.shard_starts, starts_B, side="right") - 1
         offset_B = starts_B - self.shard_starts[shard_B]
-        rows = np.empty((len(starts_B), length), self.shards[0].dtype)
+        rows = np.empty((len(starts_B), length), shards[0].dtype)
         # A loop over slices takes half a microsecond a row; indexing windows takes twenty a shard.
         for row, number, offset in zip(rows, shard_B.tolist(), offset_B.tolist(), strict=True):
-            piece = self.shards[number][offset : offset + length]
+            piece = shards[number][offset : offset + length]
             row[: len(piece)] = piece
             filled = len(piece)
             while filled < length:
                 number += 1
-                piece = self.shards[number][: length - filled]
+                piece = shards[number][: length - filled]
                 row[filled : filled + len(piece)] = piece
                 filled += len(piece)
         return rows
 
     def identity(self) -> dict[str, str]:
         """Return the hashes that name the source, the tokenizer and the tokens."""
+        files = [shard["weights"]["sha256"] for shard in self.manifest["shards"] if self.examples]
+        weights = {"weights": content_key(files)} if files else {}
         return dict(
             source=content_key(self.manifest["source"]),
             tokenizer=self.manifest["tokenizer_hash"],
             tokens=content_key([shard["sha256"] for shard in self.manifest["shards"]]),
             documents=self.manifest["documents_file"]["sha256"],
+            **weights,
         )
 
     def loss(self) -> Loss:
-        """Return what the documents lost as they became tokens."""
+        """Return the loss of the documents as they became tokens."""
         return Loss(*(self.manifest[count] for count in Loss._fields))
 
     def split(self, validation_fraction: float, validation_documents: int = 0) -> tuple[Span, Span]:
@@ -108,19 +137,20 @@ class Store:
         `validation_documents` counts from the end. Else one document is cut at its token
         int(n * (1 - validation_fraction)); several at the last border up to there, or at the
         first one if the first document reaches further. Raises DataError where the documents
-        asked for leave none to train on.
+        asked for leave none to train on. The two documents of a preference count as one.
         """
-        if validation_documents >= self.num_documents:
+        starts_P = self.document_starts[:: 2 if self.examples.get("kind") == "preferences" else 1]
+        if validation_documents >= len(starts_P):
             raise DataError(
                 f"data.validation_documents={validation_documents} leaves nothing to train on: "
-                f"{self.folder} has {self.num_documents:,} documents"
+                f"{self.folder} has {len(starts_P):,} documents"
             )
         cut = int(self.num_tokens * (1 - validation_fraction))
         if validation_documents:
-            cut = int(self.document_starts[-validation_documents])
-        elif self.num_documents > 1 and cut < self.num_tokens:
-            last = np.searchsorted(self.document_starts, cut, side="right") - 1
-            cut = int(self.document_starts[max(last, 1)])
+            cut = int(starts_P[-validation_documents])
+        elif len(starts_P) > 1 and cut < self.num_tokens:
+            last = np.searchsorted(starts_P, cut, side="right") - 1
+            cut = int(starts_P[max(last, 1)])
         return (0, cut), (cut, self.num_tokens)
 
 
@@ -146,7 +176,14 @@ class Corpus(NamedTuple):
     def identity(self) -> dict[str, Any]:
         """Return the hashes of every part with its weight, ready for JSON."""
         parts = [{"weight": str(part.weight), **part.store.identity()} for part in self.parts]
-        return dict(parts=parts, validation=self.validation.identity() if self.validation else {})
+        validation = self.validation.identity() if self.validation else {}
+        labels = {"labels": list(self.labels)} if self.labels else {}
+        return dict(parts=parts, validation=validation, **labels)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The labels of texts, of which all parts have the same."""
+        return self.parts[0].store.labels
 
 
 class Shards(Sequence):
@@ -174,13 +211,14 @@ def prepare(
     cache_dir: Path,
     report: Report = print,
     inherited: Tokenizer | None = None,
+    template: str = "",
 ) -> Corpus:
-    """Return the corpus, building below `cache_dir` what is not there yet.
+    """Return the corpus, building the missing stores below `cache_dir`.
 
-    `inherited` is the tokenizer of the parameters to start from, which `data` must not contradict.
-    Raises ConfigError and DataError as the sources and the tokenizer do, ConfigError where the
-    validation source is one to train on, and DataError where a store can't be written or was
-    altered.
+    `inherited` is the tokenizer of the parameters to start from, which `data` must not contradict,
+    `template` the chat template for examples. Labels are numbered as in the first source. Raises
+    ConfigError and DataError as the sources and the tokenizer do, ConfigError where the validation
+    source is one to train on, and DataError where a store can't be written or was altered.
     """
     weighted = weighted_sources(data)
     contents = [source_identity(source, data) for _, source in weighted]
@@ -205,17 +243,19 @@ def prepare(
             data=data,
             cache_dir=cache_dir,
             report=report,
+            template=template,
         )
-        parts = tuple(
-            Part(source, weight, prepared(source, content))
-            for (weight, source), content in zip(weighted, contents, strict=True)
-        )
+        labels: tuple[str, ...] = ()
+        parts = []
+        for (weight, source), content in zip(weighted, contents, strict=True):
+            parts.append(Part(source, weight, prepared(source, content, labels=labels)))
+            labels = labels or parts[0].store.labels
         validation = None
         if source := data.validation_source:
-            validation = prepared(source, held_out)
+            validation = prepared(source, held_out, labels=labels)
     except OSError as error:
         raise DataError(f"can't create the token store in {cache_dir}: {error}") from error
-    return Corpus(parts, validation)
+    return Corpus(tuple(parts), validation)
 
 
 def describe_corpus(corpus: Corpus) -> list[tuple[str, ...]]:
@@ -247,7 +287,7 @@ def check_exact(tokenizer: Tokenizer, data: sections.Data, cache_dir: Path) -> b
 def check_inherited(
     tokenizer: Tokenizer, inherited: Tokenizer | None, named: str, advice: str
 ) -> None:
-    """Raise ConfigError where what is `named` gives ids another meaning than `inherited` does."""
+    """Raise ConfigError if the tokenizer `named` gives ids another meaning than `inherited`."""
     if inherited and tokenizer.content_hash() != inherited.content_hash():
         there, here = (
             f"{one.kind}, {one.vocab_size:,} ids, hash {one.content_hash()}"
@@ -292,22 +332,36 @@ def prepare_store(
     data: sections.Data,
     cache_dir: Path,
     report: Report,
+    template: str = "",
+    labels: tuple[str, ...] = (),
 ) -> Store:
     """Return the store of one source, whose identity is `content`, tokenized where it is not.
 
-    Raises DataError where its texts lose anything by the tokenizer, unless `data` accepts that.
+    Examples are written by the chat `template`; `labels` (default: the source's own) give each its
+    number. Raises DataError where its texts lose anything by the tokenizer, unless `data` accepts
+    that.
     """
     key = dict(format=FORMAT, source=content, tokenizer=tokenizer.content_hash())
     key |= dict(bad_text=data.bad_text, shard_bytes=shards.SHARD_BYTES)
+    recipe = None
+    if is_examples(source):
+        kind, location = source.partition(":")[0], find_source(source, data)[1]
+        recipe = Recipe(kind, location, template, labels, lossy)
+        key |= {"examples": recipe.key()}
     folder = Path(cache_dir) / content_key(key)
     with making(folder, report) as unfinished:
         if unfinished:
             started = time.perf_counter()
             (unfinished / "tokenizer").mkdir(exist_ok=True)
             tokenizer.save(unfinished / "tokenizer")
-            documents = read_documents(source, data, report)
-            found = write_shards(unfinished, documents, tokenizer, data.num_workers, lossy)
-            manifest = write_manifest(unfinished, content, found, tokenizer)
+            facts = None
+            if recipe:
+                bad = BadTexts(data.bad_text, report)
+                found, facts = write_example_shards(unfinished, recipe, tokenizer, bad)
+            else:
+                documents = read_documents(source, data, report)
+                found = write_shards(unfinished, documents, tokenizer, data.num_workers, lossy)
+            manifest = write_manifest(unfinished, content, found, tokenizer, facts)
             report(
                 f"tokenized {source}: {manifest['documents']:,} documents, "
                 f"{manifest['text_bytes']:,} bytes, {manifest['tokens']:,} tokens of "
@@ -328,10 +382,10 @@ def prepare_store(
 
 @contextmanager
 def making(folder: Path, report: Report) -> Iterator[Path | None]:
-    """Give the unfinished `folder` to one process at a time; it has its name when all is done.
+    """Give the unfinished `folder` to one process at a time, and rename it once it is complete.
 
-    Gives None where the folder is there. What a killed process left goes to the next one; what
-    can't be made, by a UserError, leaves nothing.
+    Gives None if the folder exists. The next process takes over what a killed one left; after a
+    UserError nothing is left.
     """
     if folder.exists():
         yield None
@@ -372,7 +426,9 @@ def open_store(folder: Path) -> Store:
         what = f"says {manifest['dtype']}, but its tokenizer needs {dtype.str}"
         raise refusal(folder, "manifest.json", what)
     opened = Shards(folder, [shard["file"] for shard in manifest["shards"]], dtype)
-    return Store(folder, manifest, opened, shard_starts, document_starts, tokenizer)
+    files = [shard["weights"]["file"] for shard in manifest["shards"] if "examples" in manifest]
+    weights = Shards(folder, files, np.dtype(np.uint8)) if files else ()
+    return Store(folder, manifest, opened, shard_starts, document_starts, tokenizer, weights)
 
 
 def content_key(content: Any) -> str:

@@ -71,7 +71,7 @@ def train_model(sample: list[str], vocab_size: int, algorithm: str, **options: A
 
 
 def explain_training(message: str, vocab_size: int) -> str:
-    """Return what SentencePiece's message means to the user."""
+    """Return the meaning of SentencePiece's message for the user."""
     if most := re.search(r"value <= (\d+)", message):
         return (
             f"the corpus is too small for a SentencePiece vocabulary of {vocab_size}: it gives at "

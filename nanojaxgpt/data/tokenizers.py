@@ -332,7 +332,13 @@ class JsonTokenizer:
 
     def encode(self, text: str) -> np.ndarray:
         parts = list(cut_after_letters(text, SEGMENT_CHARS)) if self._can_cut else [text]
-        encodings = self._tokenizer.encode_batch_fast(parts, add_special_tokens=False)
+        try:
+            encodings = self._tokenizer.encode_batch_fast(parts, add_special_tokens=False)
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":  # of Rust; not an Exception
+                raise
+            raise DataError(f"the tokenizer fails on a text of {len(text):,} characters: {error}"
+                            ) from error  # fmt: skip
         return np.concatenate([np.array(encoding.ids, np.int32) for encoding in encodings])
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
@@ -440,7 +446,7 @@ def short_hash(data: bytes) -> str:
 
 
 def mark_bytes(marks: Mapping[str, int]) -> bytes:
-    """Return what marks add to the content that is hashed: nothing where there are none."""
+    """Return the part of the hashed content that marks add: nothing without marks."""
     return json.dumps(marks, sort_keys=True).encode() if marks else b""
 
 

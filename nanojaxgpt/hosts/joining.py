@@ -106,7 +106,7 @@ def end(line: Lifeline, error: BaseException, explain: Callable[[BaseException],
 
 
 def facts(cfg: Config) -> dict[str, Any]:
-    """Return what must be the same on all hosts."""
+    """Return the facts that must be the same on all hosts."""
     import jax
 
     versions = {f"package {name}": importlib.metadata.version(name) for name in rundir.PACKAGES}
@@ -158,7 +158,7 @@ def preflight(team: Team, cfg: Config, run: Path) -> None:
 
 
 def unseen(run: Path, token: str) -> list[str]:
-    """Return what is wrong where process 0's probe is not seen, even after a while (NFS)."""
+    """Return the fault if process 0's probe is not seen, even after a while (NFS)."""
     deadline = time.monotonic() + SEEN_SECONDS
     while True:
         try:

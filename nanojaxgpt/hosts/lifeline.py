@@ -161,7 +161,7 @@ def connect(index: int, count: int, coordinator: str, seconds: float) -> Lifelin
 def _welcome(
     index: int, count: int, address: tuple[str, int], deadline: float, seconds: float
 ) -> tuple[dict[int, socket.socket], list[str]]:
-    """Wait for all others, as process 0; tell all of them who came, or what is wrong."""
+    """Wait for all others, as process 0; tell all of them who came, or the problem."""
     try:
         server = socket.create_server(("", address[1]), backlog=count)
     except OSError as error:
@@ -226,7 +226,7 @@ def _join(
 
 
 def _read_line(link: socket.socket) -> bytes:
-    """Return what comes up to the line's end, byte by byte: the rest is for the thread."""
+    """Return the bytes up to the line's end, read one by one: the rest is for the thread."""
     line = b""
     while not line.endswith(b"\n"):
         byte = link.recv(1)

@@ -42,7 +42,7 @@ class Team:
         return signal
 
     def decide(self, choose: Callable[[], Result], doing: str = "") -> Result:
-        """Return what `choose` gives on process 0, where alone it is called; it goes as JSON."""
+        """Return the result of `choose`, which process 0 alone calls and sends as JSON."""
         return self.gather(choose() if self.first else None, doing)[0]
 
     def first_then_all(self, work: Callable[[], Result], doing: str) -> Result:

@@ -32,6 +32,7 @@ from nanojaxgpt.interchange.weights import (
     write_weights,
 )
 from nanojaxgpt.model.config import ModelConfig
+from nanojaxgpt.model.parameters import parameters
 from nanojaxgpt.sample import GREEDY_BELOW
 
 # Constants that old versions saved beside the weights, and what a model of text doesn't need.
@@ -54,8 +55,13 @@ def open_folder(folder: Path) -> Pretrained:
         changes = {f"model.{name}": value for name, value in fields.items()}
         section = configs.with_fields(configs.sections.Config(), changes).model
         cfg = ModelConfig(**vars(section))
+        parameters(cfg)  # whose sizes must be known
     except ConfigError as error:
         raise ConfigError(f"{folder / 'config.json'}: {error}") from error
+    except (TypeError, ValueError, AttributeError, KeyError, ArithmeticError) as error:
+        raise ConfigError(
+            f"{folder / 'config.json'} has a value of another kind than it should have: {error}"
+        ) from error
     wanted, stored = match(folder, family, cfg, stored_tensors(folder))
     if {tensor.dtype for tensor in stored.values()} == {"BF16"}:
         cfg = dataclasses.replace(cfg, param_dtype="bfloat16")

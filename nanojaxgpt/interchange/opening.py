@@ -60,9 +60,11 @@ def is_foreign(folder: Path) -> bool:
 
 
 def open_hf(folder: Path) -> "Pretrained":
-    """Return the model of a Hugging Face folder."""
-    from nanojaxgpt.interchange import huggingface
+    """Return the model of a Hugging Face folder, or of the adapter in one of peft's."""
+    from nanojaxgpt.interchange import huggingface, peft
 
+    if (folder / peft.CONFIG).is_file() and not (folder / "config.json").is_file():
+        return peft.open_adapter(folder, find_model)
     return huggingface.open_folder(folder)
 
 
@@ -149,13 +151,15 @@ def adopted(cfg: Config, theirs: Model, name: str) -> Config:
     return config.with_fields(cfg, changes)
 
 
-def inherited_template(init: Init, run: Path) -> str:
+def inherited_template(init: Init, run: Path | None) -> str:
     """Return the chat template of the model that a run starts from, or "".
 
     A run that was begun keeps a copy.
     """
-    if (run / "identity.json").exists() or not (init.from_run or init.from_model):
+    if run and (run / "identity.json").exists():
         return load_template(run / "tokenizer")
+    if not (init.from_run or init.from_model):
+        return ""
     source = find_model(init.from_model) if init.from_model else Path(init.from_run)
     if isinstance(source, Path):
         return load_template(source / "tokenizer")

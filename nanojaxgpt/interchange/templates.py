@@ -4,6 +4,7 @@ A template is a program of somebody else. It runs in Jinja's sandbox, for at mos
 tried in a process of its own, with a limit on its memory, before it is used here.
 """
 
+import functools
 import json
 import re
 import subprocess
@@ -30,6 +31,30 @@ MEMORY = 1 << 30  # bytes of the process in which a template is tried
 # no text has it, and Jinja's filters leave it alone.
 BREAK = "\U0010fffd"
 
+# Spells the end token where a tokenizer does not. Messages lose it as they do BREAK.
+END = "\U0010fffc"
+# A template for a model that has none; it needs no control tokens but the end token.
+PLAIN = """\
+{% for message in messages %}
+{% if message.role == 'system' %}
+{{ message.content }}
+
+{% elif message.role == 'user' %}
+User:
+{{ message.content }}
+
+{% elif message.role == 'assistant' %}
+Assistant:
+{{ message.content }}{{ eos_token }}
+{%- else %}
+{{ raise_exception('the roles are system, user and assistant, not ' + message.role) }}
+{%- endif %}
+{% endfor %}
+{% if add_generation_prompt %}
+Assistant:
+{% endif %}
+"""
+
 Message = Mapping[str, Any]  # role, content, and what else the template reads
 TRIAL: tuple[Message, ...] = (
     {"role": "user", "content": "Hi"},
@@ -49,7 +74,9 @@ class ChatTemplate:
         if len(source) > LARGEST_TEMPLATE:
             raise TemplateError(f"the chat template has {len(source):,} characters, more than "
                                 f"{LARGEST_TEMPLATE:,}")  # fmt: skip
-        self.tokenizer = tokenizer
+        self.tokenizer, self.control = tokenizer, dict(tokenizer.control)
+        if tokenizer.end_id not in (-1, *self.control.values()):
+            self.control[END] = tokenizer.end_id
         self.render_text = compile_template(source)
 
     def encode(self, messages: Sequence[Message], answer: bool = True) -> list[int]:
@@ -58,10 +85,13 @@ class ChatTemplate:
         Control tokens come from the template alone: what spells one in a message is text. Raises
         TemplateError.
         """
-        control = self.tokenizer.control
+        return self.encode_text(self.text(messages, answer))
+
+    def encode_text(self, text: str) -> list[int]:
+        """Return the ids of what `text` gives, or of a part of it."""
         ids: list[int] = []
-        for text, token in split_control(self.text(messages, answer), control):
-            plain = text.replace(BREAK, "")
+        for part, token in split_control(text, self.control):
+            plain = part.replace(BREAK, "")
             ids += self.tokenizer.encode(plain).tolist() if plain else []
             ids += [token] if token >= 0 else []
         return ids
@@ -69,7 +99,7 @@ class ChatTemplate:
     def text(self, messages: Sequence[Message], answer: bool = True) -> str:
         """Return the conversation as the template writes it, with BREAK in spelled tokens."""
         control = self.tokenizer.control
-        spelled = {number: text for text, number in control.items()}
+        spelled = {number: text for text, number in self.control.items()}
         names = dict(
             messages=[break_control(message, control) for message in messages],
             add_generation_prompt=answer,
@@ -131,6 +161,11 @@ def compile_template(source: str) -> Callable[[dict[str, Any]], str]:
                 raise TemplateError(f"it uses {operator} on other than small numbers")
             return super().call_binop(context, operator, left, right)
 
+        def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+            """Refuse the methods that pad text to any width."""
+            padding = isinstance(obj, str) and attr in PADDING
+            return not padding and super().is_safe_attribute(obj, attr, value)
+
     environment = Environment(
         trim_blocks=True,
         lstrip_blocks=True,
@@ -143,7 +178,7 @@ def compile_template(source: str) -> Callable[[dict[str, Any]], str]:
                            "dict": dict}  # fmt: skip
     try:
         template = environment.from_string(source)
-    except jinja2.TemplateError as error:
+    except (jinja2.TemplateError, RecursionError) as error:
         raise TemplateError(f"the chat template can't be read: {error}") from error
 
     def render(variables: dict[str, Any]) -> str:
@@ -162,6 +197,7 @@ def compile_template(source: str) -> Callable[[dict[str, Any]], str]:
     return render
 
 
+PADDING = ("center", "expandtabs", "ljust", "rjust", "zfill")
 # Filters that fill up to any width, or do what no chat template needs.
 REFUSED = ("center", "indent", "wordwrap", "format", "urlize", "xmlattr", "pprint", "random",
            "filesizeformat", "batch", "slice")  # fmt: skip
@@ -198,13 +234,25 @@ def now(form: str) -> str:
     return datetime.now().strftime(form)
 
 
+def peak_bytes() -> int:
+    """Return the most bytes that this process has held; 0 where the system does not say."""
+    try:
+        import resource
+    except ImportError:
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
 def in_time(work: Callable[[], str]) -> str:
     """Return what `work` gives. Raises TemplateError where it takes longer than SECONDS."""
-    end = time.thread_time() + SECONDS
+    end, most = time.thread_time() + SECONDS, peak_bytes() + MEMORY
 
     def watch(frame: FrameType, event: str, argument: Any) -> Any:
         if time.thread_time() > end:
             raise TemplateError(f"the chat template runs for more than {SECONDS:.0f} s")
+        if peak_bytes() > most:
+            raise TemplateError("the chat template takes too much memory")
         return watch
 
     before = sys.gettrace()
@@ -223,23 +271,34 @@ def break_control(value: Any, control: Mapping[str, int]) -> Any:
         return [break_control(part, control) for part in value]
     if not isinstance(value, str):
         return value
-    text = value.replace(BREAK, "")
+    text = without_marks(value)
     for token in control:
         text = text.replace(token, token[:1] + BREAK + token[1:])
     return text
 
 
+def without_marks(text: str) -> str:
+    """Return a text without BREAK and END, which are no part of it."""
+    return text.replace(BREAK, "").replace(END, "")
+
+
 def split_control(text: str, control: Mapping[str, int]) -> list[tuple[str, int]]:
     """Return (text, the control token after it) of the parts of a text; -1 after the last."""
-    longest = sorted(control, key=len, reverse=True)
-    if not longest:
+    if not control:
         return [(text, -1)]
-    pieces = re.split(f"({'|'.join(map(re.escape, longest))})", text)
+    pieces = control_pattern(tuple(control)).split(text)
     pieces.append("")
     return [
         (before, control.get(token, -1))
         for before, token in zip(pieces[::2], pieces[1::2], strict=True)
     ]
+
+
+@functools.lru_cache(16)
+def control_pattern(spellings: tuple[str, ...]) -> re.Pattern[str]:
+    """Return the pattern that finds control tokens, the longest first."""
+    longest = sorted(spellings, key=len, reverse=True)
+    return re.compile(f"({'|'.join(map(re.escape, longest))})")
 
 
 def load_template(folder: Path) -> str:

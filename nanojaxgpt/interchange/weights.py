@@ -68,11 +68,12 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
         return file_tensors(folder / SINGLE)
     if not (folder / INDEX).exists():
         pickles = sorted(path.name for form in PICKLES for path in folder.glob(form))
-        hint = (
-            f"; its {pickles[0]} is a pickle, which could run any code: convert it with "
-            "transformers, AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(OTHER)"
+        hint = "".join(
+            f"; its {name} is a pickle, which could run any code: convert it with transformers, "
+            "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(OTHER)"
+            for name in pickles[:1]
         )
-        raise CheckpointError(f"{folder} has no {SINGLE} and no {INDEX}{hint if pickles else ''}")
+        raise CheckpointError(f"{folder} has no {SINGLE} and no {INDEX}{hint}")
     places = read_json(folder / INDEX).get("weight_map")
     if not isinstance(places, dict) or not places:
         raise CheckpointError(f"{folder / INDEX} has no weight_map")

@@ -25,7 +25,8 @@ class Context(NamedTuple):
     positions_BT: jax.Array
     deterministic: bool
     score_multiplier: jax.typing.ArrayLike
-    prefill: bool = False  # the cache is empty: what is read now is all there is to see
+    alpha: jax.typing.ArrayLike  # lora.alpha
+    prefill: bool = False  # the cache is empty: tokens see only each other
 
 
 # Flax numbers the keys that a module asks for, and its `scan`, by which the layers once ran, traced
@@ -58,9 +59,10 @@ class Weights(nn.Module):
         raise NotImplementedError
 
     def weight(self, name: str) -> jax.Array:
-        """Return a parameter; it is stored as cfg.param_dtype."""
+        """Return a parameter; it is stored as cfg.param_dtype, that of an adapter as float32."""
         row = self.rows[name]
-        array: Any = self.param(name, row.init, row.shape, jnp.dtype(self.cfg.param_dtype))
+        dtype = "float32" if row.kind == "adapter" else self.cfg.param_dtype
+        array: Any = self.param(name, row.init, row.shape, jnp.dtype(dtype))
         return array.astype(self.cfg.compute_dtype)
 
     def kernel(self, name: str) -> tuple[jax.Array | Blocks, str]:
@@ -74,10 +76,6 @@ class Weights(nn.Module):
             return kernel, "TI,OI->TO"
         inputs = math.prod(row.shape[axis] for axis in row.summed)
         return kernel.reshape(inputs, -1), "TI,IO->TO"
-
-    def project(self, x_BTI: jax.Array, name: str) -> jax.Array:
-        """Return x [B, T, in] times a kernel as a matrix, [B, T, out]."""
-        return project(x_BTI, *self.kernel(name))
 
     def add_bias(self, y: jax.Array, name: str) -> jax.Array:
         """Return `y` plus a bias, where the model has it."""
@@ -133,11 +131,12 @@ class Block(Weights):
         update_BTD = after(update_BTD, "attention_output_norm")
         if cfg.mlp != "none" and cfg.parallel_block:
             y_BTD = before("mlp_norm") if cfg.parallel_norms else y_BTD
-            update_BTD += after(self.feed_forward(y_BTD), "mlp_output_norm")
+            update_BTD += after(self.feed_forward(y_BTD, context), "mlp_output_norm")
             return add(update_BTD, "norm"), cache
         x_BTD = add(update_BTD, "attention_norm")
         if cfg.mlp != "none":
-            update_BTD = after(self.feed_forward(before("mlp_norm")), "mlp_output_norm")
+            update_BTD = self.feed_forward(before("mlp_norm"), context)
+            update_BTD = after(update_BTD, "mlp_output_norm")
             x_BTD = add(update_BTD, "mlp_norm")
         return x_BTD, cache
 
@@ -146,9 +145,9 @@ class Block(Weights):
     ) -> tuple[jax.Array, Cache | None]:
         """Return the attention's update [B, T, D] and the cache with this layer's keys."""
         cfg, rotary = self.cfg, self.layer.rotary
-        q_BTNH = self.heads(x_BTD, "q_DNH", cfg.num_heads, "heads")
-        k_BTKH = self.heads(x_BTD, "k_DKH", cfg.num_kv_heads, "kv_heads")
-        v_BTKH = self.heads(x_BTD, "v_DKH", cfg.num_kv_heads, "kv_heads")
+        q_BTNH = self.heads(x_BTD, "q_DNH", cfg.num_heads, "heads", context)
+        k_BTKH = self.heads(x_BTD, "k_DKH", cfg.num_kv_heads, "kv_heads", context)
+        v_BTKH = self.heads(x_BTD, "v_DKH", cfg.num_kv_heads, "kv_heads", context)
         if cfg.qk_norm:
             axis = -1 if cfg.qk_norm_over == "head" else (-2, -1)
             q_BTNH = self.normalize(q_BTNH, "q_norm", axis)
@@ -186,26 +185,40 @@ class Block(Weights):
                 rng=rngs[-1],
             )  # fmt: skip
         out_BTI = out_BTNH.reshape(*out_BTNH.shape[:2], -1)
-        return self.add_bias(self.project(out_BTI, "o_NHD"), "o_bias"), cache
+        return self.add_bias(self.project(out_BTI, "o_NHD", context), "o_bias"), cache
 
-    def heads(self, x_BTD: jax.Array, name: str, heads: int, axis: str) -> jax.Array:
+    def project(self, x_BTI: jax.Array, name: str, context: Context) -> jax.Array:
+        """Return x [B, T, in] times a kernel as a matrix, and its adapter's part, [B, T, out]."""
+        y_BTO, lora = project(x_BTI, *self.kernel(name)), self.cfg.lora
+        down, up = self.rows[name].adapter
+        # New adapters are drawn apart, see lora.add_adapters.
+        if down not in self.rows or self.is_initializing():
+            return y_BTO
+        drop = nn.Dropout(lora.dropout, name=f"{down}_dropout")
+        x_BTR = project(drop(x_BTI, context.deterministic), *self.kernel(down))
+        return y_BTO + project(scaled(x_BTR, context.alpha / lora.divisor), *self.kernel(up))
+
+    def heads(
+        self, x_BTD: jax.Array, name: str, heads: int, axis: str, context: Context
+    ) -> jax.Array:
         """Return the projection of `x` to `heads` heads [B, T, heads, H]."""
-        y_BTNH = self.project(x_BTD, name).reshape(*x_BTD.shape[:2], heads, self.cfg.head_dim)
+        y_BTO = self.project(x_BTD, name, context)
+        y_BTNH = y_BTO.reshape(*x_BTD.shape[:2], heads, self.cfg.head_dim)
         y_BTNH = self.add_bias(y_BTNH, f"{name[0]}_bias")
         return constrain(y_BTNH, "batch", "sequence", axis, "head_dim")
 
-    def feed_forward(self, x_BTD: jax.Array) -> jax.Array:
+    def feed_forward(self, x_BTD: jax.Array, context: Context) -> jax.Array:
         """Return the MLP's update [B, T, D]."""
         cfg = self.cfg
 
         def widen(name: str) -> jax.Array:
-            y_BTF = self.add_bias(self.project(x_BTD, f"{name}_DF"), f"{name}_bias")
+            y_BTF = self.add_bias(self.project(x_BTD, f"{name}_DF", context), f"{name}_bias")
             return constrain(y_BTF, "batch", "sequence", "mlp")
 
         y_BTF = ACTIVATIONS[cfg.mlp](widen("gate" if cfg.mlp in GATED else "up"))
         if cfg.mlp in GATED:
             y_BTF *= widen("up")
-        return self.add_bias(self.project(y_BTF, "down_DF"), "down_bias")
+        return self.add_bias(self.project(y_BTF, "down_DF", context), "down_bias")
 
 
 def smear(k_BSKH: jax.Array, gate_K: jax.Array, segments_BS: jax.Array | None) -> jax.Array:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from nanojaxgpt import config
 from nanojaxgpt.config.rotary import Rotary, parse_rotary
-from nanojaxgpt.config.sections import Config, Model
+from nanojaxgpt.config.sections import Config, Lora, Model
 
 GATED = ("swiglu", "geglu")
 
@@ -32,25 +32,27 @@ class LayerStack(NamedTuple):
 
 
 class Multipliers(NamedTuple):
-    """Factors of the embeddings, of the attention's scores and of the logits; scalars."""
+    """Factors of the embeddings, the attention's scores and the logits, and lora.alpha; scalars."""
 
     embed: Any
     attention: Any
     logit: Any
+    alpha: Any
 
 
 # The config fields of `Multipliers`, in its order.
-MULTIPLIERS = ("embed_multiplier", "attention_multiplier", "logit_multiplier")
+MULTIPLIERS = ("embed_multiplier", "attention_multiplier", "logit_multiplier", "alpha")
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig(Model):
-    """The section `model` of a config, complete.
+    """The section `model` of a config, complete, with the adapters of the section `lora`.
 
     Fields given as 0 (num_kv_heads, head_dim, mlp_dim, attention_scale) are filled in. Raises
     ValueError where the vocabulary has no size yet.
     """
 
+    lora: Lora = dataclasses.field(default=Lora())
     filled: tuple[str, ...] = dataclasses.field(default=(), init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -68,6 +70,11 @@ class ModelConfig(Model):
         for name in filled:
             object.__setattr__(self, name, sizes[name])
 
+    @property
+    def bare(self) -> "ModelConfig":
+        """The model without adapters."""
+        return ModelConfig(**self.given())
+
     def given(self) -> dict[str, Any]:
         """Return {field: value} as in the config: 0 for what was filled in."""
         rules = self.rules()
@@ -81,7 +88,13 @@ class ModelConfig(Model):
     @property
     def multipliers(self) -> "Multipliers":
         """The numbers of the forward pass that can also be given traced."""
-        return Multipliers(self.embed_multiplier, self.attention_multiplier, self.logit_multiplier)
+        own = self.embed_multiplier, self.attention_multiplier, self.logit_multiplier
+        return Multipliers(*own, self.lora.alpha)
+
+    @property
+    def deterministic(self) -> bool:
+        """Whether training needs no random numbers: nothing is dropped."""
+        return not self.dropout and not (self.lora.rank and self.lora.dropout)
 
     @functools.cached_property
     def layers(self) -> tuple[LayerConfig, ...]:
@@ -116,13 +129,17 @@ class ModelConfig(Model):
     @functools.cached_property
     def places(self) -> tuple[tuple[str, int], ...]:
         """The stack of each layer, and its row in it."""
-        names = {self.layer(stack.first).mlp_dim: name for name, stack in self.stacks.items()}
-        rows, found = dict.fromkeys(names.values(), 0), list[tuple[str, int]]()
+        rows, found = dict.fromkeys(self.stacks, 0), list[tuple[str, int]]()
         for index in range(self.num_layers):
-            name = names[self.layer(index).mlp_dim]
+            name = self.stack_of(self.layer(index))
             found.append((name, rows[name]))
             rows[name] += 1
         return tuple(found)
+
+    def stack_of(self, layer: LayerConfig) -> str:
+        """Return the name of the stack that layers of this shape are in."""
+        names = {self.layer(stack.first).mlp_dim: name for name, stack in self.stacks.items()}
+        return names[layer.mlp_dim]
 
     def layer(self, index: int) -> LayerConfig:
         """Return the layer of this index, from 0."""
@@ -134,6 +151,10 @@ class JobConfig(Config):
     """A config whose model is complete: what a job takes. `data.loader.resolve` makes it."""
 
     model: ModelConfig = dataclasses.field()  # no default: the vocabulary must be known
+
+    def __post_init__(self) -> None:
+        if self.model.lora != self.lora:
+            object.__setattr__(self, "model", ModelConfig(**self.model.given(), lora=self.lora))
 
 
 def complete(cfg: config.AnyConfig) -> JobConfig:

@@ -6,6 +6,7 @@ Names end in their dimensions (see transformer.py); the layers of a stack are th
 
 import functools
 import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ class Parameter(NamedTuple):
     shape: tuple[int, ...]
     summed: tuple[int, ...]  # dimensions that a product with activations sums over
     axes: tuple[str, ...]  # logical names of the dimensions, see sharding.RULES
-    kind: str  # embedding, kernel, head, norm, bias, gate
+    kind: str  # embedding, kernel, head, norm, bias, gate, adapter
     init: Callable
     stack: str = ""  # the stack of layers it is in; "": in none
     layers: int = 0  # how many layers that has
@@ -36,6 +37,14 @@ class Parameter(NamedTuple):
     def size(self) -> int:
         """How many numbers it has, in all layers."""
         return math.prod(self.shape) * (self.layers or 1)
+
+    @property
+    def adapter(self) -> tuple[str, str]:
+        """The names that the two kernels of its adapter have, of q_DNH q_lora_DR and q_lora_RNH."""
+        stem, letters = self.name.rsplit("_", 1)
+        inner = "".join(letters[axis] for axis in self.summed)
+        outer = "".join(letter for letter in letters if letter not in inner)
+        return f"{stem}_lora_{inner}R", f"{stem}_lora_R{outer}"
 
     @property
     def is_matrix(self) -> bool:
@@ -134,9 +143,38 @@ def model_rows(cfg: ModelConfig) -> dict[str, Parameter]:
     return {row.name: row for row in rows.found}
 
 
+def adapter_rows(kernel: Parameter, rank: int) -> list[Parameter]:
+    """Return the rows of a kernel's adapter, [in..., R] and [R, out...] (Hu 2021).
+
+    They start as PEFT's: the first uniform, the second zero, so that nothing is added yet.
+    """
+    outer = [axis for axis in range(len(kernel.shape)) if axis not in kernel.summed]
+    ins, outs = (tuple(kernel.shape[axis] for axis in part) for part in (kernel.summed, outer))
+    in_axes, out_axes = (
+        tuple(kernel.axes[axis] for axis in part) for part in (kernel.summed, outer)
+    )
+    down, up = kernel.adapter
+    init = uniform_init(1 / math.sqrt(math.prod(ins)))
+    summed = tuple(range(len(ins)))
+    return [
+        Parameter(down, (*ins, rank), summed, (*in_axes, "rank"), "adapter", init),
+        Parameter(up, (rank, *outs), (0,), ("rank", *out_axes), "adapter", zeros),
+    ]
+
+
 @functools.cache
 def layer_rows(cfg: ModelConfig, layer: LayerConfig) -> dict[str, Parameter]:
-    """Return the parameters of one layer by name."""
+    """Return the parameters of one layer by name, those of its adapters last."""
+    rows = block_rows(cfg, layer)
+    for row in [*rows] if cfg.lora.rank else ():
+        path = f"{cfg.stack_of(layer)}/{row.name}"
+        if row.kind == "kernel" and any(re.search(one, path) for one in cfg.lora.targets):
+            rows += adapter_rows(row, cfg.lora.rank)
+    return {row.name: row for row in rows}
+
+
+def block_rows(cfg: ModelConfig, layer: LayerConfig) -> list[Parameter]:
+    """Return the parameters of one layer without adapters."""
     rows, embed, head = ParameterRows(cfg), cfg.embed_dim, cfg.head_dim
     norms = {"pre": ("norm",), "post": ("norm",), "output": ("output_norm",)}
     placed = norms.get(cfg.norm_placement, ("norm", "output_norm"))
@@ -163,7 +201,7 @@ def layer_rows(cfg: ModelConfig, layer: LayerConfig) -> dict[str, Parameter]:
     if cfg.bias and cfg.bias_in != "qkv":
         rows.bias("o_bias", (embed,), ("norm",), inputs)
     if cfg.mlp == "none":
-        return {row.name: row for row in rows.found}
+        return rows.found
     if fused:
         rows.norm("norm", (embed,))
     for place in placed:
@@ -183,7 +221,7 @@ def layer_rows(cfg: ModelConfig, layer: LayerConfig) -> dict[str, Parameter]:
     inputs = rows.kernel("down_DF", shape, axes, (1,), residual=True)
     if biased:
         rows.bias("down_bias", (embed,), ("norm",), inputs)
-    return {row.name: row for row in rows.found}
+    return rows.found
 
 
 @functools.cache

@@ -17,6 +17,7 @@ from nanojaxgpt.attention.cache import Cache
 from nanojaxgpt.attention.request import Mask
 from nanojaxgpt.model.block import Block, Context, Weights, scaled
 from nanojaxgpt.model.config import LayerConfig, ModelConfig, Multipliers
+from nanojaxgpt.model.lora import add_adapters
 from nanojaxgpt.model.parameters import Parameter, Params, PyTree, model_rows
 from nanojaxgpt.model.projection import decoding_params, project
 from nanojaxgpt.model.rotary import sinusoids
@@ -90,7 +91,8 @@ class Transformer(Weights):
         mask = Mask(order_1T, order_1T, segments_BT, segments_BT)
         if cache is not None and not prefill:
             mask = Mask(positions_BT, jnp.arange(cache[0].k_BKSH.shape[2])[None])
-        context = Context(mask, positions_BT, deterministic, factors.attention, prefill)
+        scalars = factors.attention, factors.alpha
+        context = Context(mask, positions_BT, deterministic, *scalars, prefill)
         if self.is_initializing():
             x_BTD = self.init_layers(x_BTD, context)
         elif cache is None and not self.is_mutable_collection("intermediates"):
@@ -120,7 +122,7 @@ class Transformer(Weights):
         return (head(x_BTD) if logits else (x_BTD, head)), cache
 
     def position_embedding(self, positions_BT: jax.Array) -> jax.Array:
-        """Return what is added to the token embeddings: [B, T, D], or 0."""
+        """Return the embeddings of the positions, [B, T, D], or 0."""
         cfg = self.cfg
         if cfg.positions == "learned":
             return self.weight("position_TD")[positions_BT]
@@ -197,7 +199,7 @@ class Transformer(Weights):
 
     def layer_keys(self, context: Context) -> jax.Array | None:
         """Return a key for the dropout of each layer [L]; None without dropout."""
-        if not self.cfg.dropout or context.deterministic or self.scope is None:
+        if self.cfg.deterministic or context.deterministic or self.scope is None:
             return None
         rng: Any = self.scope.rngs["dropout"]
         return jax.random.split(rng.rng, self.cfg.num_layers)
@@ -222,4 +224,5 @@ class Transformer(Weights):
 
 def init_params(cfg: ModelConfig, rng: jax.Array) -> Params:
     """Return new parameters, a nested dict of the paths of the table."""
-    return Transformer(cfg).init(rng, jnp.zeros((1, 1), jnp.int32))["params"]
+    params = Transformer(cfg).init(rng, jnp.zeros((1, 1), jnp.int32))["params"]
+    return add_adapters(cfg, params, rng)

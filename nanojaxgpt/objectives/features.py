@@ -26,7 +26,7 @@ def features(
     found, _ = model.apply(
         {"params": params},
         batch.tokens_BT, batch.positions_BT, batch.segments_BT,
-        deterministic=not dropout or model.cfg.dropout == 0, logits=False, rngs={"dropout": rng},
+        deterministic=not dropout or model.cfg.deterministic, logits=False, rngs={"dropout": rng},
         multipliers=Multipliers(*(hyper[name] for name in MULTIPLIERS)),
     )  # fmt: skip
     return found

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from nanojaxgpt import checkpoint, config, extras, metrics, rundir, sharding
+from nanojaxgpt import config, extras, metrics, rundir, sharding
+from nanojaxgpt.adapters import load_run_params
 from nanojaxgpt.data.loader import prepare_data, resolve
 from nanojaxgpt.data.rows import Batch, Rows
 from nanojaxgpt.errors import DataError, NonFiniteError
@@ -184,7 +185,7 @@ def load_job(run: Run, step: int = 0) -> tuple[Job, Params]:
     mesh = sharding.make_mesh({}, jax.devices()[:1])
     job = make_job(complete(run.cfg), prepare_data(run.cfg, lambda _: None), mesh)
     with jax.set_mesh(mesh):
-        params = checkpoint.load_params(run.path, job.cfg.model, mesh, step)[1]
+        params = load_run_params(run.path, job.cfg.model, mesh, step)[1]
     return job, params
 
 
@@ -212,7 +213,7 @@ def format_number(value: float | str) -> str:
 
 
 def interval(claim: Claim) -> str:
-    """Return what a claim accepts, in words."""
+    """Return a claim's criterion in words."""
     low, high = map(format_number, claim.accept)
     text = f"{low} to {high}"
     if math.inf in claim.accept:
@@ -231,7 +232,7 @@ def difference(result: ClaimResult) -> float:
 
 
 def report_json(found: Reproduction) -> str:
-    """Return the report as JSON; what is not finite is null."""
+    """Return the report as JSON, with null for numbers that are not finite."""
 
     def finite(value: float | str) -> float | str | None:
         return value if isinstance(value, str) or math.isfinite(value) else None

@@ -56,7 +56,7 @@ class Points(NamedTuple):
 
 
 def vector(law: Law) -> np.ndarray:
-    """Return what is fitted: log A, log B, log E, alpha, beta."""
+    """Return the fitted log A, log B, log E, alpha, beta."""
     return np.array([math.log(law.A), math.log(law.B), math.log(law.E), law.alpha, law.beta])
 
 

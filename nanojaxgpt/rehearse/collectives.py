@@ -160,7 +160,7 @@ def constants(computation: list[Instruction]) -> dict[str, int]:
 
 
 def element(computation: list[Instruction], state: str, index: int) -> Instruction | None:
-    """Return what makes element `index` of the tuple `state`, behind copies; None if not plain."""
+    """Return the source of element `index` of the tuple `state`, behind copies, or None."""
     lines = {i.name: i for i in computation}
     names = operands(lines[state]) if state in lines and lines[state].opcode == "tuple" else []
     found = lines.get(names[index]) if index < len(names) else None

@@ -44,7 +44,7 @@ class Roofline(NamedTuple):
 
 
 def network_names(chip: Chip) -> tuple[str, str]:
-    """Return what a chip's links and its network between slices or nodes are called."""
+    """Return the names of a chip's links and of its network between slices or nodes."""
     return {"tpu": ("ICI", "DCN"), "gpu": ("NVLink", "InfiniBand")}.get(
         chip.platform, ("memory", "network")
     )
@@ -136,7 +136,7 @@ def roofline(
 
 
 def advice(cfg: Config, memory: Memory) -> str:
-    """Return what to change first where a step does not fit, by what takes most."""
+    """Return the advice for a step that does not fit, the largest part first."""
     state = memory.parameters + memory.optimizer + memory.gradients
     mesh, train, model = cfg.mesh, cfg.train, cfg.model
     factor = next((n for n in range(2, mesh.data + 1) if mesh.data % n == 0), 1)

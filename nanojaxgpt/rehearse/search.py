@@ -66,7 +66,7 @@ def meshes(cfg: JobConfig, count: int, slices: int) -> Iterator[dict[str, int]]:
 
 
 def exact_memory(cfg: JobConfig, mesh: Mesh, target: Target) -> Memory:
-    """Return what a device holds without temporaries. Raises ConfigError."""
+    """Return the bytes that a device holds without temporaries. Raises ConfigError."""
     with jax.set_mesh(mesh):
         step, available = make_step(cfg, mesh), target.topology.chip.memory
         batch = abstract_batch(cfg, mesh)

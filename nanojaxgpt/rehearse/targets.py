@@ -24,7 +24,7 @@ FAKE = (
 class Target(NamedTuple):
     """Devices to compile for; `places` holds each one's slice and its coordinates there.
 
-    `note` is empty where the chip's own compiler works, else it says what is estimated.
+    `note` is empty where the chip's own compiler works, else it names the estimated parts.
     """
 
     topology: Topology

@@ -91,7 +91,7 @@ class Claims:
         except OSError as error:
             raise ConfigError(f"can't write to the sweep's folder {folder}: {error}") from error
         self.held: dict[str, tuple[Path, TextIO]] = {}
-        self.lock = threading.Lock()  # of `held`: what is given up is not taken over
+        self.lock = threading.Lock()  # of `held`: a claim that is given up is not taken over
         self.ended = threading.Event()
         self.thread = threading.Thread(target=self.beat, daemon=True)
 
@@ -114,7 +114,7 @@ class Claims:
         path = self.folder / f"{name}.{generation(newest) + 1 if newest else 1}"
         draft = self.folder / f".{name}.{machine()}.{os.getpid()}"
         file = open(draft, "w")  # noqa: SIM115
-        # Locked and written before it has its name: nobody ever sees a claim that looks dead.
+        # Locked and written before it is renamed: nobody ever sees a claim that looks dead.
         fcntl.flock(file, fcntl.LOCK_EX)
         file.write(machine())
         file.flush()
@@ -136,7 +136,7 @@ class Claims:
         file.close()
 
     def beat(self) -> None:
-        """Touch what is held; end the process where somebody took it over."""
+        """Touch the claims held; end the process if another took one over."""
         while not self.ended.wait(BEAT_SECONDS):
             for name in list(self.held):
                 with self.lock:

@@ -41,7 +41,7 @@ class Plan(NamedTuple):
 
 
 def load_plan(experiment: str, overrides: dict[str, str]) -> Plan:
-    """Return what the sweep of an experiment tries, in order, each point once.
+    """Return the points that the sweep of an experiment tries, in order, each once.
 
     `overrides` (from the command line) change every trial. Raises ConfigError, naming the
     point that does not fit the config; of a `tpe` some random points are looked at.
@@ -117,7 +117,7 @@ def load_trials(experiment: str, overrides: dict[str, str]) -> list[Trial]:
 
 
 def load_sweep(experiment: str) -> Space | Tpe:
-    """Return what `sweep()` or `sweep(variant)` of an experiment file gives. Raises ConfigError."""
+    """Return the result of a file's `sweep()` or `sweep(variant)`. Raises ConfigError."""
     path, _, variant = experiment.partition(":")
     module = config.load_module(path)
     if not callable(getattr(module, "sweep", None)):
@@ -197,7 +197,7 @@ def default_folder(experiment: str) -> Path:
 
 
 def describe_plan(trials: list[Trial], report: Callable[[str], None]) -> list[str]:
-    """Return the plan in lines: what is compiled, parameters and FLOPs, and every point.
+    """Return the plan in lines: the programs, parameters and FLOPs, and every point.
 
     The data is opened for its vocabulary, and made where it is not there yet.
     """

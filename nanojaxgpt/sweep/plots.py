@@ -69,7 +69,7 @@ def fit_axis(
 
 
 def shown_range(values: Sequence[float], maximize: bool) -> tuple[float, float]:
-    """Return the range of the finite values that a plot shows, without what is far worse than most.
+    """Return the range of the finite values that a plot shows, without those far worse than most.
 
     A run that diverges would leave all others on one line.
     """
@@ -232,7 +232,7 @@ def draw_dots(
 
 
 def mark_outside(axes: "Axes", places: list[Any], height: float) -> None:
-    """Mark at the edge of the axes the places of what is not shown."""
+    """Mark at the edge of the axes where the values out of range lie."""
     if places:
         axes.plot(
             places, [height] * len(places), "x", color="C3", transform=axes.get_xaxis_transform(),
@@ -283,7 +283,7 @@ def setting(group: Group) -> dict[str, Any]:
 
 
 def values_of(groups: list[Group], field: str) -> list[Any]:
-    """Return what a field is set to in each group that sets it."""
+    """Return the value of a field in each group that sets it."""
     points = map(setting, groups)
     return [point[field] for point in points if field in point]
 
@@ -329,7 +329,7 @@ def color_map() -> Any:
 
 
 def color_scale(figure: "Figure", axes: "Axes", values: list[Any], field: str) -> Any:
-    """Return what gives the color of each value, with its bar beside the axes."""
+    """Return the function from value to color, and draw its bar beside the axes."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import LogNorm, Normalize
 

@@ -31,7 +31,7 @@ class Group(NamedTuple):
 
 
 def read_results(folder: Path, trials: list[Trial], metric: str) -> list[TrialResult]:
-    """Return what came of every trial that has ended.
+    """Return the result of every trial that has ended.
 
     Raises ConfigError where none has ended, or where none ever logged the metric.
     """

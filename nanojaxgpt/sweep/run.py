@@ -48,7 +48,7 @@ class Search(Protocol):
         """Take note of how trials ended."""
 
     def watch(self, trial: Trial) -> Callable[[int], None]:
-        """Return what is to be called after each evaluation of a trial; it raises Pruned."""
+        """Return the function to call after each evaluation of a trial; it raises Pruned."""
         ...
 
 
@@ -81,7 +81,7 @@ class Sweep(NamedTuple):
         return True
 
     def open(self, cfg: Config, mode: str) -> Job:
-        """Return the job of a config; what is compiled is kept until another one is needed."""
+        """Return the job of a config; its programs are kept until others are needed."""
         key = program_key(cfg)
         if mode not in self.jobs or self.jobs[mode][0] != key:
             self.jobs.pop(mode, None)  # before the next takes its memory
@@ -111,7 +111,7 @@ def run_trials(
     report: Callable[[str], None],
     search: Search | None = None,
 ) -> None:
-    """Run what is missing of the trials, until all are done by this process or by others.
+    """Run the missing trials, until all are done by this process or by others.
 
     `mode` is map, vmap, auto or "" (map on a CPU, else auto), `width` how many trials vmap takes
     into one step. With a `search` the trials are those that it draws, one after the other.

@@ -68,7 +68,7 @@ class Suggestions:
         self.trial, self.prefix = trial, prefix
 
     def suggest(self, name: str, how: Callable, *arguments: Any, **options: Any) -> Any:
-        """Return what Optuna suggests under a name. Raises ConfigError where it can't."""
+        """Return Optuna's suggestion under a name. Raises ConfigError where it can't."""
         name = self.prefix + name
         if name in self.trial.params:
             raise ConfigError(f"tpe can't tell two parts of the space apart, both named {name}")

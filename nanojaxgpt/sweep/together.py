@@ -40,6 +40,8 @@ def open_group(cfg: Config, report: Callable[[str], None]) -> Job:
 
     Raises ConfigError, DataError.
     """
+    if cfg.objective.kind == "policy":
+        raise ConfigError("trials whose steps sample can't share one step: use --mode=map")
     sizes = {axis: 1 if size == -1 else size for axis, size in cfg.mesh.given().items()}
     devices, count = jax.devices(), math.prod(sizes.values())
     if len(devices) % count:
@@ -197,7 +199,7 @@ class Follower:
         ):
             begin_run(job, run, print)
             first = start_state(job, run, print)
-            start = functools.partial(first_start, job, print)
+            start = functools.partial(first_start, job, run, print)
             self.job = job = with_reference(job, run, *first, start, print)
         self.first = jax.device_get(first)  # one device may not hold all of them
         self.start = int(first[0].step)
@@ -244,7 +246,7 @@ class Follower:
             self.recorder.validate(step, params, trained.opt_state)
 
     def close(self) -> None:
-        """End the trial; what is being saved is waited for."""
+        """End the trial, after the checkpoints in progress."""
         if not self.ended:
             self.ended = True
             self.recorder.writer.close()

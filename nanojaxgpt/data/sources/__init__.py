@@ -21,6 +21,7 @@ from nanojaxgpt.data.sources.files import (
 )
 from nanojaxgpt.data.sources.hub import identify_hub, read_hub
 from nanojaxgpt.data.sources.parquet import identify_parquet, read_parquet
+from nanojaxgpt.data.sources.records import KINDS, readers, split_container
 from nanojaxgpt.data.sources.stdlib import identify_stdlib, read_stdlib
 from nanojaxgpt.data.sources.tfds import check_tfds, identify_tfds, read_tfds
 from nanojaxgpt.errors import ConfigError, DataError
@@ -34,10 +35,11 @@ SOURCES: dict[str, Source] = {
     "parquet": Source(read_parquet, identify_parquet),
     "tfds": Source(read_tfds, identify_tfds),
     "hf": Source(read_hub, identify_hub),
+    **{kind: Source(*readers(kind)) for kind in KINDS},
 }
 PATH_KINDS = {".jsonl": "jsonl", ".json": "jsonl", ".gz": "jsonl", ".parquet": "parquet"}
 OTHER_KINDS = {"txt": "text", "file": "text", "json": "jsonl", "huggingface": "hf", "hub": "hf"}
-DOWNLOADED = ("text", "blocks", "jsonl", "parquet")  # whose location may be a URL
+DOWNLOADED = ("text", "blocks", "jsonl", "parquet", *KINDS)  # whose location may be a URL
 
 
 def read_documents(
@@ -45,7 +47,7 @@ def read_documents(
 ) -> Iterator[Document]:
     """Yield the documents of `source` in an order that is the same on every machine.
 
-    `data` gives bad_text, tfds_dir and manual_dir; `report` hears what is skipped. Raises
+    `data` gives bad_text, tfds_dir and manual_dir; `report` is told of skipped texts. Raises
     ConfigError for a source that does not exist, DataError for data that can't be read.
     """
     reader, location = find_source(source, data)
@@ -66,7 +68,7 @@ def drop_bad(
 
 
 def source_identity(source: str, data: sections.Data) -> dict[str, Any]:
-    """Return what tells this content from any other, ready for JSON. Raises as `read_documents`."""
+    """Return the identity of this content, ready for JSON. Raises as `read_documents`."""
     reader, location = find_source(source, data, verify=True)
     kind, _, named = source.partition(":")
     identity = {"kind": kind, **reader.identify(location, data)}
@@ -137,6 +139,9 @@ def check_sources(data: sections.Data) -> None:
         if source:
             _, location = split_source(source)
             kind = source.partition(":")[0]
+            if kind in KINDS:
+                container, location = split_container(location)
+                kind = container or kind
             if kind in DOWNLOADED and not is_url(location):
                 check_location(kind, location)
             elif kind == "tfds":

@@ -1,4 +1,4 @@
-"""What every kind of source shares: a document, its functions, what is refused."""
+"""Shared by every kind of source: a document, its functions, the handling of bad texts."""
 
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -15,14 +15,14 @@ class Document(NamedTuple):
     text: str
 
 
-Refuse = Callable[[str], None]  # takes what is wrong and where; returns if it is to be left out
+Refuse = Callable[[str], None]  # takes the problem and its place; returns to skip
 SHOWN = 10  # bad documents that are reported one by one
 
 
 class BadTexts:
     """What becomes of documents that can't be read, by `data.bad_text`.
 
-    Called with what is wrong and where, it raises DataError or, under `skip`, reports and counts.
+    Called with the problem and its place, it raises DataError or, under `skip`, reports and counts.
     """
 
     def __init__(self, bad_text: str, report: Callable[[str], object]) -> None:

@@ -163,7 +163,7 @@ def split_digests(sha256: str) -> list[str]:
 
 
 def receive(url: str, partial: Path, sha256: str) -> str:
-    """Add what is missing to `partial`; return "", or what broke it off.
+    """Add the missing bytes to `partial`; return "", or the reason why it broke off.
 
     A server that does not know ranges, or whose file has changed since, sends all of it: `partial`
     begins anew. Raises DataError where it does not answer or refuses.

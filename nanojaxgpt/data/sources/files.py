@@ -87,7 +87,19 @@ def read_jsonl(location: str, data: sections.Data, refuse: Refuse) -> Iterator[D
     """
     location, field = split_field(location, "text")
     advice = f'write one object per line, as in {{"{field}": "..."}}'
-    for name, path in find_files("jsonl", location, JSON_ENDINGS):
+    for name, place, record in read_objects("jsonl", location, advice, refuse):
+        value = find_field(record, field, MISSING)
+        if value is MISSING:
+            refuse(f"{place} has no field {field!r}; it has {', '.join(record)}")
+        elif text := check_text(place, value, refuse):
+            yield Document(name, text)
+
+
+def read_objects(
+    kind: str, location: str, advice: str, refuse: Refuse
+) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Yield (name, file:line, object) of each line that is not blank; `advice` ends an error."""
+    for name, path in find_files(kind, location, JSON_ENDINGS):
         for number, line in read_lines(path, refuse):
             if not line.strip():
                 continue
@@ -104,15 +116,10 @@ def read_jsonl(location: str, data: sections.Data, refuse: Refuse) -> Iterator[D
                     reason = f"it begins an object of several lines; {advice}"
                 refuse(f"{path}:{number} is not JSON: {reason}")
                 continue
-            if not isinstance(record, dict):
-                kind = JSON_KINDS[type(record)]
-                refuse(f"{path}:{number} holds {kind}, not an object; {advice}")
-                continue
-            value = find_field(record, field, MISSING)
-            if value is MISSING:
-                refuse(f"{path}:{number} has no field {field!r}; it has {', '.join(record)}")
-            elif text := check_text(f"{path}:{number}", value, refuse):
-                yield Document(f"{name}:{number}", text)
+            if isinstance(record, dict):
+                yield f"{name}:{number}", f"{path}:{number}", record
+            else:
+                refuse(f"{path}:{number} holds {JSON_KINDS[type(record)]}, not an object; {advice}")
 
 
 def identify_text(location: str, data: sections.Data) -> dict[str, Any]:
@@ -347,7 +354,7 @@ MAGIC = {
 
 
 def likely_format(content: bytes) -> str:
-    """Return what bytes that are not UTF-8 likely are, and what to do, or ""."""
+    """Return the likely format of bytes that are not UTF-8, and what to do, or ""."""
     for magic, format_ in MAGIC.items():  # UTF-32 before UTF-16, whose mark it begins with
         if content.startswith(magic):
             return format_

@@ -29,8 +29,22 @@ def read_hub(location: str, data: sections.Data, refuse: Refuse) -> Iterator[Doc
             yield Document(name, text)
 
 
+def read_hub_rows(location: str, refuse: Refuse) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (where it stands, all fields) of each row, in the dataset's order."""
+    dataset, split, _ = open_dataset(location)
+    for number, row in enumerate(dataset):
+        yield f"hf:{location}, row {split}/{number}", row
+
+
+def identify_hub_rows(location: str) -> dict[str, Any]:
+    """Return the name, the split, and the fingerprint that `datasets` gives it."""
+    dataset, split, _ = open_dataset(location)
+    name = re.split("[@#]", location)[0]
+    return dict(dataset=name, split=split, rows=len(dataset), fingerprint=dataset._fingerprint)
+
+
 def identify_hub(location: str, data: sections.Data) -> dict[str, Any]:
-    """Return the name, what is read of it, and the fingerprint that `datasets` gives it."""
+    """Return the name, the part that is read, and the fingerprint that `datasets` gives it."""
     dataset, split, field = open_hub(location)
     return dict(
         dataset=re.split("[@#]", location)[0],
@@ -42,7 +56,13 @@ def identify_hub(location: str, data: sections.Data) -> dict[str, Any]:
 
 
 def open_hub(location: str) -> tuple[Any, str, str]:
-    """Return (dataset, split, text field). Raises ConfigError, DataError where it can't be had.
+    """Return (dataset, split, text field). Raises ConfigError, DataError where it can't be had."""
+    dataset, split, field = open_dataset(location)
+    return dataset, split, choose_field(f"hf:{location}", field, text_features(dataset.features))
+
+
+def open_dataset(location: str) -> tuple[Any, str, str]:
+    """Return (dataset, split, FIELD or ""). Raises ConfigError, DataError where it can't be had.
 
     NAME is a folder that `save_to_disk` wrote, or OWNER/NAME[/CONFIG] on the hub.
     """
@@ -69,7 +89,7 @@ def open_hub(location: str) -> tuple[Any, str, str]:
         raise DataError(
             f"hf:{location} can't be loaded: {type(error).__name__}: {error}"
         ) from error
-    return dataset, split, choose_field(f"hf:{location}", field, text_features(dataset.features))
+    return dataset, split, field
 
 
 def text_features(features: dict[str, Any], above: str = "") -> list[str]:

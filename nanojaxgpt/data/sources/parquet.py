@@ -44,6 +44,28 @@ def read_parquet(location: str, data: sections.Data, refuse: Refuse) -> Iterator
                     yield Document(f"{name}:{number}", text)
 
 
+def read_rows(location: str, refuse: Refuse) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (where it stands, all fields) of each row."""
+    for _, path in find_files("parquet", location, ENDINGS):
+        with open_parquet(path) as file:
+            first = 1
+            for batch in file.iter_batches(READ_AT_ONCE):
+                try:
+                    rows = batch.to_pylist()
+                except UnicodeDecodeError as error:
+                    last = first + batch.num_rows - 1
+                    refuse(f"{path}, rows {first} to {last}: not UTF-8 ({error.reason})")
+                    rows = []
+                for number, row in enumerate(rows, first):
+                    yield f"{path}, row {number}", row
+                first += batch.num_rows
+
+
+def identify_rows(location: str) -> dict[str, Any]:
+    """Return the name, size and hash of every file."""
+    return identify_files("parquet", location, ENDINGS)
+
+
 def identify_parquet(location: str, data: sections.Data) -> dict[str, Any]:
     """Return the field, and the name, size and hash of every file."""
     path, field = split_field(location, "")

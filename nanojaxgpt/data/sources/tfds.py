@@ -64,7 +64,7 @@ def read_tfds(location: str, data: sections.Data, refuse: Refuse) -> Iterator[Do
 
 
 def identify_tfds(location: str, data: sections.Data) -> dict[str, Any]:
-    """Return the dataset's full name, what is read of it, and what its files are.
+    """Return the dataset's full name, the part of it that is read, and its files.
 
     `info` is the hash of dataset_info.json, where TFDS counts examples and bytes of each file: the
     files themselves, often hundreds of gigabytes, are not read for this.
