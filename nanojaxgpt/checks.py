@@ -214,7 +214,7 @@ def objective_problems(cfg: "Config") -> list[str]:
         value = getattr(objective, field)
         if value != rule.default and name not in READ_BY.get(field, (name,)):
             problems.append(
-                f"objective.{field}={value!r} has no effect with {name}: it is read by "
+                f"objective.{field}={show(value)} has no effect with {name}: it is read by "
                 f"{', '.join(READ_BY[field])}"
             )
     if kind == "distill" and not objective.teacher:

@@ -78,7 +78,7 @@ def make_hyper(cfg: Config) -> dict[str, PyTree]:
     """
     numbers = {k: v for k, v in cfg.optim.given().items() if isinstance(v, int | float)}
     numbers |= {"num_steps": cfg.train.num_steps, "z_loss": cfg.train.z_loss}
-    numbers |= {name: getattr(cfg.objective, name) for name in (*TRACED, "kl")}
+    numbers |= {name: getattr(cfg.objective, name) for name in TRACED}
     numbers["decay_begin"] = decay_begin(cfg)
     numbers |= dict(zip(MULTIPLIERS, traced_multipliers(cfg), strict=True))
     hyper: dict[str, PyTree] = {name: np.float32(value) for name, value in numbers.items()}

@@ -213,7 +213,7 @@ def test_what_a_paper_may_set_is_where_the_data_and_the_devices_are():
 def test_what_is_free_on_resume_is_not_what_is_trained():
     free = {name for name in DEFAULTS if free_on_resume(name)}
     assert {name.split(".")[0] for name in free} == {
-        "mesh", "eval", "checkpoint", "sample", "train", "data", "model"
+        "mesh", "eval", "checkpoint", "sample", "train", "data", "model", "objective"
     }  # fmt: skip
     assert {name for name in free if name.startswith(("train", "data", "model"))} == {
         "train.log_every_steps", "train.hang_timeout_seconds", "train.trackers",

@@ -308,10 +308,10 @@ class Objective(Section):
         choices=("token", "sequence"))
     clip_low: float = field(0.2, "policy: ratios below 1 - this are clipped", high=1, traced=True)
     clip_high: float = field(0.2, "policy: ratios above 1 + this are clipped", traced=True)
-    kl: float = field(0.0, "policy: weight of the KL from where training started; 0: off")
+    kl: float = field(0.0, "policy: weight of the KL from where training started; 0: off",
+        traced=True)
     updates: int = field(1, "policy: updates on the same samples", low=1)
-    reward: str = field("", "policy: FILE.py:FUNCTION(prompt, completion, record) -> a number",
-        place=True)
+    reward: str = field("", "policy: FILE.py:FUNCTION(prompt, completion, record) -> a number")
     reward_seconds: float = field(10.0, "policy: the most that a call may take", low=1e-3,
         resume=True, host_only=True)
 

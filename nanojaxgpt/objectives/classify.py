@@ -1,7 +1,7 @@
 """Classification: a head over the features at the last token of each text.
 
 The place to read has weight 1 and the number of the label as its target; all others have weight 0.
-Dimensions: B rows, T places, D features, C labels, K predictions.
+Dimensions: B rows, T places, D features, C labels, E predictions.
 """
 
 import jax
@@ -28,7 +28,7 @@ def label_logits(model: Transformer, params: Params, x_BTD: jax.Array) -> jax.Ar
 def make_loss(model: Transformer) -> Loss:
     """Return the loss: the sum of the labels' cross-entropies, and of the weights.
 
-    The metrics are `accuracy`, and `confusion`: examples [C, K] by label and by prediction.
+    The metrics are `accuracy`, and `confusion`: examples [C, E] by label and by prediction.
     """
 
     def loss(
@@ -44,18 +44,18 @@ def make_loss(model: Transformer) -> Loss:
         right = jnp.sum((chosen_BT == labels_BT) * weights_BT)
         one_hot = jax.nn.one_hot
         count = model.cfg.num_labels
-        confusion_CK = jnp.einsum(
-            "BTC,BTK->CK", one_hot(labels_BT, count) * weights_BT[..., None],
+        confusion_CE = jnp.einsum(
+            "BTC,BTE->CE", one_hot(labels_BT, count) * weights_BT[..., None],
             one_hot(chosen_BT, count),
         )  # fmt: skip
-        metrics = {"accuracy": (right, weight), "confusion": (confusion_CK, weight)}
+        metrics = {"accuracy": (right, weight), "confusion": (confusion_CE, weight)}
         return jnp.sum(losses_BT * weights_BT), weight, metrics
 
     return loss
 
 
-def macro_f1(confusion_CK: np.ndarray) -> float:
+def macro_f1(confusion_CC: np.ndarray) -> float:
     """Return the mean of the labels' F1 scores; that of a label without examples counts as 0."""
-    right_C = np.diag(confusion_CK)
-    both_C = confusion_CK.sum(0) + confusion_CK.sum(1)  # examples of the label, and predictions
+    right_C = np.diag(confusion_CC)
+    both_C = confusion_CC.sum(0) + confusion_CC.sum(1)  # examples of the label, and predictions
     return float(np.mean(2 * right_C / np.maximum(both_C, 1e-9)))

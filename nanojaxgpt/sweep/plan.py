@@ -166,8 +166,9 @@ def program_key(cfg: Config) -> str:
     """Return the hash of all that is compiled: trials with the same key share their programs."""
     rules, values = sections.rules(), dict(config.fields(cfg))
     compiled = {n: v for n, v in values.items() if not (rules[n].traced or rules[n].host_only)}
-    # Of these two a part is compiled: whether the state has an average, and the patterns.
+    # Of these a part is compiled: whether there is an average or a KL term, and the patterns.
     compiled["optim.ema_decay"] = float(cfg.optim.ema_decay > 0)
+    compiled["objective.kl"] = float(cfg.objective.kl > 0)
     patterns = (entry.rpartition("=")[0] for entry in cfg.optim.rate_multipliers)
     compiled["optim.rate_multipliers"] = tuple(patterns)
     return config.hash_fields(compiled)
