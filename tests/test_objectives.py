@@ -5,7 +5,6 @@ import json
 import math
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import small_model
@@ -27,12 +26,20 @@ from nanojaxgpt.objectives.distill import divergence
 from nanojaxgpt.objectives.preference import log_odds, pair_sums, token_log_probabilities
 from nanojaxgpt.step import OBJECTIVES, accumulate, make_hyper
 from nanojaxgpt.sweep.plan import program_key
-from nanojaxgpt.training import make_job, start_state, train_job
+from nanojaxgpt.sweep.together import train_together
+from nanojaxgpt.training import make_job, share_job, start_state, train_job
 
 LENGTH, LABELS = 16, 3
-BETA = np.float32(0.1)
 PREFERENCES = ("dpo", "ipo", "orpo", "simpo")
-CASES = ("language", "classify", "reward", "distill", *PREFERENCES)
+# One of each kind is fast enough for every run of the tests.
+CASES = [
+    "classify",
+    "reward",
+    "dpo",
+    "orpo",
+    "distill",
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("language", "ipo", "simpo")),
+]
 FIELDS = {
     "data.packing": "pack", "model.num_layers": "1", "model.embed_dim": "16",
     "model.num_heads": "2", "model.seq_len": str(LENGTH), "mesh.data": "1",
@@ -80,17 +87,24 @@ def make_rows(name: str, count: int = 4, seed: int = 0, lengths: tuple = (4, 3, 
     return batch._replace(documents_BT=documents) if name == "documents" else batch
 
 
+def make_params(model: Transformer) -> dict:
+    """Return parameters of which none is 0."""
+    draw = np.random.default_rng(0)
+    shapes = jax.eval_shape(lambda: init_params(model.cfg, jax.random.key(0)))
+    params = jax.tree.map(lambda x: draw.normal(0.05, 0.1, x.shape).astype(np.float32), shapes)
+    return jax.device_put(params)
+
+
 @functools.cache
 def case(name: str, chunks: int = 1):
     """Return a jitted sums(params, batch, beta, parts), the parameters, and rows of the case."""
     labels = {"classify": LABELS, "reward": 1}.get(name, 0)
     cfg = config(name, **{"train.loss_chunks": str(chunks)})
     model = Transformer(small_model(num_layers=1, num_labels=labels))
-    params, frozen = init_params(model.cfg, jax.random.key(0)), {}
-    params = jax.tree.map(lambda x: x + 0.02 * jnp.cos(jnp.arange(x.size).reshape(x.shape)), params)
+    params, frozen = make_params(model), {}
     if name == "distill":
         teacher = Transformer(small_model(num_layers=1, vocab_size=40))
-        frozen = {"teacher": init_params(teacher.cfg, jax.random.key(1))}
+        frozen = {"teacher": make_params(teacher)}
         loss_fn = distill.make_loss(model, teacher, chunks)
     else:
         loss_fn = OBJECTIVES[cfg.objective.kind](model, cfg)
@@ -99,9 +113,14 @@ def case(name: str, chunks: int = 1):
     hyper = make_hyper(cfg) | {key: np.float32(value) for key, value in numbers.items()}
 
     @functools.partial(jax.jit, static_argnames="parts")
-    def sums(params, batch, beta=BETA, parts=1):
+    def program(params, batch, beta, parts):
         key = jax.random.key(0)
         return accumulate(loss_fn, params, frozen, batch, hyper | {"beta": beta}, key, parts)
+
+    def sums(params, batch, beta=0.1, parts=1):
+        return program(params, batch, np.float32(beta), parts)
+
+    sums.programs = program._cache_size
 
     return sums, params, make_rows(name)
 
@@ -150,10 +169,10 @@ def test_chunks_of_the_sequence_give_the_same(name):
 
 def test_beta_is_an_argument_of_the_program():
     sums, params, batch = case("dpo")
-    small = sums(params, batch, beta=BETA)[0]
-    programs = sums._cache_size()
-    assert small != sums(params, batch, beta=5 * BETA)[0]
-    assert sums._cache_size() == programs
+    sums(params, batch)
+    programs = sums.programs()
+    assert sums(params, batch)[0] != sums(params, batch, beta=0.5)[0]
+    assert sums.programs() == programs
     keys = {program_key(config("dpo", **{"objective.beta": beta})) for beta in ("0.1", "0.5")}
     assert len(keys) == 1
     assert program_key(config("ipo")) not in keys
@@ -169,7 +188,22 @@ def log_probabilities():
         log_BT = token_log_probabilities(model, params, batch, hyper, key, 1)
         return pair_sums(log_BT, batch.segments_BT)
 
-    return found, init_params(model.cfg, jax.random.key(0))
+    return found, make_params(model)
+
+
+def test_sums_of_answers_are_those_of_their_places():
+    draw = np.random.default_rng(0)
+    segments_BT = np.array([[1, 1, 2, 3, 3, 3, 4, 0], [1, 2, 3, 4, 5, 6, 7, 8], [0] * 8], np.int32)
+    values_BT = draw.normal(size=(3, 8)).astype(np.float32)
+    expected = [[np.sum(v[s == k]) for k in range(1, 9)]
+                for v, s in zip(values_BT, segments_BT, strict=True)]  # fmt: skip
+    np.testing.assert_allclose(
+        pair_sums(values_BT, segments_BT), np.reshape(expected, (3, 4, 2)), rtol=1e-6
+    )
+    weights = draw.normal(size=(3, 4, 2)).astype(np.float32)
+    grad = jax.grad(lambda v: np.sum(pair_sums(v, segments_BT) * weights))(values_BT)
+    padded = np.pad(weights.reshape(3, 8), ((0, 0), (1, 0)))
+    np.testing.assert_array_equal(grad, np.take_along_axis(padded, segments_BT, 1))
 
 
 def test_pairs_of_a_row_do_not_see_each_other():
@@ -197,7 +231,7 @@ def test_a_mesh_gives_the_same(name):
         jax.random.key(0),
         make_rows(name),
     )
-    params = init_params(model.cfg, key)
+    params = make_params(model)
 
     def sums(params, batch):
         return accumulate(loss_fn, params, {}, batch, make_hyper(cfg), key, 1)
@@ -228,15 +262,15 @@ def train(name: str, run, **changes: str):
     data, said = run_data(name), []
     cfg = resolve(config(name, **changes), data)
     job = make_job(cfg, data, sharding.make_mesh({}, jax.devices()[:1]))
-    run.mkdir(exist_ok=True)
+    run.mkdir(parents=True, exist_ok=True)
     with stop_signals() as stop:
         return train_job(job, run, stop, said.append), said
 
 
-def restart(run, name: str, **changes: str):
-    """Resume a run of a case from its step 2."""
+def restart(run, name: str, last: str = "4", **changes: str):
+    """Resume a run of a case from the checkpoint before its last one."""
     for folder in (run / "checkpoints").iterdir():
-        if folder.name == "4":
+        if folder.name == last:
             folder.rename(run.parent / f"{len(list(run.parent.iterdir()))}")
     return train(name, run, **changes)
 
@@ -290,6 +324,42 @@ def test_a_model_without_a_head_gets_a_new_one(tmp_path):
     assert np.std(state.params["label_CD"]) == pytest.approx(0.02, rel=0.3)
     before, _ = job.init(jax.random.key(5))
     np.testing.assert_array_equal(state.params["embed_VD"], before.params["embed_VD"])
+
+
+@pytest.mark.slow
+def test_a_student_comes_closer_to_its_teacher(tmp_path):
+    train("language", tmp_path / "base", **{"model.num_layers": "2"})
+    fields = {"objective.teacher": str(tmp_path / "base"), "train.num_steps": "30"}
+    state, said = train("distill", tmp_path / "run", **fields)
+    assert f"learning from {tmp_path / 'base'}" in said
+    losses = [r["validation_loss"] for r in metrics.read_metrics(tmp_path / "run")
+              if "validation_loss" in r]  # fmt: skip
+    assert losses[-1] < 0.5 * losses[0]
+    names = {path for path, *_ in (tmp_path / "run" / "checkpoints" / "30").walk()}
+    assert not [path for path in names if "teacher" in str(path)]
+    again, _ = restart(tmp_path / "run", "distill", "30", **fields)
+    jax.tree.map(np.testing.assert_array_equal, again, state)
+
+
+@pytest.mark.slow
+def test_a_sweep_of_beta_has_the_losses_of_its_trials_alone(tmp_path):
+    data, mesh = run_data("dpo"), sharding.make_mesh({}, jax.devices()[:1])
+    betas = {
+        beta: resolve(config("dpo", **{"objective.beta": beta}), data) for beta in ("0.1", "2")
+    }
+    job = make_job(betas["0.1"], data, mesh)
+    runs = [tmp_path / beta for beta in betas]
+    for run in runs:
+        run.mkdir()
+    with stop_signals() as stop:
+        train_together([share_job(job, cfg) for cfg in betas.values()], runs, stop)
+    found = {}
+    for beta, run in zip(betas, runs, strict=True):
+        train("dpo", tmp_path / "alone" / beta, **{"objective.beta": beta})
+        pair = [metrics.read_metrics(folder)[-1] for folder in (run, tmp_path / "alone" / beta)]
+        found[beta] = pair[0]["validation_loss"]
+        assert pair[1]["validation_loss"] == pytest.approx(found[beta], rel=1e-5)
+    assert found["0.1"] != found["2"]
 
 
 def test_divergences_are_those_of_their_definition():

@@ -5,6 +5,7 @@ a sum over pairs, its weight their number. Dimensions: B rows, T places, P pairs
 and rejected.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -92,15 +93,38 @@ LOSSES: dict[str, Callable[[Answers, Hyper], tuple[jax.Array, jax.Array]]] = {
 }
 
 
+@jax.custom_vjp
 def pair_sums(values_BT: jax.Array, segments_BT: jax.Array) -> jax.Array:
     """Return the sum over each answer's places [B, P, 2].
 
-    By comparing, not by scattering: so no bit of it depends on the other pairs, on any device.
+    By a scan that begins anew with each segment, not by differences of a running sum and not by
+    scattering: so no bit of it depends on the other pairs, or on the order of threads on a GPU.
     """
-    number_S = jnp.arange(1, values_BT.shape[1] // 2 * 2 + 1)
-    own_BST = segments_BT[:, None] == number_S[:, None]
-    sums_BS = jnp.sum(jnp.where(own_BST, values_BT[:, None], 0), -1)
+
+    def add(left: tuple, right: tuple) -> tuple:
+        return jnp.where(left[1] == right[1], left[0] + right[0], right[0]), right[1]
+
+    running_BT, _ = jax.lax.associative_scan(add, (values_BT, segments_BT), axis=1)
+    length = values_BT.shape[1]
+    number_S = jnp.arange(1, length // 2 * 2 + 1)
+    order_BT = jnp.where(segments_BT > 0, segments_BT, length + 1)  # padding comes last
+    find_last = functools.partial(jnp.searchsorted, v=number_S, side="right")
+    last_BS = jnp.maximum(jax.vmap(find_last)(order_BT) - 1, 0)
+    found_BS = jnp.take_along_axis(segments_BT, last_BS, 1) == number_S
+    sums_BS = jnp.where(found_BS, jnp.take_along_axis(running_BT, last_BS, 1), 0)
     return sums_BS.reshape(len(sums_BS), -1, 2)
+
+
+def _pair_sums_forward(values_BT: jax.Array, segments_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return pair_sums(values_BT, segments_BT), segments_BT
+
+
+def _pair_sums_backward(segments_BT: jax.Array, grad_BP2: jax.Array) -> tuple[jax.Array, None]:
+    grad_BS = jnp.pad(grad_BP2.reshape(len(grad_BP2), -1), ((0, 0), (1, 1)))  # 0: padding
+    return jnp.take_along_axis(grad_BS, segments_BT, 1), None
+
+
+pair_sums.defvjp(_pair_sums_forward, _pair_sums_backward)
 
 
 def token_log_probabilities(
