@@ -20,6 +20,7 @@ from nanojaxgpt.errors import CheckpointError, ConfigError, why
 from nanojaxgpt.hosts.team import ALONE, Team
 from nanojaxgpt.interchange.loading import read_params
 from nanojaxgpt.interchange.opening import config_of, find_model
+from nanojaxgpt.interchange.pretrained import Pretrained
 from nanojaxgpt.model.config import ModelConfig, complete
 from nanojaxgpt.model.lora import add_adapters, merge_adapters
 from nanojaxgpt.model.parameters import Params, parameters
@@ -39,10 +40,22 @@ def read_start(
     source = find_model(name) if name else Path(cfg.init.from_run)
     labels = config_of(source).model.num_labels
     model = dataclasses.replace(complete(cfg).model.bare, num_labels=labels)
+    return load_source(source, model, mesh, step, report, team)
+
+
+def load_source(
+    source: Path | Pretrained,
+    cfg: ModelConfig,
+    mesh: Mesh,
+    step: int,
+    report: Callable[[str], None],
+    team: Team = ALONE,
+) -> tuple[str, Params]:
+    """Return (where they are from, the parameters) of a run or of another opened model."""
     if isinstance(source, Path):
-        step, params = load_run_params(source, model, mesh, step, report, team)
+        step, params = load_run_params(source, cfg, mesh, step, report, team)
         return f"{source}, step {step}", params
-    return str(source.origin), read_params(source, model, mesh)
+    return str(source.origin), read_params(source, cfg, mesh)
 
 
 def load_run_params(

@@ -24,7 +24,10 @@ READ_BY = {
     "loss": PREFERENCES, "beta": PREFERENCES, "label_smoothing": ("dpo", "simpo"),
     "margin": ("simpo", "reward"), "nll_weight": ("dpo", "ipo", "simpo"), "centering": ("reward",),
     "teacher": ("distill",), "temperature": ("distill",), "jsd_beta": ("distill",),
-}  # fmt: skip
+} | dict.fromkeys(
+    ("group_size", "max_tokens", "sample_temperature", "aggregation", "ratio", "clip_low",
+     "clip_high", "kl", "updates", "reward", "reward_seconds"), ("policy",),
+)  # fmt: skip
 LARGEST_FACTOR = 1e30  # of a learning rate: as large as the rate itself may be
 SHOWN = 100  # characters of a value in a message
 
@@ -198,8 +201,6 @@ def partner_problems(cfg: "Config") -> list[str]:
         problems.append("init.state=all needs a run to branch from: set init.from_run")
     if cfg.init.from_run and cfg.init.from_model:
         problems.append("init.from_run and init.from_model both say where to start: set one")
-    if cfg.objective.kind == "policy" and not cfg.objective.reward:
-        problems.append("objective.kind=policy needs objective.reward=FILE.py:FUNCTION")
     if 0 in mesh.values():
         problems.append(f"a mesh axis of size 0 has no devices: {mesh}; use 1 for an unused axis")
     return problems
@@ -219,6 +220,8 @@ def objective_problems(cfg: "Config") -> list[str]:
             )
     if kind == "distill" and not objective.teacher:
         problems.append("objective.kind=distill needs a model to learn from: objective.teacher")
+    if kind == "policy" and not objective.reward:
+        problems.append("objective.kind=policy needs objective.reward=FILE.py:FUNCTION")
     if kind in ("classify", "preference", "reward") and cfg.data.packing != "pack":
         problems.append(f"objective.kind={kind} needs whole examples: set data.packing=pack")
     if kind != "language" and cfg.train.z_loss:

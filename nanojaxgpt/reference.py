@@ -24,7 +24,8 @@ from nanojaxgpt.errors import CheckpointError, ConfigError
 from nanojaxgpt.hosts.team import ALONE, Team
 from nanojaxgpt.model.parameters import Params
 from nanojaxgpt.model.transformer import Transformer
-from nanojaxgpt.objectives.preference import pair_sums, token_log_probabilities
+from nanojaxgpt.objectives.features import log_probabilities
+from nanojaxgpt.objectives.preference import pair_sums
 from nanojaxgpt.recorder import Job
 from nanojaxgpt.schedules import Hyper
 from nanojaxgpt.sharding import constrain
@@ -51,10 +52,9 @@ def make_reference_step(model: Transformer, loss_chunks: int) -> Callable[..., j
 
     @jax.jit
     def score(params: Params, batch: Batch, hyper: Hyper) -> jax.Array:
-        rng = jax.random.key(0)  # of no use: there is no dropout
-        log_BT = token_log_probabilities(model, params, batch, hyper, rng, loss_chunks)
+        log_BT = log_probabilities(model, params, batch, hyper, loss_chunks)
         segments_BT: Any = batch.segments_BT
-        sums_BP2 = pair_sums(log_BT, segments_BT)
+        sums_BP2 = pair_sums(log_BT * batch.weights_BT, segments_BT)
         return constrain(sums_BP2.reshape(len(log_BT), -1), None, None)
 
     return score

@@ -28,8 +28,8 @@ from nanojaxgpt.errors import ConfigError, DataError
 from nanojaxgpt.model.config import JobConfig
 from nanojaxgpt.model.parameters import Params
 from nanojaxgpt.model.transformer import Transformer
-from nanojaxgpt.objectives.features import features
-from nanojaxgpt.objectives.policy import Rollout, advantages, log_probabilities
+from nanojaxgpt.objectives.features import log_probabilities
+from nanojaxgpt.objectives.policy import Rollout, advantages
 from nanojaxgpt.recorder import Job
 from nanojaxgpt.sample import Sampling, generate
 from nanojaxgpt.schedules import Hyper
@@ -42,9 +42,10 @@ DRAWS = 1  # folded into the step's key, so that samples and dropout have differ
 
 
 class Prompt(NamedTuple):
-    """The ids of a prompt, and the text that follows it in the data."""
+    """A prompt, and the text that follows it in the data."""
 
     ids: list[int]
+    text: str
     answer: str
 
 
@@ -73,7 +74,8 @@ def read_prompts(batch: Batch, tokenizer: Tokenizer) -> list[Prompt]:
             raise DataError("objective.kind=policy: an example without a prompt and an answer")
         places = np.flatnonzero(trained_T)
         answer = [token for token in targets_T[places].tolist() if token != tokenizer.end_id]
-        found.append(Prompt(tokens_T[: places[0] + 1].tolist(), tokenizer.decode(answer)))
+        ids = tokens_T[: places[0] + 1].tolist()
+        found.append(Prompt(ids, tokenizer.decode(ids), tokenizer.decode(answer)))
     return found
 
 
@@ -174,12 +176,8 @@ class Roller:
 
     def log_probs(self, params: Params, rollout: Rollout, hyper: Hyper) -> jax.Array:
         """Return the log-probability of each target, [B, T], at the temperature of sampling."""
-        rng = jax.random.key(0)  # of no use: there is no dropout
-        x_BTD, head = features(self.model, params, rollout.batch, hyper, rng, dropout=False)
-        return log_probabilities(
-            head, x_BTD, rollout.batch.targets_BT, self.cfg.train.loss_chunks,
-            self.objective.sample_temperature,
-        )  # fmt: skip
+        chunks, temperature = self.cfg.train.loss_chunks, self.objective.sample_temperature
+        return log_probabilities(self.model, params, rollout.batch, hyper, chunks, temperature)
 
     def roll(self, params: Params, batch: Batch, step: int) -> tuple[Rollout, dict[str, float]]:
         """Return the rollout of a batch of prompts at a 0-based step, and its numbers."""
@@ -198,7 +196,7 @@ class Roller:
             prompt = prompts[row // size]
             ended = used and drawn[used - 1] in self.ends
             text = self.tokenizer.decode(drawn[: used - 1 if ended else used])
-            calls.append((self.tokenizer.decode(prompt.ids), text, {"answer": prompt.answer}))
+            calls.append((prompt.text, text, {"answer": prompt.answer}))
         limit = self.objective.reward_seconds
         rewards_B = rate(self.reward, self.objective.reward, limit, calls)
         scaled = self.objective.aggregation != "dr_grpo"

@@ -6,13 +6,12 @@ from pathlib import Path
 
 from jax.sharding import Mesh
 
-from nanojaxgpt import checkpoint
+from nanojaxgpt.adapters import load_source
 from nanojaxgpt.config.sections import Config
 from nanojaxgpt.data.loader import load_run_tokenizer
 from nanojaxgpt.data.tokenizers import Tokenizer
 from nanojaxgpt.errors import ConfigError
 from nanojaxgpt.hosts.team import ALONE, Team
-from nanojaxgpt.interchange.loading import read_params
 from nanojaxgpt.interchange.opening import config_of, find_model
 from nanojaxgpt.model.config import ModelConfig, complete
 from nanojaxgpt.model.parameters import Params
@@ -23,7 +22,7 @@ open_teacher = functools.cache(find_model)
 def teacher_config(cfg: Config) -> ModelConfig:
     """Return the shape of objective.teacher. Raises ConfigError where it can't teach `cfg`."""
     name = cfg.objective.teacher
-    found = complete(config_of(open_teacher(name))).model
+    found = complete(config_of(open_teacher(name))).model.bare
     if found.seq_len < cfg.model.seq_len:
         raise ConfigError(
             f"objective.teacher={name} reads at most {found.seq_len} tokens: lower "
@@ -49,6 +48,4 @@ def load_teacher(
             "are of other tokens; choose a teacher with the same one"
         )
     report(f"learning from {name}")
-    if isinstance(source, Path):
-        return checkpoint.load_params(source, shape, mesh, report=report, team=team)[1]
-    return read_params(source, shape, mesh)
+    return load_source(source, shape, mesh, 0, report, team)[1]

@@ -66,6 +66,23 @@ def assert_batches_equal(left, right) -> None:
             np.testing.assert_array_equal(a, b)
 
 
+def byte_level_tokenizer(texts: list[str], control: list[str], size: int, **marks: int):
+    """Return a JsonTokenizer trained on texts, with these control tokens as its first ids."""
+    import tokenizers
+
+    from nanojaxgpt.data.tokenizers import JsonTokenizer
+
+    model = tokenizers.Tokenizer(tokenizers.models.BPE({}, []))
+    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=size, special_tokens=control, show_progress=False,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    model.train_from_iterator(texts * 9, trainer)
+    return JsonTokenizer("hf", {"huggingface.json": model.to_str().encode()}, "the test's", marks)
+
+
 def write_corpus(folder: Path, num_words: int) -> Path:
     """Write a text of random words; return its path."""
     names = ["ash ", "beech ", "cedar\n", "elm ", "fir, "]

@@ -8,8 +8,7 @@ import jax
 import numpy as np
 import pyarrow
 import pytest
-import tokenizers
-from conftest import assert_batches_equal, data_config
+from conftest import assert_batches_equal, byte_level_tokenizer, data_config
 from pyarrow import parquet
 
 from nanojaxgpt import sharding
@@ -62,16 +61,9 @@ TALK = [user("What is 2 + 2?"), assistant("4, für sure."), user("Why?"), assist
 @pytest.fixture(scope="module")
 def tokenizer():
     """Return a byte-level tokenizer that ends documents, pads and ends turns with one token."""
-    model = tokenizers.Tokenizer(tokenizers.models.BPE({}, []))
-    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    model.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=300, special_tokens=CONTROL, show_progress=False,
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-    )  # fmt: skip
-    model.train_from_iterator(["user assistant What is the answer? Why?"] * 9, trainer)
-    files = {"huggingface.json": model.to_str().encode()}
-    return JsonTokenizer("hf", files, "the test's", {"end_id": END})
+    return byte_level_tokenizer(
+        ["user assistant What is the answer? Why?"], CONTROL, 300, end_id=END
+    )
 
 
 def trained_spans(encoded):

@@ -23,7 +23,8 @@ from nanojaxgpt.model.transformer import Transformer, init_params
 from nanojaxgpt.objectives import distill
 from nanojaxgpt.objectives.classify import macro_f1
 from nanojaxgpt.objectives.distill import divergence
-from nanojaxgpt.objectives.preference import log_odds, pair_sums, token_log_probabilities
+from nanojaxgpt.objectives.features import log_probabilities
+from nanojaxgpt.objectives.preference import log_odds, pair_sums
 from nanojaxgpt.step import OBJECTIVES, accumulate, make_hyper
 from nanojaxgpt.sweep.plan import program_key
 from nanojaxgpt.sweep.together import train_together
@@ -178,14 +179,13 @@ def test_beta_is_an_argument_of_the_program():
     assert program_key(config("ipo")) not in keys
 
 
-def log_probabilities():
+def answer_sums():
     """Return a jitted function of (params, batch) to the sums of each answer [B, P, 2]."""
     model, hyper = Transformer(small_model()), make_hyper(config("dpo"))
 
     @jax.jit
     def found(params, batch):
-        key = jax.random.key(0)
-        log_BT = token_log_probabilities(model, params, batch, hyper, key, 1)
+        log_BT = log_probabilities(model, params, batch, hyper, 1) * batch.weights_BT
         return pair_sums(log_BT, batch.segments_BT)
 
     return found, make_params(model)
@@ -207,7 +207,7 @@ def test_sums_of_answers_are_those_of_their_places():
 
 
 def test_pairs_of_a_row_do_not_see_each_other():
-    found, params = log_probabilities()
+    found, params = answer_sums()
     batch = make_rows("documents")._replace(documents_BT=None)
     before = found(params, batch)
     first = batch.segments_BT <= 2

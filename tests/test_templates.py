@@ -4,9 +4,8 @@ import json
 import time
 
 import pytest
-import tokenizers
+from conftest import byte_level_tokenizer
 
-from nanojaxgpt.data.tokenizers import JsonTokenizer
 from nanojaxgpt.interchange.templates import (
     BREAK,
     MEMORY,
@@ -46,16 +45,8 @@ TALK = [
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    model = tokenizers.Tokenizer(tokenizers.models.BPE({}, []))
-    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    model.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=400, special_tokens=CONTROL, show_progress=False,
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-    )  # fmt: skip
-    model.train_from_iterator(["<|im_start|>user assistant model end of the text"] * 9, trainer)
-    files = {"huggingface.json": model.to_str().encode()}
-    return JsonTokenizer("hf", files, "the test's", {"start_id": 0})
+    texts = ["<|im_start|>user assistant model end of the text"]
+    return byte_level_tokenizer(texts, CONTROL, 400, start_id=0)
 
 
 @pytest.mark.parametrize("name", TEMPLATES)

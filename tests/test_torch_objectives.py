@@ -115,6 +115,18 @@ def their_loss(name: str, theirs: Any, batch: Any, head: Any) -> Any:
     return sum(losses) / weight
 
 
+def mean_and_gradients(loss_fn: Any, params: Any, frozen: Any, batch: Any, hyper: Any) -> Any:
+    """Return our mean loss, and its gradient by the parameters."""
+
+    @jax.jit
+    @jax.value_and_grad
+    def mean(params: Any) -> Any:
+        total, weight, _ = loss_fn(params, frozen, batch, hyper, jax.random.key(0))
+        return total / weight
+
+    return mean(params)
+
+
 def compare_gradients(theirs: Any, loss: Any, grads: Any) -> None:
     """Compare the gradients of the table, of the queries of each layer and of the last norm."""
     theirs.zero_grad()
@@ -146,13 +158,7 @@ def test_loss_and_gradients_are_those_of_torch(name, models):
     hyper = make_hyper(cfg) | {key: np.float32(value) for key, value in NUMBERS.items()}
     loss_fn = OBJECTIVES[cfg.objective.kind](model, cfg)
 
-    @jax.jit
-    @jax.value_and_grad
-    def mean(params: Any) -> Any:
-        total, weight, _ = loss_fn(params, {}, batch, hyper, jax.random.key(0))
-        return total / weight
-
-    ours, grads = mean(params)
+    ours, grads = mean_and_gradients(loss_fn, params, {}, batch, hyper)
     wanted = their_loss(name, theirs, batch, head)
     assert float(ours) == pytest.approx(wanted.item(), rel=BOUND)
     compare_gradients(theirs, wanted, grads)
@@ -168,13 +174,7 @@ def test_distillation_is_that_of_torch(beta, models):
     hyper |= {"jsd_beta": np.float32(beta)}
     loss_fn = distill.make_loss(model, model, 1)
 
-    @jax.jit
-    @jax.value_and_grad
-    def mean(params: Any) -> Any:
-        total, weight, _ = loss_fn(params, {"teacher": teacher}, batch, hyper, jax.random.key(0))
-        return total / weight
-
-    ours, grads = mean(params)
+    ours, grads = mean_and_gradients(loss_fn, params, {"teacher": teacher}, batch, hyper)
     logits_BTV = model.apply(
         {"params": teacher}, batch.tokens_BT, batch.positions_BT, batch.segments_BT
     )[0]
@@ -212,13 +212,7 @@ def test_the_policy_gradient_is_that_of_torch(aggregation, ratio, models):
     hyper = make_hyper(config("language")) | {k: np.float32(v) for k, v in NUMBERS.items()}
     loss_fn = make_loss(model, 1, objective)
 
-    @jax.jit
-    @jax.value_and_grad
-    def mean(params: Any) -> Any:
-        total, weight, _ = loss_fn(params, {}, rollout, hyper, jax.random.key(0))
-        return total / weight
-
-    ours, grads = mean(params)
+    ours, grads = mean_and_gradients(loss_fn, params, {}, rollout, hyper)
     losses, weight = [], 0
     for row in range(shape[0]):
         answer = Answer(theirs, batch, row, 1)

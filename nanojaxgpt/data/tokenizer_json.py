@@ -4,7 +4,10 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from nanojaxgpt.data.subwords import SPACE_MARK
+from nanojaxgpt.errors import DataError
 
 
 def byte_characters() -> dict[str, bytes]:
@@ -45,6 +48,18 @@ def build_from_json(content: bytes) -> tuple[Any, dict[str, Any]]:
     settings = json.loads(content)
     settings["model"].setdefault("type", type(found.model).__name__)  # old files leave it out
     return found, settings
+
+
+def encode_all(tokenizer: Any, parts: Sequence[str]) -> np.ndarray:
+    """Return the ids of texts, int32, one after the other. Raises DataError where it panics."""
+    try:
+        encodings = tokenizer.encode_batch_fast(parts, add_special_tokens=False)
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # of Rust; not an Exception
+            raise
+        size = sum(map(len, parts))
+        raise DataError(f"the tokenizer fails on {size:,} characters: {error}") from error
+    return np.concatenate([np.array(encoding.ids, np.int32) for encoding in encodings])
 
 
 def is_byte_level(settings: dict[str, Any]) -> bool:

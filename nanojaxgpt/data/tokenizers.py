@@ -20,6 +20,7 @@ from nanojaxgpt.data.tokenizer_json import (
     BYTE_OF,
     build_from_json,
     build_gpt2,
+    encode_all,
     find_first_id,
     is_byte_level,
 )
@@ -332,14 +333,7 @@ class JsonTokenizer:
 
     def encode(self, text: str) -> np.ndarray:
         parts = list(cut_after_letters(text, SEGMENT_CHARS)) if self._can_cut else [text]
-        try:
-            encodings = self._tokenizer.encode_batch_fast(parts, add_special_tokens=False)
-        except BaseException as error:
-            if type(error).__name__ != "PanicException":  # of Rust; not an Exception
-                raise
-            raise DataError(f"the tokenizer fails on a text of {len(text):,} characters: {error}"
-                            ) from error  # fmt: skip
-        return np.concatenate([np.array(encoding.ids, np.int32) for encoding in encodings])
+        return encode_all(self._tokenizer, parts)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         known = [i for i in np.asarray(ids).tolist() if i < self.vocab_size]

@@ -1,10 +1,12 @@
-"""The forward pass that all objectives share: a batch's features, and the head that reads them."""
+"""The forward passes that objectives share: features with their head, and log-probabilities."""
 
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from nanojaxgpt.data.rows import Batch
+from nanojaxgpt.loss import map_chunks, token_loss
 from nanojaxgpt.model.config import MULTIPLIERS, Multipliers
 from nanojaxgpt.model.parameters import Params
 from nanojaxgpt.model.transformer import Transformer
@@ -16,17 +18,40 @@ def features(
     params: Params,
     batch: Batch,
     hyper: Hyper,
-    rng: jax.Array,
-    dropout: bool = True,
+    rng: jax.Array | None = None,
 ) -> Any:
     """Return (x_BTD, head), where head(x_BTD) gives float32 logits [B, T, V].
 
-    Without `dropout` the model has none, whatever its config says.
+    Without an rng there is no dropout, whatever the config says.
     """
     found, _ = model.apply(
         {"params": params},
         batch.tokens_BT, batch.positions_BT, batch.segments_BT,
-        deterministic=not dropout or model.cfg.deterministic, logits=False, rngs={"dropout": rng},
+        deterministic=rng is None or model.cfg.deterministic, logits=False,
+        rngs={} if rng is None else {"dropout": rng},
         multipliers=Multipliers(*(hyper[name] for name in MULTIPLIERS)),
     )  # fmt: skip
     return found
+
+
+def log_probabilities(
+    model: Transformer,
+    params: Params,
+    batch: Batch,
+    hyper: Hyper,
+    chunks: int,
+    temperature: float = 1.0,
+) -> jax.Array:
+    """Return the log-probability of each target at a temperature, float32 [B, T].
+
+    There is no dropout, and the logits exist in chunks, see loss.map_chunks.
+    """
+    x_BTD, head = features(model, params, batch, hyper)
+
+    def losses(x_BCD: jax.Array, targets_BC: jax.Array) -> jax.Array:
+        logits_BCV = head(x_BCD)
+        if temperature != 1:
+            logits_BCV /= temperature
+        return token_loss(logits_BCV, targets_BC, jnp.float32(0))
+
+    return -map_chunks(losses, chunks, x_BTD, batch.targets_BT)

@@ -4,7 +4,6 @@ A group holds the completions of one prompt, and the advantage of a completion i
 against the group's: (reward - mean) / (deviation + 1e-4), Shao et al. 2024 (arXiv:2402.03300).
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -13,11 +12,10 @@ import numpy as np
 
 from nanojaxgpt.config.sections import Objective
 from nanojaxgpt.data.rows import Array, Batch
-from nanojaxgpt.loss import map_chunks, token_loss
 from nanojaxgpt.model.parameters import Params
 from nanojaxgpt.model.transformer import Transformer
 from nanojaxgpt.objectives import Loss, Metric
-from nanojaxgpt.objectives.features import features
+from nanojaxgpt.objectives.features import log_probabilities
 from nanojaxgpt.schedules import Hyper
 from nanojaxgpt.trainable import merge_params
 
@@ -35,21 +33,6 @@ class Rollout(NamedTuple):
     advantages_BT: Array  # float32, the same at all places of a row
     old_BT: jax.Array | None = None  # by the policy that sampled; None: by the one that trains
     reference_BT: jax.Array | None = None  # by the policy that the KL term holds to
-
-
-def log_probabilities(
-    head: Callable[[jax.Array], jax.Array],
-    x_BTD: jax.Array,
-    targets_BT: jax.Array,
-    chunks: int,
-    temperature: float,
-) -> jax.Array:
-    """Return the log-probability of each target at a temperature, float32 [B, T]."""
-
-    def losses(x_BCD: jax.Array, targets_BC: jax.Array) -> jax.Array:
-        return token_loss(head(x_BCD) / temperature, targets_BC, jnp.float32(0))
-
-    return -map_chunks(losses, chunks, x_BTD, targets_BT)
 
 
 def advantages(rewards_B: np.ndarray, group_size: int, scaled: bool) -> np.ndarray:
@@ -77,10 +60,8 @@ def make_loss(model: Transformer, loss_chunks: int, objective: Objective) -> Los
     def loss(
         params: Params, frozen: Params, rollout: Rollout, hyper: Hyper, rng: jax.Array
     ) -> tuple[jax.Array, jax.Array, dict[str, Metric]]:
-        x_BTD, head = features(
-            model, merge_params(params, frozen), rollout.batch, hyper, rng, dropout=False
-        )
-        new_BT = log_probabilities(head, x_BTD, rollout.batch.targets_BT, loss_chunks, temperature)
+        whole = merge_params(params, frozen)
+        new_BT = log_probabilities(model, whole, rollout.batch, hyper, loss_chunks, temperature)
         return policy_loss(new_BT, rollout, hyper, objective)
 
     return loss
@@ -91,12 +72,12 @@ def policy_loss(
 ) -> tuple[jax.Array, jax.Array, dict[str, Metric]]:
     """Return the loss of log-probabilities [B, T], as the contract `Loss` has it."""
     weights_BT = rollout.batch.weights_BT
-    lengths_B = jnp.sum(weights_BT, 1, keepdims=True)
+    lengths_B1 = jnp.sum(weights_BT, 1, keepdims=True)
     old_BT = jax.lax.stop_gradient(new_BT) if rollout.old_BT is None else rollout.old_BT
     # Places without weight may hold anything: they must not reach exp.
     difference_BT = jnp.where(weights_BT > 0, new_BT - old_BT, 0)
     if objective.ratio == "sequence":
-        mean_B1 = jnp.sum(difference_BT, 1, keepdims=True) / jnp.maximum(lengths_B, 1)
+        mean_B1 = jnp.sum(difference_BT, 1, keepdims=True) / jnp.maximum(lengths_B1, 1)
         difference_BT = jnp.where(weights_BT > 0, mean_B1, 0)
     ratio_BT = jnp.exp(difference_BT)
     clipped_BT = jnp.clip(ratio_BT, 1 - hyper["clip_low"], 1 + hyper["clip_high"])
@@ -111,11 +92,10 @@ def policy_loss(
         kl_BT = jnp.exp(apart_BT) - apart_BT - 1  # the estimator k3 (Schulman 2020)
         losses_BT += hyper["kl"] * kl_BT
         metrics["kl"] = jnp.sum(kl_BT * weights_BT), tokens
-    if objective.aggregation == "dapo":
-        return jnp.sum(losses_BT * weights_BT), tokens, metrics
-    present_B1 = (lengths_B > 0).astype(jnp.float32)
+    completions = jnp.sum(lengths_B1 > 0).astype(jnp.float32)
     if objective.aggregation == "grpo":
-        weights_BT = weights_BT / jnp.maximum(lengths_B, 1)
-        return jnp.sum(losses_BT * weights_BT), jnp.sum(present_B1), metrics
-    longest = objective.max_tokens
-    return jnp.sum(losses_BT * weights_BT), jnp.sum(present_B1) * longest, metrics
+        weights_BT = weights_BT / jnp.maximum(lengths_B1, 1)
+    weight = {
+        "dapo": tokens, "grpo": completions, "dr_grpo": completions * objective.max_tokens
+    }[objective.aggregation]  # fmt: skip
+    return jnp.sum(losses_BT * weights_BT), weight, metrics

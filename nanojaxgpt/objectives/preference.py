@@ -13,11 +13,10 @@ import jax
 import jax.numpy as jnp
 
 from nanojaxgpt.data.rows import Batch
-from nanojaxgpt.loss import map_chunks, token_loss
 from nanojaxgpt.model.parameters import Params
 from nanojaxgpt.model.transformer import Transformer
 from nanojaxgpt.objectives import Loss, Metric
-from nanojaxgpt.objectives.features import features
+from nanojaxgpt.objectives.features import log_probabilities
 from nanojaxgpt.schedules import Hyper
 from nanojaxgpt.trainable import merge_params
 
@@ -127,21 +126,8 @@ def _pair_sums_backward(segments_BT: jax.Array, grad_BP2: jax.Array) -> tuple[ja
 pair_sums.defvjp(_pair_sums_forward, _pair_sums_backward)
 
 
-def token_log_probabilities(
-    model: Transformer, params: Params, batch: Batch, hyper: Hyper, rng: jax.Array, chunks: int
-) -> jax.Array:
-    """Return the weighted log-probability of each target, without dropout, float32 [B, T]."""
-    x_BTD, head = features(model, params, batch, hyper, rng, dropout=False)
-
-    def losses(x_BCD: jax.Array, targets_BC: jax.Array) -> jax.Array:
-        return token_loss(head(x_BCD), targets_BC, jnp.float32(0))
-
-    losses_BT = map_chunks(losses, chunks, x_BTD, batch.targets_BT)
-    return -losses_BT * batch.weights_BT
-
-
 def read_answers(log_BT: jax.Array, batch: Batch) -> Answers:
-    """Return the answers of a batch; `log_BT` are its `token_log_probabilities`."""
+    """Return the answers of a batch; `log_BT` are its `log_probabilities`."""
     segments_BT: Any = batch.segments_BT
     count_BP2 = pair_sums(batch.weights_BT, segments_BT)
     reference_BP2 = jnp.zeros_like(count_BP2)
@@ -150,7 +136,7 @@ def read_answers(log_BT: jax.Array, batch: Batch) -> Answers:
         reference_BP2 = pair_sums(jnp.where(first_BT, batch.reference_BT, 0), segments_BT)
     present_BP = jnp.all(count_BP2 > 0, -1)
     count_BP2 = jnp.where(present_BP[..., None], count_BP2, 1)
-    policy_BP2 = pair_sums(log_BT, segments_BT)
+    policy_BP2 = pair_sums(log_BT * batch.weights_BT, segments_BT)
     return Answers(policy_BP2, reference_BP2, count_BP2, present_BP.astype(jnp.float32))
 
 
@@ -171,7 +157,7 @@ def make_loss(model: Transformer, loss_chunks: int, name: str) -> Loss:
         params: Params, frozen: Params, batch: Batch, hyper: Hyper, rng: jax.Array
     ) -> tuple[jax.Array, jax.Array, dict[str, Metric]]:
         whole = merge_params(params, frozen)
-        log_BT = token_log_probabilities(model, whole, batch, hyper, rng, loss_chunks)
+        log_BT = log_probabilities(model, whole, batch, hyper, loss_chunks)
         answers = read_answers(log_BT, batch)
         losses_BP, reward_BP2 = pair_loss(answers, hyper)
         losses_BP -= hyper["nll_weight"] * answers.mean_BP2[..., 0]
