@@ -10,6 +10,7 @@ _PUBLIC = {
     "load": "language_model:load",
     "train": "training:fit",
     "evaluate": "language_model:evaluate",
+    "serve": "server.running:serve",
     "base_config": "config:base_config",
     "read_metrics": "metrics:read_metrics",
 }

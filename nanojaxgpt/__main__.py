@@ -16,6 +16,7 @@ import pkgutil
 
 from nanojaxgpt import __version__, commands, console
 from nanojaxgpt.arguments import Command
+from nanojaxgpt.config import cache_path
 from nanojaxgpt.console import explain
 from nanojaxgpt.errors import OK, ConfigError
 from nanojaxgpt.names import unknown_name
@@ -73,6 +74,7 @@ def run_command(name: str, arguments: list[str]) -> None:
         print(__version__)
     elif name in COMMANDS:
         process.keep_freed_memory()
+        process.keep_compiled_programs(cache_path("") / "compiled")
         COMMANDS[name].run(arguments)
     else:
         raise ConfigError(unknown_name("command", name, list(COMMANDS)))

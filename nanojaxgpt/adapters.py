@@ -5,6 +5,7 @@ it, so that another one is never taken for it.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Callable
@@ -21,12 +22,42 @@ from nanojaxgpt.hosts.team import ALONE, Team
 from nanojaxgpt.interchange.loading import read_params
 from nanojaxgpt.interchange.opening import config_of, find_model
 from nanojaxgpt.interchange.pretrained import Pretrained
-from nanojaxgpt.model.config import ModelConfig, complete
+from nanojaxgpt.model.config import JobConfig, ModelConfig, complete
 from nanojaxgpt.model.lora import add_adapters, merge_adapters
 from nanojaxgpt.model.parameters import Params, parameters
-from nanojaxgpt.trainable import merge_params, split_params, trained_patterns
+from nanojaxgpt.model.quantize import dequantize_base, quantize_base, with_int8_rows
+from nanojaxgpt.trainable import merge_params, split_job_params
 
 EDGE = 2**16  # bytes at each end of a file that are hashed
+
+
+class Bases:
+    """The arrays of models that were loaded, so that those of one base are shared.
+
+    An origin says what was read: a hash of it, where it is, and how its kernels were rounded.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[Any, ...], jax.Array] = {}
+
+    def share(
+        self, origin: tuple[str, Path, str], cfg: ModelConfig, mesh: Mesh,
+        read: Callable[[], Params],
+    ) -> Params:  # fmt: skip
+        """Return the parameters of a model `cfg` from `origin`; they are read unless all are known.
+
+        Known arrays are used in either case. Models whose vocabulary or context differs share
+        those of equal shape.
+        """
+        leaves, tree = jax.tree_util.tree_flatten_with_path(checkpoint.abstract_params(cfg, mesh))
+        keys = [
+            (origin, checkpoint.path_name(path), leaf.shape, leaf.dtype, leaf.sharding)
+            for path, leaf in leaves
+        ]
+        if not all(key in self._known for key in keys):
+            for key, array in zip(keys, tree.flatten_up_to(read()), strict=True):
+                self._known.setdefault(key, array)
+        return tree.unflatten([self._known[key] for key in keys])
 
 
 def read_start(
@@ -36,11 +67,16 @@ def read_start(
 
     They have no adapters, and the head for labels that they have there.
     """
+    source, shape = start_source(cfg)
+    return load_source(source, shape, mesh, step, report, team)
+
+
+def start_source(cfg: Config) -> tuple[Path | Pretrained, ModelConfig]:
+    """Return init.from_run or the opened init.from_model, and the model's shape there."""
     name = cfg.init.from_model
     source = find_model(name) if name else Path(cfg.init.from_run)
     labels = config_of(source).model.num_labels
-    model = dataclasses.replace(complete(cfg).model.bare, num_labels=labels)
-    return load_source(source, model, mesh, step, report, team)
+    return source, dataclasses.replace(complete(cfg).model.bare, num_labels=labels)
 
 
 def load_source(
@@ -58,6 +94,16 @@ def load_source(
     return str(source.origin), read_params(source, cfg, mesh)
 
 
+def load_pretrained(
+    source: Pretrained, cfg: ModelConfig, mesh: Mesh, bases: Bases | None
+) -> Params:
+    """Return the parameters of an opened model, shared by `bases`."""
+    if bases is None:
+        return read_params(source, cfg, mesh)
+    origin = hash_model(source.origin), source.origin.resolve(), ""
+    return bases.share(origin, cfg, mesh, lambda: read_params(source, cfg, mesh))
+
+
 def load_run_params(
     run: Path,
     cfg: ModelConfig,
@@ -65,33 +111,66 @@ def load_run_params(
     step: int = 0,
     report: Callable[[str], None] = print,
     team: Team = ALONE,
+    bases: Bases | None = None,
 ) -> tuple[int, Params]:
     """Return (step, parameters) of a run as checkpoint.load_params does, of one with adapters too.
 
-    These are merged where the model `cfg` has none. Raises CheckpointError, ConfigError.
+    These are merged where the model `cfg` has none. What others may have is shared by `bases`.
+    Raises CheckpointError, ConfigError.
     """
     theirs = rundir.read_config(run)
     if not theirs.lora.rank:
-        return checkpoint.load_params(run, cfg, mesh, step, report, team)
+        step, params = checkpoint.load_params(run, cfg, mesh, step, report, team)
+        if bases is not None:
+            origin = hash_saved(run, step), run.resolve(), ""
+            params = bases.share(origin, cfg, mesh, lambda: params)
+        return step, params
     shape = {f"model.{name}": value for name, value in cfg.given().items()}
     job = complete(config.with_fields(theirs, shape))
     abstract = checkpoint.abstract_params(job.model, mesh)
-    abstract, _ = split_params(abstract, trained_patterns(job))
+    abstract, _ = split_job_params(abstract, job)
     found = checkpoint.restore(run / "checkpoints", {"params": abstract}, step, report, team)
     if found is None:
         raise CheckpointError(f"{run} has no checkpoint yet")
     step, items = found
-    params = merge_params(items["params"], frozen_base(job, run, mesh, report, team))
+    whole = rounded_base(job, run, mesh, report, team, Bases() if bases is None else bases)
+    params = merge_params(items["params"], split_job_params(whole, job)[1])
     return step, params if cfg.lora.rank else merge_adapters(job.model, params)
 
 
+def rounded_base(
+    cfg: JobConfig, run: Path, mesh: Mesh, report: Callable[[str], None], team: Team, bases: Bases
+) -> Params:
+    """Return all parameters of the base of a run with adapters, rounded as lora.base_dtype says."""
+    known = team.decide(lambda: base_identity(cfg, run))
+    source, shape = start_source(cfg)
+    where = source if isinstance(source, Path) else source.origin
+    origin = known["hash"], where.resolve(), cfg.lora.base_dtype
+
+    def read() -> Params:
+        _, whole = load_source(source, shape, mesh, known["step"], report, team)
+        if not cfg.lora.base_dtype:
+            return whole
+        whole = quantized(cfg.model, whole, mesh)
+        return jax.jit(functools.partial(dequantize_base, cfg.model))(whole)
+
+    return bases.share(origin, shape, mesh, read)
+
+
 def frozen_base(
-    cfg: Config, run: Path, mesh: Mesh, report: Callable[[str], None], team: Team = ALONE
+    cfg: JobConfig, run: Path, mesh: Mesh, report: Callable[[str], None], team: Team = ALONE
 ) -> Params:
     """Return the frozen parameters of a run with adapters. Raises what `base_identity` raises."""
     step = team.decide(lambda: base_identity(cfg, run))["step"]
     _, whole = read_start(cfg, mesh, step, report, team)
-    return split_params(whole, trained_patterns(cfg))[1]
+    return quantized(cfg.model, split_job_params(whole, cfg)[1], mesh)
+
+
+def quantized(cfg: ModelConfig, frozen: Params, mesh: Mesh) -> Params:
+    """Return parameters of a base on a mesh, with their kernels as lora.base_dtype says."""
+    quantize, rows = functools.partial(quantize_base, cfg), with_int8_rows(parameters(cfg))
+    layout = sharding.tree_shardings(jax.eval_shape(quantize, frozen), rows, mesh)
+    return jax.jit(quantize, out_shardings=layout)(frozen)
 
 
 def place_adapters(cfg: ModelConfig, params: Params, rng: jax.Array, mesh: Mesh) -> Params:

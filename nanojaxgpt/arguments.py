@@ -1,8 +1,9 @@
 """In: the arguments after a command. Out: its options, and the config that they name."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple, NoReturn
 
 from nanojaxgpt import config, rundir
@@ -93,12 +94,12 @@ def parse(
     arguments: list[str],
     options: dict[str, dict[str, Any]],
     path: tuple[str, str] = ("RUN", "the run directory"),
-    other: tuple[str, str] | None = None,
+    more: Mapping[str, dict[str, Any]] = MappingProxyType({}),
 ) -> Any:
     """Return the parsed arguments of a command: RUN or --run, its options, and the overrides.
 
     The first line of `about` heads the command's --help; `path` is the name and the help of the
-    positional argument, `other` that of a second one. Raises ConfigError.
+    positional argument, and `more` has the settings of those after it. Raises ConfigError.
     """
     for argument in arguments:
         try:
@@ -110,15 +111,16 @@ def parse(
     prog, first = f"nanojaxgpt {command}", (about or "").split("\n")[0]  # python -OO drops it
     parser = Parser(prog=prog, description=first, allow_abbrev=False)
     parser.add_argument("path", metavar=path[0], nargs="?", help=path[1])
-    if other:
-        parser.add_argument("other", metavar=other[0], nargs="?", help=other[1])
+    for name, settings in more.items():
+        given: dict[str, Any] = {"nargs": "?", **settings}
+        parser.add_argument(name, **given)
     parser.add_argument("--run", default="", help="the same as the positional argument")
     shown = "show the warnings of XLA, Orbax and other libraries"
     parser.add_argument("--verbose", action="store_true", help=shown)
     for name, settings in options.items():
         parser.add_argument(f"--{name}", **settings)
-    others, overrides = split_overrides(arguments)
-    parsed, unknown = parser.parse_known_args(others)
+    own, overrides = split_overrides(arguments)
+    parsed, unknown = parser.parse_known_args(own)
     if unknown and unknown[0].startswith("-"):
         flags = [flag for action in parser._actions for flag in action.option_strings]
         known = [name for name, _ in config.fields(config.base_config())]
@@ -181,14 +183,15 @@ def open_model_config(
     about: str | None,
     arguments: list[str],
     options: dict[str, dict[str, Any]],
-    other: tuple[str, str] | None = None,
+    more: Mapping[str, dict[str, Any]] = MappingProxyType({}),
 ) -> tuple[argparse.Namespace, Config]:
     """Return the parsed arguments of a command that reads a MODEL, and the config of that.
 
-    `parsed.source` is the run directory, or the opened model of another format.
+    `parsed.source` is the run directory, or the opened model of another format. `parsed.mesh` holds
+    the sizes of the mesh where they are given, else None: one device.
     """
     step = {"default": "", "help": "step of a checkpoint, or best; default: the newest"}
-    parsed = parse(command, about, arguments, options | {"step": step}, MODEL, other)
+    parsed = parse(command, about, arguments, options | {"step": step}, MODEL, more)
     if not parsed.run:
         raise ConfigError(f"{command} needs a model: nanojaxgpt {command} MODEL, a run directory, "
                           "a Hugging Face folder, a .gguf file or hf:OWNER/NAME")  # fmt: skip
@@ -208,29 +211,35 @@ def open_model_config(
     parsed.source = find_model(parsed.run)
     if parsed.step and not isinstance(parsed.source, Path):
         raise ConfigError(f"--step: {parsed.run} has no checkpoints; leave it out")
-    return parsed, config.override_config(config_of(parsed.source), parsed.overrides)
+    cfg = config.override_config(config_of(parsed.source), parsed.overrides)
+    has_mesh = any(name.startswith("mesh.") for name in parsed.overrides)
+    parsed.mesh = cfg.mesh.given() if has_mesh else None
+    return parsed, cfg
 
 
 def open_for_sampling(
-    command: str, about: str | None, arguments: list[str]
+    command: str,
+    about: str | None,
+    arguments: list[str],
+    options: dict[str, dict[str, Any]] | None = None,
+    more: Mapping[str, dict[str, Any]] = MappingProxyType({}),
+    without: Sequence[str] = (),
 ) -> tuple[argparse.Namespace, Config]:
-    """As `open_model_config`, with each field of the section `sample` as an option.
+    """As `open_model_config`, with each field of the section `sample` as an option too.
 
-    `parsed.mesh` holds the sizes of the mesh where they are given, else None: one device.
+    But for those of `without`.
     """
-    names = list(Sample().rules())
-    options: dict[str, dict[str, Any]] = {
+    names = [name for name in Sample().rules() if name not in without]
+    fields: dict[str, dict[str, Any]] = {
         name: {"default": None, "help": HELP.get(name, f"overrides the config's sample.{name}")}
         for name in names
     }
-    options["stop"]["action"] = "append"
-    parsed, cfg = open_model_config(command, about, arguments, options)
+    fields["stop"]["action"] = "append"
+    parsed, cfg = open_model_config(command, about, arguments, fields | (options or {}), more)
     if parsed.stop is not None:
         parsed.stop = repr(tuple(filter(None, parsed.stop)))
     given = {f"sample.{name}": getattr(parsed, name) for name in names}
     cfg = config.override_config(cfg, {k: v for k, v in given.items() if v is not None})
-    has_mesh = any(name.startswith("mesh.") for name in parsed.overrides)
-    parsed.mesh = cfg.mesh.given() if has_mesh else None
     return parsed, cfg
 
 

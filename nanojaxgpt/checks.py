@@ -242,6 +242,12 @@ def lora_problems(cfg: "Config") -> list[str]:
         problems.append(
             f"lora.rank={cfg.lora.rank} adapts a model: set init.from_model or init.from_run"
         )
+    if cfg.lora.rank and cfg.optim.trainable_layers:
+        problems.append("lora.rank and optim.trainable_layers are both set: set one of them to 0")
+    if cfg.lora.base_dtype and not cfg.lora.rank:
+        problems.append(
+            f"lora.base_dtype={cfg.lora.base_dtype} is of the base of adapters: set lora.rank"
+        )
     if cfg.lora.rank and cfg.init.state == "all":
         problems.append(
             "init.state=all continues a whole run, without new adapters: set lora.rank=0"

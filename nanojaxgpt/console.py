@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import sys
 import threading
 import time
@@ -25,6 +26,7 @@ from nanojaxgpt.errors import (
     why,
 )
 
+CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tabs and line ends
 REPORTED_LINES = 5  # of the errors that libraries logged
 Item = TypeVar("Item")
 COMPILE_SECONDS = 1.0  # a compilation that takes longer is reported
@@ -197,6 +199,14 @@ def has_screen(out: TextIO) -> bool:
         return os.get_terminal_size(out.fileno()).lines > 0
     except (OSError, ValueError):  # no file behind it
         return True
+
+
+def printable(text: str) -> str:
+    """Return text for standard output: on a terminal, control characters but \\n and \\t as "?".
+
+    A model may have learned, or been made, to write the sequences that steer a terminal.
+    """
+    return CONTROLS.sub("?", text) if sys.stdout.isatty() else text
 
 
 class Progress:

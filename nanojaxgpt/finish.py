@@ -14,7 +14,7 @@ from nanojaxgpt.data.loader import prepare_data, resolve
 from nanojaxgpt.errors import CheckpointError
 from nanojaxgpt.extras import plots_advice
 
-PLOT, RECORD = "loss.png", "finished.json"
+PLOT, TASKS_PLOT, RECORD = "loss.png", "tasks.png", "finished.json"
 HASHED_BYTES = 8 * 2**30  # some ten seconds; a larger checkpoint is read by the next `train`
 
 
@@ -28,7 +28,10 @@ def end_run(run: Path, report: Callable[[str], None]) -> None:
         if missing := plots_advice():
             report(f"no {PLOT}: {missing}")
         else:
-            metrics.plot_losses(metrics.read_metrics(run), run / PLOT, run.name)
+            records = metrics.read_metrics(run)
+            metrics.plot_losses(records, run / PLOT, run.name)
+            if curves := metrics.task_curves(records):
+                metrics.plot_tasks(curves, run / TASKS_PLOT, run.name)
         (run / RECORD).unlink(missing_ok=True)
         if record := hash_checkpoint(run):
             rundir.write_text(run / RECORD, json.dumps(record, indent=2) + "\n")
@@ -104,10 +107,13 @@ def summary(run: Path, records: list[dict[str, Any]], saved: list[int]) -> Itera
         kept = "" if best[0] in saved else ", not kept as a checkpoint"
         yield "  validation loss  {1:.4f} at step {0}".format(*found[-1])
         yield "  best             {1:.4f} at step {0}{2}".format(*best, kept)
+    for name, curve in metrics.task_curves(records).items():
+        yield f"  {name.removeprefix(metrics.TASK)} {{1:.4f}} at step {{0}}".format(*curve[-1])
     if saved:
         yield f"  checkpoint       {run}/checkpoints/{saved[-1]}"
-    if (run / PLOT).exists():
-        yield f"  plot             {run}/{PLOT}"
+    for plot in (PLOT, TASKS_PLOT):
+        if (run / plot).exists():
+            yield f"  plot             {run}/{plot}"
     yield "next:"
     yield f"  nanojaxgpt eval {shlex.quote(str(run))}"
     yield f"  nanojaxgpt sample {shlex.quote(str(run))} --prompt=TEXT"

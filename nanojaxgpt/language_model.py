@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from nanojaxgpt import checkpoint, config, memory, rundir, sharding
-from nanojaxgpt.adapters import load_run_params
+from nanojaxgpt.adapters import Bases, load_pretrained, load_run_params
 from nanojaxgpt.batches import without_documents
 from nanojaxgpt.config.sections import Config, Objective
 from nanojaxgpt.console import warn
@@ -25,9 +25,18 @@ from nanojaxgpt.data.loader import (
 )
 from nanojaxgpt.data.tokenizers import Tokenizer
 from nanojaxgpt.errors import ConfigError, DataError
-from nanojaxgpt.interchange.loading import read_params
-from nanojaxgpt.interchange.opening import HUB, adopted, config_of, find_model
+from nanojaxgpt.interchange.opening import adopted, config_of, find_model
 from nanojaxgpt.interchange.pretrained import Pretrained
+from nanojaxgpt.interchange.provenance import (
+    HUB,
+    SCRATCH,
+    Provenance,
+    front_matter,
+    load_provenance,
+    origin_line,
+    save_provenance,
+)
+from nanojaxgpt.interchange.targets import check_free, new_folder
 from nanojaxgpt.interchange.templates import (
     ChatTemplate,
     load_template,
@@ -40,9 +49,9 @@ from nanojaxgpt.model.parameters import Params, count_params, parameters
 from nanojaxgpt.model.transformer import Transformer
 from nanojaxgpt.reference import fill_reference, read_tables
 from nanojaxgpt.sample import Sampling, padded_length, stream
-from nanojaxgpt.text_stream import TextStream, encode_prompt
+from nanojaxgpt.text_stream import TextStream, encode_pair, encode_prompt
 from nanojaxgpt.trainable import is_trainable, trained_patterns
-from nanojaxgpt.training import make_evaluation
+from nanojaxgpt.validation import make_evaluation
 
 GGUF_TYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "q8_0": "Q8_0"}
 LOWER = (
@@ -77,6 +86,7 @@ class LanguageModel:
     run: Path
     step: int
     chat_template: str = ""
+    provenance: Provenance = SCRATCH
 
     def stream(
         self,
@@ -155,15 +165,12 @@ class LanguageModel:
         as lm-eval does it; an empty prompt is a new document. Of what is longer than the context
         the end counts. Raises ConfigError where the continuation alone is longer.
         """
-        kept = prompt.rstrip()
-        start = self.encode(kept)
-        whole = start[:1] if not kept or self.tokenizer.start_id >= 0 else []
-        whole += self.tokenizer.encode(prompt + continuation).tolist()
-        count = len(whole) - len(start)
+        start, rest = encode_pair(self.tokenizer, prompt, continuation)
+        count = len(rest)
         if not 0 < count <= self.config.seq_len:
             raise ConfigError(f"a continuation of {count} tokens can't be scored: it must have at "
                               f"least one and fit a context of {self.config.seq_len}")  # fmt: skip
-        ids_T = np.array(whole[-self.config.seq_len - 1 :], np.int32)
+        ids_T = np.array((start + rest)[-self.config.seq_len - 1 :], np.int32)
         logits_TV = self.logits(ids_T[None, :-1])[0, -count:].astype(np.float64)
         top_T = logits_TV.max(-1)
         norm_T = top_T + np.log(np.exp(logits_TV - top_T[:, None]).sum(-1))
@@ -183,6 +190,26 @@ class LanguageModel:
         return open_template(self.chat_template, self.tokenizer)
 
     @property
+    def vocab_rows(self) -> int:
+        """The rows of the vocabulary that count: all that the model started from, or those of
+        the tokenizer, after which only padding follows.
+        """
+        own = self.experiment.init.from_model or self.experiment.init.from_run
+        return self.config.vocab_size if own else self.tokenizer.vocab_size
+
+    @property
+    def first_id(self) -> int:
+        """The id before a text that nothing precedes, as lm-eval chooses it.
+
+        That is the start token, or the bos token that the model's files state, or the end token.
+        Raises ConfigError where there is none.
+        """
+        stated = self.provenance.tokenizer.get("bos_token", -1)
+        if self.tokenizer.start_id < 0 <= stated:
+            return stated
+        return encode_prompt(self.tokenizer, "")[0]
+
+    @property
     def end_ids(self) -> tuple[int, ...]:
         """The ids that end a text: the tokenizer's end token, and sample.end_ids."""
         return tuple({self.tokenizer.end_id, *self.experiment.sample.end_ids} - {-1})
@@ -198,8 +225,7 @@ class LanguageModel:
         """
         target = Path(folder)
         rundir.check_folder("folder", target.parent)
-        if target.exists() and (not target.is_dir() or any(target.iterdir())):
-            raise ConfigError(f"{target} is not empty: choose another one")
+        check_free(target)
         if self.config.lora.rank and format != "peft":
             return self.merged().save(folder, format, dtype)
         if (format == "gguf") != (target.suffix == ".gguf"):
@@ -210,9 +236,7 @@ class LanguageModel:
         if format == "peft":
             return self.save_adapters(target, dtype or "float32")
         dtype = dtype or self.config.param_dtype
-        own = self.experiment.init.from_model or self.experiment.init.from_run
-        rows = self.config.vocab_size if own else self.tokenizer.vocab_size
-        cfg = dataclasses.replace(self.config, vocab_size=rows)
+        cfg = dataclasses.replace(self.config, vocab_size=self.vocab_rows)
         parts = cfg, self.params, self.tokenizer, self.chat_template
         if format == "run":
             self.save_run(target)
@@ -220,11 +244,13 @@ class LanguageModel:
             from nanojaxgpt.interchange import huggingface
 
             sample = self.experiment.sample.given()
-            huggingface.write_folder(target, *parts, sample, dtype, self.card(target.name))
+            huggingface.write_folder(target, *parts, sample, dtype, self.card(target.name),
+                                     provenance=self.provenance)  # fmt: skip
         elif format == "gguf":
             from nanojaxgpt.interchange import gguf_write
 
-            gguf_write.write_file(target, *parts, target.stem, GGUF_TYPES.get(dtype, dtype))
+            gguf_write.write_file(target, *parts, target.stem, GGUF_TYPES.get(dtype, dtype),
+                                  self.provenance)  # fmt: skip
         else:
             raise ConfigError(f"format={format!r} must be one of run, hf, gguf, peft")
 
@@ -232,7 +258,7 @@ class LanguageModel:
         """Return the model with its adapters added to its kernels; itself where it has none."""
         if not self.config.lora.rank:
             return self
-        plain = config.with_fields(self.experiment, {"lora.rank": 0})
+        plain = config.with_fields(self.experiment, {"lora.rank": 0, "lora.base_dtype": ""})
         params = merge_adapters(self.config, self.params)
         return dataclasses.replace(self, config=plain.model, params=params, experiment=plain)
 
@@ -252,32 +278,40 @@ class LanguageModel:
         base = find_model(init.from_model) if init.from_model else Path(init.from_run)
         family = "" if isinstance(base, Path) else base.family
         name = (init.from_model or init.from_run).removeprefix(HUB)
-        peft.write_adapter(folder, self.config, self.params, name, family, dtype)
+        card = self.card(folder.name, "peft")
+        peft.write_adapter(folder, self.config, self.params, name, family, dtype, card)
 
     def save_run(self, run: Path) -> None:
         """Write the model as a run directory that every command takes."""
-        with rundir.writing(run, ConfigError):
-            (run / "tokenizer").mkdir(parents=True)
-            self.tokenizer.save(run / "tokenizer")
-            save_template(run / "tokenizer", self.chat_template)
-            rundir.write_text(run / "config.json", config.to_json(self.experiment))
-        keep = checkpoint.Keep(1, 0, 0, dict)
-        saved = checkpoint.Checkpoints(run / "checkpoints", keep)
-        saved.save(self.step, {"params": self.params})
-        saved.close()
+        with new_folder(run) as partial:
+            (partial / "tokenizer").mkdir()
+            self.tokenizer.save(partial / "tokenizer")
+            save_template(partial / "tokenizer", self.chat_template)
+            save_provenance(partial, self.provenance)
+            rundir.write_text(partial / "config.json", config.to_json(self.experiment))
+            known = rundir.read_identity(self.run, "the corpus") if self.run.is_dir() else {}
+            data = known.get("data") or {"tokenizer": self.tokenizer.content_hash()}
+            devices = [device.device_kind for device in self.mesh.devices.flat]
+            rundir.write_identity(partial, self.experiment, data, devices, warn, {})
+            keep = checkpoint.Keep(1, 0, 0, dict)
+            saved = checkpoint.Checkpoints(partial / "checkpoints", keep)
+            saved.save(self.step, {"params": self.params})
+            saved.close()
 
-    def card(self, name: str) -> str:
-        """Return a model card in Markdown: what the model is, and where it comes from."""
-        cfg, init = self.config, self.experiment.init
+    def card(self, name: str, library: str = "transformers") -> str:
+        """Return a model card in Markdown: what the model is, and where it comes from.
+
+        `library` reads what is written; of adapters the card speaks of the whole model.
+        """
+        cfg, init, known = self.config, self.experiment.init, self.provenance
         size = f"{cfg.num_layers} layers, {cfg.embed_dim} wide, context {cfg.seq_len}"
-        lines = [
-            f"# {name}",
-            "",
-            f"A language model of {count_params(cfg):,} parameters: {size}.",
-            "",
-        ]
-        if origin := init.from_model or init.from_run:
-            lines += [f"It started from `{origin}`, whose licence holds for it.", ""]
+        known = known if known.name else known._replace(name=init.from_model or init.from_run)
+        lines = [*front_matter(known, library), f"# {name}", ""]
+        lines += [f"A language model of {count_params(cfg.bare):,} parameters: {size}.", ""]
+        if cfg.lora.rank:
+            lines += [f"These are its adapters alone (LoRA, rank {cfg.lora.rank}).", ""]
+        if known.name:
+            lines += [origin_line(known), ""]
         if self.step:
             data = self.experiment.data
             source = ", ".join(data.mixture) or data.source
@@ -304,15 +338,17 @@ def load(
     mesh: Mesh | Mapping[str, int] | None = None,
     step: int = 0,
     report: Callable[[str], None] = warn,
+    bases: Bases | None = None,
 ) -> LanguageModel:
     """Return a model: of a run directory, a Hugging Face folder, a .gguf file, or hf:OWNER/NAME.
 
     Of a run its newest good checkpoint, or that of `step`. `mesh` is a mesh or the sizes of its
-    axes, as in {"fsdp": 2, "tensor": 2}; the default is one device. Raises ConfigError, DataError,
+    axes, as in {"fsdp": 2, "tensor": 2}; the default is one device. Models that are loaded with
+    the same `bases` share the arrays of a common base. Raises ConfigError, DataError,
     CheckpointError, MemoryExceeded.
     """
     source = find_model(model)
-    return open_model(source, config_of(source), mesh, step, report)
+    return open_model(source, config_of(source), mesh, step, report, bases)
 
 
 def open_model(
@@ -321,6 +357,7 @@ def open_model(
     mesh: Mesh | Mapping[str, int] | None = None,
     step: int = 0,
     report: Callable[[str], None] = warn,
+    bases: Bases | None = None,
 ) -> LanguageModel:
     """Return an opened model, whose config may have been changed where the model is not."""
     if not isinstance(mesh, Mesh):
@@ -328,18 +365,22 @@ def open_model(
         mesh = sharding.make_mesh(mesh or {}, devices)
     if isinstance(source, Path):
         origin, tokenizer = source, load_run_tokenizer(source, report)
-        template = load_template(source / "tokenizer")
+        template, provenance = load_template(source / "tokenizer"), load_provenance(source)
     else:
         origin, tokenizer, template = source.origin, source.tokenizer, source.chat_template
+        provenance = source.provenance
         cfg = adopted(cfg, source.config, str(origin))
-    job_cfg = complete(cfg)
+    with jax.set_mesh(mesh):
+        dtype = sharding.compute_dtype(cfg.model.compute_dtype, sharding.platform())
+    job_cfg = complete(config.with_fields(cfg, {"model.compute_dtype": dtype}))
     with memory.explained("loading the model", mesh, lambda: LOWER), jax.set_mesh(mesh):
         memory.check_model("the model", job_cfg.model, mesh, 0, LOWER)
         if isinstance(source, Path):
-            step, params = load_run_params(source, job_cfg.model, mesh, step, report)
+            step, params = load_run_params(source, job_cfg.model, mesh, step, report, bases=bases)
         else:
-            params = read_params(source, job_cfg.model, mesh)
-    return LanguageModel(job_cfg.model, params, tokenizer, mesh, job_cfg, origin, step, template)
+            params = load_pretrained(source, job_cfg.model, mesh, bases)
+    return LanguageModel(job_cfg.model, params, tokenizer, mesh, job_cfg, origin, step, template,
+                         provenance)  # fmt: skip
 
 
 def evaluate(

@@ -9,6 +9,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from nanojaxgpt import console, flops, metrics
 from nanojaxgpt.data.loader import fetch_ahead
 from nanojaxgpt.errors import CheckpointError, NonFiniteError
+from nanojaxgpt.hosts.garbage import collected_every
 from nanojaxgpt.hosts.process import StopRequest
 from nanojaxgpt.hosts.team import ALONE, Team
 from nanojaxgpt.hosts.watchdog import Watchdog
@@ -50,11 +51,14 @@ class Loop:
         self.stop.deferred = True
         self.watchdog = Watchdog(cfg.train.hang_timeout_seconds)
         try:
-            missed = self.start and due(self.start, cfg.eval.every_steps)
+            missed = self.start and self.recorder.evaluates_at(self.start)
             if missed and self.start not in self.recorder.losses:
                 self.validate(self.start, state)  # the run was stopped between saving and this
             ahead = cfg.data.prefetch_batches
-            with closing(fetch_ahead(self.job.train_batch, self.start, last, ahead)) as batches:
+            with (
+                closing(fetch_ahead(self.job.train_batch, self.start, last, ahead)) as batches,
+                collected_every(cfg.train.gc_every_steps) as collect,
+            ):
                 for step, batch in enumerate(self.watchdog.each(batches), self.start + 1):
                     grows = step > self.start + 1 and ramp.size(step - 1) > ramp.size(step - 2)
                     if grows:
@@ -62,6 +66,7 @@ class Loop:
                     first = grows or step == self.start + 1
                     with self.progress.compiling(STEP) if first else nullcontext():
                         state, numbers = self.job.train_step(state, batch, hyper, frozen)
+                    collect(step)  # while the devices work on this step
                     self.read()
                     if grows:
                         rows = ramp.size(step - 1)
@@ -101,7 +106,7 @@ class Loop:
             raise self.stop.stopped(
                 f"saved step {step} in {self.run}; rerun the same command to resume"
             )
-        if not last and due(step, cfg.eval.every_steps):
+        if not last and self.recorder.evaluates_at(step):
             self.read()
             self.validate(step, state)
 

@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 
 from nanojaxgpt import checkpoint, sharding
 from nanojaxgpt.config import with_fields
+from nanojaxgpt.config.remat import parse_remat
 from nanojaxgpt.config.sections import Config
 from nanojaxgpt.data.rows import Batch
 from nanojaxgpt.errors import ConfigError, MemoryExceeded
@@ -123,8 +124,15 @@ def device_tokens(cfg: Config) -> float:
 def kept_activations(cfg: JobConfig, policy: str) -> float:
     """Return the fewest bytes of activations that a device keeps for the backward pass."""
     mesh, model = cfg.mesh, cfg.model
-    width = model.embed_dim
-    if policy != "full":
+    width, remat = model.embed_dim, parse_remat(policy)
+    if remat.policy == "names":
+        widths: dict[str, float] = dict.fromkeys(("o", "down", "mlp_input"), model.embed_dim)
+        widths |= dict.fromkeys(("q", "attention"), model.num_heads * model.head_dim / mesh.tensor)
+        widths |= dict.fromkeys(("k", "v"), model.num_kv_heads * model.head_dim / mesh.tensor)
+        widths |= dict.fromkeys(("gate", "up"), model.mlp_dim / mesh.tensor)
+        width = 0 if "layer_input" in remat.offload else width
+        width += sum(widths.get(name, 0) for name in remat.save)
+    elif policy != "full":
         width += (2 * model.embed_dim + model.mlp_dim) / mesh.tensor
     item = 2 if model.compute_dtype == "bfloat16" else 4
     return model.num_layers * device_tokens(cfg) * width * item

@@ -13,6 +13,8 @@ from nanojaxgpt.errors import CheckpointError, ConfigError
 from nanojaxgpt.extras import plots_advice
 from nanojaxgpt.trackers import close_all, open_trackers
 
+TASK = "task_"  # what the names of the benchmarks' numbers begin with
+
 
 def read_metrics(run: Path, report: Callable[[str], None] | None = None) -> list[dict[str, Any]]:
     """Return the records of a run's metrics.jsonl; lines that are none are left out.
@@ -166,6 +168,31 @@ def plot_losses(records: Iterable[dict[str, Any]], path: Path, title: str) -> No
     axes.grid(alpha=0.3)
     if axes.lines:
         axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def task_curves(records: Iterable[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:
+    """Return the (step, value) of each number of a benchmark, by its name."""
+    found: dict[str, list[tuple[int, float]]] = {}
+    for record in records:
+        for name, value in record.items():
+            if name.startswith(TASK):
+                found.setdefault(name, []).append((record["step"], value))
+    return found
+
+
+def plot_tasks(curves: dict[str, list[tuple[int, float]]], path: Path, title: str) -> None:
+    """Write the numbers of benchmarks against the step as a PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for name, points in curves.items():
+        axes.plot(*zip(*points, strict=True), label=name.removeprefix(TASK), marker="o",
+                  markersize=3)  # fmt: skip
+    axes.set(xlabel="step", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend()
     figure.savefig(path, dpi=120)
 
 

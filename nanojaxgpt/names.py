@@ -83,7 +83,12 @@ OTHER_NAMES: dict[str, OtherName] = _table(
     ),
     ("dropout_rate", "model.dropout", _M, ""),
     ("attn_implementation", "model.attention", _T, ""),
-    ("remat_policy", "model.remat", _M, ""),
+    ("remat_policy", "model.remat", _M, "ours names what is kept: save=... offload=..."),
+    (
+        "sa_block_q sa_block_kv sa_block_kv_compute sa_block_q_dkv sa_block_kv_dkv "
+        "sa_use_fused_bwd_kernel",
+        "model.attention_blocks", _M, "one field: q=1024 kv=1024 fused=true",
+    ),
     ("gradient_checkpointing", "model.remat", _T, "True is full"),
     ("scan_layers", "model.unroll", _M, "layers are always scanned; 1 unrolls none"),
     ("torch_dtype", "model.param_dtype", _T, ""),

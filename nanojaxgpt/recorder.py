@@ -28,11 +28,16 @@ def ignore(step: int) -> None:
     """Do nothing after an evaluation."""
 
 
+def no_benchmarks(params: Params) -> dict[str, float]:
+    """Return no numbers, where eval.tasks is empty."""
+    return {}
+
+
 class Job(NamedTuple):
     """Everything that one run needs, built from its config; step.Step has the state's part.
 
     `evaluated` is called with the step of each evaluation after it is written; an exception from
-    it ends the training.
+    it ends the training. `benchmarks` gives the numbers of eval.tasks.
     """
 
     cfg: JobConfig
@@ -46,6 +51,7 @@ class Job(NamedTuple):
     train_batch: Callable[[int], Batch]
     evaluate: Callable[..., dict[str, Any]]
     evaluated: Callable[[int], None] = ignore
+    benchmarks: Callable[[Params], dict[str, float]] = no_benchmarks
 
 
 class Recorder:
@@ -115,14 +121,22 @@ class Recorder:
         self.saved = step
         self.reset_clock(step)
 
-    def validate(self, step: int, params: Params, opt_state: PyTree, *through: Callable) -> bool:
-        """Evaluate parameters and write the numbers; return False without validation data.
+    def evaluates_at(self, step: int) -> bool:
+        """Return whether parameters are evaluated after this step, which is not the last."""
+        cfg = self.job.cfg.eval
+        return due(step, cfg.every_steps) or bool(cfg.tasks and due(step, cfg.tasks_every_steps))
 
-        `through` are further arguments of the evaluation, see training.make_evaluation.
+    def validate(self, step: int, params: Params, opt_state: PyTree, *through: Callable) -> None:
+        """Evaluate parameters and write the numbers, of benchmarks too where it is time.
+
+        `through` are further arguments of the evaluation, see validation.make_evaluation.
         """
+        cfg = self.job.cfg
+        if step == cfg.train.num_steps or due(step, cfg.eval.tasks_every_steps):
+            self.benchmark(step, params)
         found = self.job.evaluate(params, *through)
         if not (count := found.pop("tokens")):
-            return False
+            return
         self.losses[step] = found["loss"]
         confusion = found.pop("confusion", None)
         found.pop("perplexity", None)  # it follows from the loss
@@ -137,7 +151,14 @@ class Recorder:
         )
         self.reset_clock(step)
         self.job.evaluated(step)
-        return True
+
+    def benchmark(self, step: int, params: Params) -> None:
+        """Run the benchmarks, if there are any, and write their numbers."""
+        if found := self.job.benchmarks(params):
+            self.writer.write(step, **found)
+            numbers = ", ".join(f"{name} {value:.4f}" for name, value in found.items())
+            self.say(f"step {step}: {numbers}")
+            self.reset_clock(step)
 
 
 def train_ramp(cfg: Config) -> Ramp:

@@ -22,19 +22,20 @@ INFINITY_BITS = 0x7F800000  # of a float32
 class Sampling(NamedTuple):
     """How the next token is chosen; the defaults sample from the model as it is.
 
-    The filters apply in this order, each to what the one before has left.
+    The filters apply in this order, each to what the one before has left. Their numbers may be
+    arrays [B, 1], one for each row.
     """
 
-    temperature: float = 1.0  # below GREEDY_BELOW: the likeliest
-    top_k: int = 0  # keep the k likeliest; 0: all
-    top_p: float = 1.0  # keep the fewest likeliest whose probability reaches this, at least one
-    min_p: float = 0.0  # keep those at least this fraction as likely as the likeliest
+    temperature: float | jax.Array = 1.0  # below GREEDY_BELOW: the likeliest
+    top_k: int | jax.Array = 0  # keep the k likeliest; 0: all
+    top_p: float | jax.Array = 1.0  # keep the fewest likeliest that reach this, at least one
+    min_p: float | jax.Array = 0.0  # keep those at least this fraction as likely as the likeliest
     vocab_size: int = 0  # ids from here on are padding of the table; 0: none is
     end_ids: tuple[int, ...] = ()  # a row that draws one of these is done, and repeats it
 
     @property
-    def greedy(self) -> bool:
-        """Whether the likeliest token is taken, the lowest id among equals."""
+    def greedy(self) -> Any:
+        """Whether the likeliest token is taken, the lowest id among equals; bool, or [B, 1]."""
         return self.temperature < GREEDY_BELOW
 
 
@@ -51,6 +52,21 @@ class Decoding(NamedTuple):
     rng_B: jax.Array
 
 
+def where_on(is_on: Any, change: Callable, logits_BV: jax.Array) -> jax.Array:
+    """Return change(logits) where it is on, for all rows or [B, 1]; other rows keep their bits.
+
+    Nothing is computed where it is on for no row.
+    """
+    if isinstance(is_on, bool):
+        return change(logits_BV) if is_on else logits_BV
+    return jax.lax.cond(
+        jnp.any(is_on),
+        lambda logits_BV: jnp.where(is_on, change(logits_BV), logits_BV),
+        lambda logits_BV: logits_BV,
+        logits_BV,
+    )
+
+
 def filter_logits(logits_BV: jax.Array, how: Sampling) -> jax.Array:
     """Return float32 logits at the temperature, with -inf for the tokens that are filtered out.
 
@@ -59,21 +75,36 @@ def filter_logits(logits_BV: jax.Array, how: Sampling) -> jax.Array:
     vocab_size = logits_BV.shape[-1]
     if 0 < how.vocab_size < vocab_size:
         logits_BV = jnp.where(jnp.arange(vocab_size) < how.vocab_size, logits_BV, -jnp.inf)
-    if how.greedy:
-        return logits_BV
-    logits_BV = (logits_BV - jnp.max(logits_BV, -1, keepdims=True)) / how.temperature
-    if 0 < how.top_k < vocab_size:
+
+    def scale(logits_BV: jax.Array) -> jax.Array:
+        return (logits_BV - jnp.max(logits_BV, -1, keepdims=True)) / how.temperature
+
+    def keep_top_k(logits_BV: jax.Array) -> jax.Array:
         first_BV = first_by_rank(logits_BV, jnp.ones_like(logits_BV), how.top_k)
-        logits_BV = jnp.where(first_BV, logits_BV, -jnp.inf)
-    if how.top_p < 1:
+        return jnp.where(first_BV, logits_BV, -jnp.inf)
+
+    def keep_top_p(logits_BV: jax.Array) -> jax.Array:
         first_BV = first_by_rank(logits_BV, jax.nn.softmax(logits_BV), how.top_p)
-        logits_BV = jnp.where(first_BV, logits_BV, -jnp.inf)
-    if how.min_p > 0:
-        logits_BV = jnp.where(logits_BV >= math.log(how.min_p), logits_BV, -jnp.inf)
+        return jnp.where(first_BV, logits_BV, -jnp.inf)
+
+    def keep_min_p(logits_BV: jax.Array) -> jax.Array:
+        log = math.log if isinstance(how.min_p, float | int) else jnp.log
+        return jnp.where(logits_BV >= log(how.min_p), logits_BV, -jnp.inf)
+
+    drawn = how.temperature >= GREEDY_BELOW
+    for is_on, change in (
+        (drawn, scale),
+        (drawn & (how.top_k > 0) & (how.top_k < vocab_size), keep_top_k),
+        (drawn & (how.top_p < 1), keep_top_p),
+        (drawn & (how.min_p > 0), keep_min_p),
+    ):
+        logits_BV = where_on(is_on, change, logits_BV)
     return logits_BV
 
 
-def first_by_rank(logits_BV: jax.Array, weights_BV: jax.Array, enough: float) -> jax.Array:
+def first_by_rank(
+    logits_BV: jax.Array, weights_BV: jax.Array, enough: float | jax.Array
+) -> jax.Array:
     """Return which tokens are the fewest, from the first by rank, whose weights sum to `enough`.
 
     At least one is. The largest logit is 0, and equal logits have equal weights. Bisection finds
@@ -244,19 +275,22 @@ def stream(
     rng: jax.Array,
     how: Sampling,
     chunk: int = 8,
+    slots: int = 0,
 ) -> Iterator[np.ndarray]:
     """Yield new ids [B, up to `chunk`] as they are drawn, first one, until all rows are done.
 
     Within the context these are the ids that `generate` gives for the same `rng`. Each row has its
     own context, whatever the others hold: the last `seq_len` tokens of its prompt, and where that
-    is full, the last half of it, and so on. Raises ValueError for an empty prompt.
+    is full, the last half of it, and so on. The cache has `slots`, or what the prompts need: calls
+    with as many share a program. Raises ValueError for an empty prompt.
     """
     model, contexts = Transformer(cfg), [list(prompt)[-cfg.seq_len :] for prompt in prompts]
     if not all(contexts):
         raise ValueError("a prompt must have at least one token")
     rows, longest = len(contexts), max(map(len, contexts))
     # Attention reads the whole cache, so it is no longer than these tokens need.
-    slots = max(padded_length(longest, cfg.seq_len), -(-(longest + max_tokens) // 64) * 64)
+    needed = max(padded_length(longest, cfg.seq_len), -(-(longest + max_tokens) // 64) * 64)
+    slots = max(slots, needed)
     state = Decoding(
         empty_cache_jit(cfg, rows, min(cfg.seq_len, slots)),
         jnp.array([context[-1] for context in contexts], jnp.int32),

@@ -9,6 +9,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from nanojaxgpt.cpu import multiplies_bfloat16
 from nanojaxgpt.errors import ConfigError
 from nanojaxgpt.model.parameters import PyTree, Table, row_of
 
@@ -87,6 +88,15 @@ def platform() -> str:
     return device.platform if device else jax.default_backend()
 
 
+def compute_dtype(asked: str, platform: str) -> str:
+    """Return model.compute_dtype; "auto" is bfloat16 where matmuls are faster in it.
+
+    So they are on GPUs, TPUs and CPUs with instructions for it, which others lack.
+    """
+    faster = platform != "cpu" or multiplies_bfloat16()
+    return asked if asked != "auto" else "bfloat16" if faster else "float32"
+
+
 def partition_spec(names: Sequence[str | None]) -> PartitionSpec:
     """Return the mesh axes of these logical axes. Raises KeyError on a name without a rule."""
     axes = [RULES[name] if name else () for name in names]
@@ -104,10 +114,11 @@ def axis_size(axis: str) -> int:
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     """Return `x` laid out by its logical axes on the mesh of `jax.set_mesh`; without one, `x`.
 
-    A dimension that its mesh axes don't divide, as the one row of a prompt, is left whole.
+    A dimension that its mesh axes don't divide, as the one row of a prompt, is left whole. Within
+    `jax.shard_map` each device has its own `x`.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    if mesh.empty or AxisType.Manual in mesh.axis_types:
         return x
     spec = []
     for size, axes in zip(x.shape, partition_spec(names), strict=False):

@@ -16,6 +16,8 @@ from nanojaxgpt.horizon import decay_begin
 from nanojaxgpt.model.config import MULTIPLIERS, JobConfig, ModelConfig, Multipliers
 from nanojaxgpt.model.lora import check_targets
 from nanojaxgpt.model.parameters import Params, PyTree, parameters
+from nanojaxgpt.model.quantize import quantize_base, with_int8_rows
+from nanojaxgpt.model.remat import check_offload
 from nanojaxgpt.model.transformer import Transformer, init_params
 from nanojaxgpt.objectives import (
     Loss,
@@ -32,8 +34,9 @@ from nanojaxgpt.teacher import teacher_config
 from nanojaxgpt.trainable import (
     TEACHER,
     check_trainable,
+    frozen_layers,
     merge_params,
-    split_params,
+    split_job_params,
     trained_patterns,
     without_teacher,
 )
@@ -65,9 +68,11 @@ class TrainState(NamedTuple):
         return {"params": whole, "opt_state": self.opt_state, "recent": self.recent}
 
 
-def open_state(cfg: Config, step: jax.Array, items: dict[str, PyTree]) -> tuple[TrainState, Params]:
+def open_state(
+    cfg: JobConfig, step: jax.Array, items: dict[str, PyTree]
+) -> tuple[TrainState, Params]:
     """Return the state and the frozen parameters from the items of a checkpoint."""
-    params, frozen = split_params(items["params"], trained_patterns(cfg))
+    params, frozen = split_job_params(items["params"], cfg)
     return TrainState(step, params, items["opt_state"], items["recent"]), frozen
 
 
@@ -129,12 +134,13 @@ def make_init(cfg: JobConfig) -> Callable[..., tuple[TrainState, Params]]:
 
 def first_state(cfg: JobConfig, params: Params) -> tuple[TrainState, Params]:
     """Return the state at step 0 of these parameters, and the frozen ones among them."""
-    params, frozen = split_params(params, trained_patterns(cfg))
+    params, frozen = split_job_params(params, cfg)
     name, ema = cfg.optim.optimizer, cfg.optim.ema_decay > 0
     table = parameters(cfg.model)
     optimizer = optim.make_optimizer(name, table, make_hyper(cfg), 0.0, "", ema=ema)
     opt_state = optim.init_state(optimizer, params)
-    return TrainState(jnp.int32(0), params, opt_state, optim.init_recent()), frozen
+    state = TrainState(jnp.int32(0), params, opt_state, optim.init_recent())
+    return state, quantize_base(cfg.model, frozen)
 
 
 def make_train_step(
@@ -258,20 +264,23 @@ def make_step(cfg: JobConfig, mesh: Mesh, loss_fn: Loss | None = None) -> Step:
     if shape.ramp_batch_size:  # if the first batch can be divided, so can its doublings
         first = shape.ramp_batch_size, shape.accumulation_steps
         sharding.check_batch("train.ramp_batch_size", *first, cfg.model.seq_len, mesh)
-    model = Transformer(cfg.model)
+    model = Transformer(cfg.model, frozen_layers=frozen_layers(cfg))
     table = parameters(model.cfg)
+    check_offload(cfg.model.remat, mesh)
     if cfg.lora.rank:
         check_targets(model.cfg)
     check_trainable(trained_patterns(cfg), table)
+    init = jax.jit(make_init(cfg))  # here, so that it is traced once for both its uses
     # The key is created while tracing, too: on an absent device none can be.
-    shapes = jax.eval_shape(lambda: make_init(cfg)(jax.random.key(0)))
-    shardings = tuple(sharding.tree_shardings(part, table, mesh) for part in shapes)
+    shapes = jax.eval_shape(lambda: init(jax.random.key(0)))
+    rows = with_int8_rows(table)
+    shardings = tuple(sharding.tree_shardings(part, rows, mesh) for part in shapes)
     optim.check_pattern("optim.decay_pattern", cfg.optim.decay_pattern, table)
     for pattern, _ in map(parse_multiplier, cfg.optim.rate_multipliers):
         optim.check_pattern("optim.rate_multipliers", pattern, table)
     abstract, frozen = checkpoint.with_shardings(shapes, shardings)
     loss_fn = loss_fn or OBJECTIVES[cfg.objective.kind](model, cfg)
-    init = jax.jit(make_init(cfg), out_shardings=shardings)
+    init = jax.jit(init, out_shardings=shardings)
     train_step = jax.jit(
         make_train_step(loss_fn, cfg.optim, model.cfg, shape.accumulation_steps),
         donate_argnums=0,

@@ -1,6 +1,7 @@
 """In: the ids of one row as they are drawn. Out: its text, cut at a stop string or an end id."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 from nanojaxgpt.data.tokenizers import Tokenizer
 from nanojaxgpt.errors import ConfigError
@@ -24,6 +25,26 @@ def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
         f"the prompt {text!r} has no tokens, and this tokenizer has no end token to start from; "
         "give text to continue, as in --prompt=TEXT"
     )
+
+
+def encode_pair(
+    tokenizer: Tokenizer,
+    context: str,
+    continuation: str,
+    encode: Callable[[str], list[int]] | None = None,
+) -> tuple[list[int], list[int]]:
+    """Return the ids of a context, and of the continuation after it.
+
+    As lm-eval does it: the context's last spaces belong to the continuation, and both are tokenized
+    as one text, of which the context's own ids are cut off. An empty context is a new document.
+    `encode` replaces `encode_prompt`. Raises what that raises.
+    """
+    encode = encode or functools.partial(encode_prompt, tokenizer)
+    kept, text = context.rstrip(), context + continuation
+    first, whole = encode(kept), encode(text) if text else []
+    if not kept and tokenizer.start_id < 0:  # `first` is the end token, which `whole` lacks
+        return first, whole
+    return first, whole[len(first) :]
 
 
 class TextStream:

@@ -1,13 +1,19 @@
-"""Trainable and frozen parameters: the tree split by `optim.trainable`, and merged again."""
+"""Trainable and frozen parameters: the tree split by `optim.trainable`, and merged again.
+
+With `optim.trainable_layers` a stack of layers is split as well: its first rows are frozen, its
+last ones train, both under the same path.
+"""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
+import jax.numpy as jnp
 
 from nanojaxgpt.checks import compile_pattern
 from nanojaxgpt.config.sections import Config
 from nanojaxgpt.errors import ConfigError
+from nanojaxgpt.model.config import JobConfig
 from nanojaxgpt.model.parameters import Params, PyTree, Table, row_of
 
 # The branch of the frozen parameters that holds those of another model, which are never saved.
@@ -40,6 +46,21 @@ def is_trainable(path: str, patterns: Sequence[str]) -> bool:
     return not patterns
 
 
+def frozen_rows(cfg: JobConfig) -> dict[str, int]:
+    """Return how many of its first layers are frozen in each stack, by optim.trainable_layers."""
+    below = frozen_layers(cfg)
+    places = cfg.model.places[:below] if below else ()
+    return {name: sum(stack == name for stack, _ in places) for name in cfg.model.stacks if below}
+
+
+def frozen_layers(cfg: JobConfig) -> int:
+    """Return how many of the first layers are frozen. Raises ConfigError."""
+    count, layers = cfg.optim.trainable_layers, cfg.model.num_layers
+    if count > layers:
+        raise ConfigError(f"optim.trainable_layers={count}, but the model has {layers} layers")
+    return layers - count if count else 0
+
+
 def check_trainable(patterns: Sequence[str], table: Table) -> None:
     """Raise ConfigError if a pattern matches no path, or if nothing trains."""
     for pattern in patterns:
@@ -57,17 +78,27 @@ def check_trainable(patterns: Sequence[str], table: Table) -> None:
             )
 
 
+def split_job_params(params: Params, cfg: JobConfig) -> tuple[Params, Params]:
+    """Split the parameters of a model into (trainable, frozen), as the config of its job says."""
+    return split_params(params, trained_patterns(cfg), frozen_rows(cfg))
+
+
 def split_params(
-    params: Params, patterns: Sequence[str], prefix: str = ""
+    params: Params, patterns: Sequence[str], rows: Mapping[str, int] = {}, prefix: str = ""
 ) -> tuple[Params, Params]:
-    """Split a nested dict into (trainable, frozen), without empty branches."""
+    """Split a nested dict into (trainable, frozen), without empty branches.
+
+    `rows` says how many of a stack's first rows are frozen, whatever the patterns say.
+    """
     trainable, frozen = {}, {}
     for name, value in params.items():
-        path = f"{prefix}{name}"
+        path, below = f"{prefix}{name}", rows.get(prefix.removesuffix("/"), 0)
         if isinstance(value, dict):
-            parts = split_params(value, patterns, f"{path}/")
+            parts = split_params(value, patterns, rows, f"{path}/")
+        elif not is_trainable(path, patterns) or (below and below == value.shape[0]):
+            parts = {}, value
         else:
-            parts = (value, {}) if is_trainable(path, patterns) else ({}, value)
+            parts = (value[below:], value[:below]) if below else (value, {})
         for found, part in zip((trainable, frozen), parts, strict=True):
             if not (isinstance(part, dict) and not part):
                 found[name] = part
@@ -78,8 +109,21 @@ def merge_params(trainable: Params, frozen: Params | None) -> Params:
     """Merge two nested dicts into one; the reverse of `split_params`."""
     merged = dict(trainable)
     for name, value in (frozen or {}).items():
-        merged[name] = merge_params(merged[name], value) if name in merged else value
+        if name not in merged:
+            merged[name] = value
+        elif isinstance(value, dict):
+            merged[name] = merge_params(merged[name], value)
+        else:
+            merged[name] = join_rows(value, merged[name])
     return merged
+
+
+def join_rows(first: PyTree, last: PyTree) -> PyTree:
+    """Return a stack of layers from its first and its last rows, arrays or abstract ones."""
+    if not isinstance(first, jax.ShapeDtypeStruct):
+        return jnp.concatenate([first, last])
+    shape = (first.shape[0] + last.shape[0], *first.shape[1:])
+    return jax.ShapeDtypeStruct(shape, first.dtype, sharding=first.sharding)
 
 
 def split_lines(trainable: Params, opt_state: PyTree, table: Table) -> list[str]:
@@ -96,7 +140,7 @@ def split_lines(trainable: Params, opt_state: PyTree, table: Table) -> list[str]
         branch = trainable
         for parent in parents:
             branch = branch.get(parent, {})
-        trains = row.size if name in branch else 0
+        trains = math.prod(branch[name].shape) if name in branch else 0
         numbers = (row.size, trains, row.size - trains, held[path])
         totals = [total + number for total, number in zip(totals, numbers, strict=True)]
         rows.append((path, *(f"{number:,}" for number in numbers)))

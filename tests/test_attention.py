@@ -2,17 +2,29 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import small_model
 
 from nanojaxgpt import attention, sharding
-from nanojaxgpt.attention import KERNELS, attend, blocked, choose_kernel
-from nanojaxgpt.attention.cache import attend_cache, init_cache, update_cache
+from nanojaxgpt.attention import KERNELS, attend, blocked, choose_kernel, splash
+from nanojaxgpt.attention.cache import (
+    Cache,
+    attend_cache,
+    attend_used,
+    init_cache,
+    update_cache,
+)
+from nanojaxgpt.attention.plain import plain_attention
 from nanojaxgpt.attention.request import Mask, Request
+from nanojaxgpt.config import base_config, with_fields
+from nanojaxgpt.config.blocks import splash_blocks
 from nanojaxgpt.errors import ConfigError
+from nanojaxgpt.model.transformer import Transformer, init_params
 
 REQUEST = Request("cpu", 128, 128, heads=4, key_heads=2, head_dim=16, dtype="float32")
 CASES = {
@@ -53,7 +65,7 @@ def gradients(request: Request, kernel: str) -> tuple[jax.Array, ...]:
     @jax.jit
     def run(arrays: list[jax.Array], mask: Mask) -> tuple[jax.Array, ...]:
         mask = mask._replace(window=request.window)
-        options = dict(scale=0.25, softcap=request.softcap, kernel=kernel)
+        options = dict(scale=0.25, softcap=request.softcap, kernel=kernel, blocks=request.blocks)
         out, pull = jax.vjp(lambda *qkv: attend(*qkv, mask, **options), *arrays[:3])
         return out, *pull(arrays[3])
 
@@ -111,6 +123,56 @@ def test_kernel_computes_the_formula(name, case, request):
         assert b.dtype == asked.dtype
         largest = float(jnp.max(jnp.abs(a)))
         np.testing.assert_allclose(a, b.astype(jnp.float32), atol=bound * largest, rtol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "blocks",
+    ["q=256 kv=128", "q=128 kv=256 kv_compute=128 backward_q=256 backward_kv=128 fused=true"],
+)
+def test_splash_computes_the_formula_with_any_blocks(blocks):
+    asked = dataclasses.replace(
+        REQUEST, **CASES["all"] | dict(query_length=256, key_length=256, dtype="float32")
+    )
+    exact = expected(asked)
+    for a, b in zip(
+        exact, gradients(dataclasses.replace(asked, blocks=blocks), "splash"), strict=True
+    ):
+        np.testing.assert_allclose(a, b, atol=2e-5 * float(jnp.max(jnp.abs(a))), rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("query=1", "'query=1' is not one of q, kv, kv_compute, backward_q"),
+        ("q=64", "q=64 must be a multiple of 128"),
+        ("q=1.5", "'1.5' is not an integer"),
+        ("q=384", "q=384 does not divide 1024 tokens on a device"),
+        ("kv=256 backward_kv_compute=512", "backward_kv_compute=512 does not divide 256 kv"),
+        ("fused=yes", "write fused=true or fused=false"),
+    ],
+)
+def test_wrong_blocks_say_what_is_wrong(text, words):
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        with_fields(base_config(), {"model.seq_len": 1024, "model.attention_blocks": text})
+
+
+def test_blocks_are_of_the_tokens_that_a_device_has():
+    usual = splash_blocks("", 256, 1024)
+    assert usual == (256, 512, 512, 256, 512, 512, False)
+    asked = dataclasses.replace(
+        REQUEST, query_length=1024, key_length=1024, sequence_shards=4, blocks="q=512"
+    )
+    assert "q=512 does not divide 256 tokens" in splash.supports(asked)
+
+
+@pytest.mark.parametrize(("remat", "kernels"), [("save=q,k,v,attention", 3), ("full", 4)])
+def test_splash_runs_forward_once_where_its_results_are_saved(remat, kernels):
+    sizes = dict(num_layers=1, seq_len=128, attention="splash", unroll=1, remat=remat)
+    cfg, tokens_BT = small_model(**sizes), jnp.zeros((1, 128), jnp.int32)
+    params = jax.eval_shape(lambda: init_params(cfg, jax.random.key(0)))
+    loss = lambda p: jnp.sum(Transformer(cfg).apply({"params": p}, tokens_BT)[0])
+    assert str(jax.make_jaxpr(jax.grad(loss))(params)).count("pallas_call[") == kernels
 
 
 def test_the_cases_differ():
@@ -277,3 +339,44 @@ def test_dropout_keeps_the_mean():
     draws = jax.vmap(draw)(jax.random.split(jax.random.key(1), 4000))
     assert np.abs(draws - exact).max() > 0.1
     np.testing.assert_allclose(draws.mean(0), exact, atol=0.05)
+
+
+@pytest.mark.parametrize("rows", [None, (1, 0, 1)])
+@pytest.mark.parametrize(
+    "options",
+    [{}, dict(window=40), dict(softcap=5.0), dict(alibi=True), dict(key_heads=4),
+     dict(dtype="bfloat16"), dict(window=200, softcap=5.0, alibi=True, key_heads=1)],
+)  # fmt: skip
+def test_the_used_blocks_of_a_cache_are_all_of_it(options, rows):
+    """Also bit for bit: how many blocks are read, and what stands behind, changes nothing."""
+    draw, slots, heads = np.random.default_rng(0), 300, options.get("key_heads", 2)
+    dtype, window = options.get("dtype", "float32"), options.get("window", 0)
+    q_BTNH, k_BKSH, v_BKSH = (
+        jnp.asarray(draw.standard_normal(shape), dtype)
+        for shape in ((3, 3, 4, 16), (3, heads, slots, 16), (3, heads, slots, 16))
+    )
+    positions_BT = jnp.array([[5], [150], [37]]) + jnp.arange(3)
+    rows_B = None if rows is None else jnp.array(rows)
+    chosen = slice(None) if rows is None else rows_B
+    q_BTNH *= 3
+    mask = Mask(positions_BT, jnp.arange(slots)[None], window=window)
+    scores = dict(scale=0.25, softcap=options.get("softcap", 0.0), alibi="alibi" in options)
+
+    @jax.jit
+    def run(used: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array) -> jax.Array:
+        cache = Cache(k_BKSH, v_BKSH, used, rows_B)
+        return attend_used(q_BTNH, cache, mask, **scores)
+
+    expected = plain_attention(q_BTNH, k_BKSH[chosen], v_BKSH[chosen], mask, *scores.values())
+    found = run(153, k_BKSH, v_BKSH)
+    atol = 2e-5 if dtype == "float32" else 2e-2
+    np.testing.assert_allclose(*(np.asarray(x, np.float32) for x in (found, expected)), atol=atol)
+    behind = jnp.arange(slots)[:, None] >= 153
+    other = jnp.where(behind, 7, k_BKSH), jnp.where(behind, -7, v_BKSH)
+    for used in (153, 256, 257, 300):
+        np.testing.assert_array_equal(run(used, *other), found)
+    seen = 152 - 20
+    assert (run(153, k_BKSH.at[:, :, seen].add(1), v_BKSH) != found).any()
+    short = run(40, k_BKSH, v_BKSH)
+    assert (short[2] == found[2]).all()  # it sees no more
+    assert (short[1] != found[1]).any()

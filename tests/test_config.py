@@ -204,8 +204,8 @@ def test_what_a_paper_may_set_is_where_the_data_and_the_devices_are():
     places = {name for name, rule in RULES.items() if rule.place}
     assert {name for name in places if not name.startswith("mesh.")} == {
         "data.source", "data.sha256", "data.tfds_dir", "data.manual_dir", "data.cache_dir",
-        "data.num_workers", "data.prefetch_batches",
-        "model.attention", "model.unroll", "model.remat",
+        "data.num_workers", "data.prefetch_batches", "eval.tasks_data",
+        "model.attention", "model.attention_blocks", "model.unroll", "model.remat",
     }  # fmt: skip
     assert places >= {"mesh.slice", "mesh.data", "mesh.fsdp", "mesh.sequence", "mesh.tensor"}
 
@@ -217,9 +217,10 @@ def test_what_is_free_on_resume_is_not_what_is_trained():
     }  # fmt: skip
     assert {name for name in free if name.startswith(("train", "data", "model"))} == {
         "train.log_every_steps", "train.hang_timeout_seconds", "train.trackers",
+        "train.gc_every_steps",
         "data.sha256", "data.cache_dir", "data.tfds_dir", "data.manual_dir",
         "data.num_workers", "data.prefetch_batches", "data.lossy_tokenizer",
-        "model.attention", "model.unroll", "model.remat",
+        "model.attention", "model.attention_blocks", "model.unroll", "model.remat",
     }  # fmt: skip
 
 
@@ -358,6 +359,24 @@ def test_unknown_section_is_refused(name):
 def test_a_wrong_entry_of_rotary_says_what_is_wrong(entry, words):
     with pytest.raises(ConfigError, match=re.escape(words)):
         with_fields(base_config(), {"model.positions": "rotary", "model.rotary": (entry,)})
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("ful", "did you mean full?"),
+        ("", "it is empty"),
+        ("save=", "'' is not an activation: layer_input, q"),
+        ("save=q,key", "'key' is not an activation"),
+        ("save=q offload=q", "q is there twice"),
+        ("save=q save=k", "save= is there twice"),
+        ("keep=q", "'keep=q' is not one of none, full"),
+        ("save=gate", "this model has no gate; its activations: layer_input, q, k"),
+    ],
+)
+def test_a_wrong_remat_says_what_is_wrong(text, words):
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        with_fields(base_config(), {"model.remat": text})
 
 
 @pytest.mark.parametrize(

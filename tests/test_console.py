@@ -18,6 +18,8 @@ from nanojaxgpt.console import Progress, duration, guarded_output
 from nanojaxgpt.errors import ConfigError
 from nanojaxgpt.finish import summary
 
+STEERING = "a\x1b[2J\tb\n\x07\x9bc"  # it would clear a screen
+
 
 class Full(io.StringIO):
     """A stream that can't be written, and counts the attempts."""
@@ -57,6 +59,12 @@ def test_what_has_no_code_in_the_streams_encoding_is_escaped(monkeypatch):
     with guarded_output(optional=False):
         print("caf\u00e9 \udcff")
     assert raw.getvalue() == b"caf\\xe9 \\udcff\n"
+
+
+@pytest.mark.parametrize(("terminal", "shown"), [(True, "a?[2J\tb\n??c"), (False, STEERING)])
+def test_a_models_text_does_not_steer_the_terminal(terminal, shown, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    assert console.printable(STEERING) == shown
 
 
 @pytest.mark.parametrize(

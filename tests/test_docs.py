@@ -40,10 +40,11 @@ from nanojaxgpt.model import block as layers
 from nanojaxgpt.model import parameters, transformer
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-LANGUAGES = {"python", "bash", "text", "yaml"}
+LANGUAGES = {"python", "bash", "text", "yaml", "json"}
 README_LINES = 120
 SLOW_PAGES = (
-    "accelerators", "data", "extend", "optimizers", "python", "sweeps", "troubleshooting"
+    "accelerators", "data", "extend", "finetune", "optimizers", "python", "serving", "sweeps",
+    "troubleshooting"
 )  # fmt: skip
 
 # Appended to every command that trains an experiment: the smallest model, and as few steps.
@@ -77,7 +78,10 @@ STOPS: list[tuple[str, tuple[str, ...], str]] = [
     (r"init\.state=all", ("rundir.check_start",), "needs a long run, as test_branch.py has"),
     (r"^reproduce", ("papers.reproduce.reproduce",), "trains for minutes"),
     (r"^coordcheck", ("papers.coordcheck.check_coordinates",), "13 s; test_coordcheck.py runs it"),
+    (r"^serve", ("server.running.run",), "serves until a signal comes"),
     (r"--slurm=", ("sweep.slurm.submit_workers",), "needs sbatch"),
+    (r"--tasks=small", ("evals.tasks.open_benchmark",), "needs data from elsewhere"),
+    (r"^lm-eval", ("commands.lm_eval.require_package",), "needs the package lm_eval, and its data"),
     (r"(tfds|hf):|://", ("data.store.prepare", "data.loader.prepare"), "needs data from elsewhere"),
 ]
 
@@ -87,6 +91,8 @@ OUTSIDE = {
     "gcloud ": "needs a cloud account",
     "scancel ": "needs SLURM",
     "tail -f": "does not end",
+    "curl ": "needs a server",
+    "lm_eval ": "needs a server, or a release of lm-eval that looks for plug-ins",
     "tensorboard ": "does not end",
     "pre-commit ": "needs a git hook; its hooks are the commands of .ci/run",
     "NANOJAXGPT_TEST_PLATFORMS=": "needs a GPU",
@@ -296,6 +302,8 @@ RUNNERS: list[tuple[str, Callable[[list[str]], None]]] = [
     ("python -c", run_code),
     ("python -m pytest", run_file),
     ("python scripts/bench_", run_file),
+    ("python scripts/profile_step.py", run_file),
+    ("python scripts/check_gpu.py", run_file),
     ("bash scripts/", run_file),
     *((command, run_nothing) for command in OUTSIDE),
 ]

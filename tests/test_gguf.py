@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from nanojaxgpt.sharding import make_mesh
 
 gguf = pytest.importorskip("gguf", reason="GGUF files need the package gguf")
 
+VARIABLE, NAME = "NANOJAXGPT_SMOLLM2", "smollm2-135m-instruct"
 ROWS = 40
 TEXTS = (
     "def f(x):\n    return x**2  # 3.14159\n\tprint('it''s', f(1234567))\n",
@@ -76,6 +78,18 @@ BPE = {
     "tokenizer.ggml.token_type": [3, 4, *[1] * 11, 3], "tokenizer.ggml.eos_token_id": 0,
     "tokenizer.ggml.merges": ["a b", "Ġ ab"],
 }  # fmt: skip
+
+
+def find_smollm2() -> Path:
+    """Return the file of SmolLM2-135M-Instruct; skip the test where there is none."""
+    if path := os.environ.get(VARIABLE):
+        return Path(path)
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = cache / "nanojaxgpt" / "models" / NAME
+    found = sorted(folder.glob("*.gguf"))
+    if not found:
+        pytest.skip(f"no GGUF file in {folder}; scripts/chat.sh fetches it, or {VARIABLE} names it")
+    return found[0]
 
 
 def write(path: Path, architecture: str, metadata: dict[str, Any], arrays: dict) -> Path:

@@ -23,6 +23,7 @@ from test_gguf import (
     TEMPLATE,
     TEXTS,
     assert_same,
+    find_smollm2,
     gguf,
     import_file,
     random_params,
@@ -43,7 +44,6 @@ from nanojaxgpt.sample import Sampling, generate
 
 pytestmark = pytest.mark.slow
 
-VARIABLE, NAME = "NANOJAXGPT_SMOLLM2", "smollm2-135m-instruct"
 LENGTH, NEW, BOUND = 300, 60, 1e-4
 
 
@@ -55,18 +55,6 @@ class Loaded(NamedTuple):
     their_tokenizer: Any
     source: Pretrained
     params: Any
-
-
-def find_smollm2() -> Path:
-    """Return the file of SmolLM2-135M-Instruct; skip the test where there is none."""
-    if path := os.environ.get(VARIABLE):
-        return Path(path)
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = cache / "nanojaxgpt" / "models" / NAME
-    found = sorted(folder.glob("*.gguf"))
-    if not found:
-        pytest.skip(f"no GGUF file in {folder}; scripts/chat.sh fetches it, or {VARIABLE} names it")
-    return found[0]
 
 
 def load_theirs(path: Path, **options: Any) -> Any:

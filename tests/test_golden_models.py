@@ -56,7 +56,7 @@ def golden_error(folder: Path, source: Pretrained, params: Any) -> float:
 
 
 def test_every_family_has_a_golden_model():
-    assert {path.name for path in GOLDEN.iterdir()} == set(FAMILIES)
+    assert {path.name for path in GOLDEN.iterdir() if path.is_dir()} == set(FAMILIES)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -123,7 +123,7 @@ def test_shards_and_a_shorter_table(tmp_path, monkeypatch):
     assert np.array_equal(held["layers"]["q_DNH"], params["layers"]["q_DNH"])
 
 
-@pytest.mark.parametrize("layers", [0, -1, 2**31])
+@pytest.mark.parametrize("layers", [10_001, 2**31 - 1])
 def test_a_number_of_layers_that_can_not_be_is_refused(layers):
     keys = json.loads((GOLDEN / "llama" / "config.json").read_text())
     with pytest.raises(ConfigError, match=f"{layers} layers can't be"):

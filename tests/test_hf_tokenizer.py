@@ -1,5 +1,6 @@
 """Tokenizers and chat templates of Hugging Face folders, in and out."""
 
+import functools
 import json
 
 import pytest
@@ -17,6 +18,7 @@ from nanojaxgpt.data.tokenizers import (
 )
 from nanojaxgpt.errors import DataError
 from nanojaxgpt.interchange.hf_tokenizer import (
+    named_tokens,
     open_chat_template,
     open_tokenizer,
     write_tokenizer,
@@ -146,6 +148,30 @@ def test_chat_templates(tmp_path):
     settings.write_text("[")
     with pytest.raises(DataError, match="not JSON"):
         open_chat_template(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [(("normalizer",), [[]]), (("model", "vocab"), {}), (("pre_tokenizer",), 3),
+     (("model",), dict(type="BPE", vocab={"a": 0}, merges=[], unk_token="nowhere")),
+     (("model", "continuing_subword_prefix"), "\u00e9" * 1000)],
+)  # fmt: skip
+def test_settings_that_the_package_fails_on(place, value, bear):
+    """It raises a plain Exception, or panics, as soon as it reads them or at the first text."""
+    path = bear / "tokenizer.json"
+    content = json.loads(path.read_text())
+    functools.reduce(dict.get, place[:-1], content)[place[-1]] = value
+    path.write_text(json.dumps(content))
+    with pytest.raises(DataError):
+        open_tokenizer(bear, [], 300).encode("the \u4f60")
+
+
+def test_odd_names_in_the_settings(bear):
+    named = [dict(name=[], template="x"), dict(name="default", template="y")]
+    settings = dict(chat_template=named, eos_token="\ud800", bos_token={"content": "\ud800"})
+    (bear / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert open_chat_template(bear) == "y"
+    assert named_tokens(bear, open_tokenizer(bear, [], 300)) == {}
 
 
 @pytest.mark.parametrize("kind", ["sentencepiece", "sentencepiece-unigram"])

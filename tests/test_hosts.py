@@ -1,6 +1,7 @@
 """Processes meet, agree and end together over the lifeline; a process that hangs says where."""
 
 import contextlib
+import gc
 import os
 import random
 import signal
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 
 import pytest
 from conftest import ROOT, command
@@ -16,6 +18,7 @@ from conftest import ROOT, command
 from nanojaxgpt.config import base_config, override_config
 from nanojaxgpt.errors import ConfigError
 from nanojaxgpt.hosts import joining, lifeline
+from nanojaxgpt.hosts.garbage import collected_every
 from nanojaxgpt.hosts.joining import place, preflight
 from nanojaxgpt.hosts.lifeline import PORT_OFFSET, connect
 from nanojaxgpt.hosts.team import ALONE, Members
@@ -383,7 +386,9 @@ def test_watchdog_bites_only_where_nothing_moves():
 
 
 def test_watchdog_waits_longer_for_the_first_step_and_can_be_off():
-    assert Watchdog(2.0, print).patience() == 20
+    first = Watchdog(2.0, print)
+    assert first.patience() == 20
+    first.close()  # else it prints into a later test
     off = Watchdog(0.0, print)
     assert off.timeout == 0
     assert "watchdog" not in {thread.name for thread in threading.enumerate() if thread is off}
@@ -404,3 +409,52 @@ def test_a_hung_process_writes_its_stacks_and_exits_70():
     assert found.returncode == 70
     assert "in stuck_here" in found.stderr
     assert "no step ended in" in found.stderr.strip().split("\n")[-1]
+
+
+class Cycle:
+    """What only a collection of garbage frees."""
+
+    def __init__(self):
+        self.own = self
+
+
+def test_garbage_is_collected_at_set_steps_and_never_lives_longer():
+    alive, counts = weakref.WeakSet(), []
+    with collected_every(10) as collect:
+        for step in range(1, 101):
+            alive.add(Cycle())
+            [[] for _ in range(5000)]  # Python's own collector would run within each step
+            collect(step)
+            counts.append(len(alive))
+            assert not gc.isenabled()
+            assert gc.get_freeze_count() > 10_000
+    assert counts[0] == 0  # warm-up ends with a collection
+    assert counts[1:20] == [*range(1, 9), 0, *range(1, 10), 0]
+    assert max(counts) == 9
+    assert gc.isenabled()
+    assert gc.get_freeze_count() == 0
+
+
+@pytest.mark.parametrize("automatic", [True, False])
+def test_the_collector_is_as_before_after_an_error(automatic):
+    (gc.enable if automatic else gc.disable)()
+    try:
+        with contextlib.suppress(KeyboardInterrupt), collected_every(3) as collect:
+            collect(1)
+            raise KeyboardInterrupt
+        assert (gc.isenabled(), gc.get_freeze_count()) == (automatic, 0)
+        gc.freeze()  # by somebody else: it stays so
+        with collected_every(3) as collect:
+            collect(1)
+        assert gc.get_freeze_count()
+    finally:
+        gc.unfreeze()
+        gc.enable()
+
+
+def test_without_set_steps_the_collector_is_left_alone():
+    with collected_every(0) as collect:
+        for step in range(1, 5):
+            collect(step)
+            assert gc.isenabled()
+            assert not gc.get_freeze_count()

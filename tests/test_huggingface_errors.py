@@ -204,7 +204,7 @@ def test_the_text_part_of_a_model_that_sees_images(tmp_path):
         ("llama", dict(model_type="bert"), ["bert", "supported are gpt2"]),
         ("llama", dict(model_type=...), ["no model_type"]),
         ("llama", dict(hidden_size=...), ["no hidden_size"]),
-        ("llama", dict(hidden_size="16"), ["hidden_size='16'", "a string"]),
+        ("llama", dict(hidden_size="16"), ["hidden_size='16'", "an integer"]),
         ("llama", dict(attention_sinks=4), ["attention_sinks", "not known"]),
         ("llama", dict(hidden_act="gelu"), ["'gelu'", "silu"]),
         ("llama", dict(rope_parameters=None, rope_scaling=dict(type="dynamic", factor=2)),

@@ -3,15 +3,17 @@
 import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 
-from nanojaxgpt import finish, training
+from nanojaxgpt import finish, rundir, training
 from nanojaxgpt.__main__ import main
 from nanojaxgpt.config import override_config, typed
 from nanojaxgpt.data.loader import prepare_data, resolve
 from nanojaxgpt.data.tokenizers import load_tokenizer, train_tokenizer
 from nanojaxgpt.errors import ConfigError, DataError
+from nanojaxgpt.interchange.opening import adopt_model
 from nanojaxgpt.rundir import load_run
 from nanojaxgpt.sweep.plan import program_key
 
@@ -158,3 +160,12 @@ def test_run_keeps_what_it_inherited(child, parent, tmp_path, monkeypatch, capsy
     for command in ("inspect", "prepare"):
         assert main([command, str(run)]) == 0
     assert "'e'" in capsys.readouterr().out
+
+
+def test_the_vocabulary_of_a_run_does_not_grow(parent, small_config):
+    """Its checkpoint has rows for its own tokens; a model of another format is given zeros."""
+    run = {"init.from_model": str(parent)}
+    known = rundir.read_config(parent).model.vocab_size
+    cfg = typed(small_config(**run | {"model.vocab_size": str(known + 1)}))
+    with pytest.raises(ConfigError, match=rf"vocab_size={known + 1}, but it has {known}"):
+        adopt_model(cfg, Path("new"))

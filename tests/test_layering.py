@@ -14,47 +14,63 @@ PACKAGE = "nanojaxgpt"
 LAYERS = {
     # What needs neither a model nor a backend.
     0: {"", "errors", "extras", "names", "checks", "regular", "console", "chips", "config",
-        "config.sections", "config.rotary", "horizon", "sweep", "sweep.space", "commands", "papers",
-        "hosts", "data", "rehearse", "model", "interchange"},
+        "config.sections", "config.rotary", "config.remat", "config.blocks", "cpu", "horizon",
+        "sweep", "sweep.space", "commands", "papers", "hosts", "data", "rehearse", "model",
+        "interchange", "generate", "generate.requests"},
     # The model, and what is computed with it.
     1: {"model.config", "model.parameters", "model.projection", "model.rotary", "model.block",
-        "model.lora", "model.transformer", "interchange.tensors", "attention", "attention.*",
-        "sharding", "loss", "schedules", "matrices", "optim", "trainable", "objectives",
-        "objectives.*", "flops", "data.rows", "data.tasks", "data.tokenizers",
-        "data.tokenizer_json", "data.subwords", "papers.scaling", "papers.probe"},
+        "model.lora", "model.quantize", "model.remat", "model.head", "model.transformer",
+        "interchange.tensors", "attention",
+        "attention.*", "sharding", "loss", "schedules", "matrices", "optim", "trainable",
+        "objectives", "objectives.*", "flops", "data.rows", "data.tasks", "data.tokenizers",
+        "data.tokenizer_json", "data.tokenizer_files", "data.subwords", "papers.scaling",
+        "papers.probe"},
     # Runs, data, hosts; parameters are read, evaluated, sampled.
     2: {"rundir", "arguments", "hosts.process", "hosts.lifeline", "hosts.team", "hosts.joining",
-        "hosts.watchdog", "checkpoint", "adapters", "rundiff", "metrics", "trackers", "finish",
-        "sample", "perplexity", "text_stream", "interchange.*", "data.sources", "data.sources.*",
+        "hosts.watchdog", "hosts.garbage", "checkpoint", "adapters", "rundiff", "metrics",
+        "trackers", "finish", "sample", "perplexity", "text_stream", "interchange.*",
+        "data.sources", "data.sources.*",
         "data.chat", "data.examples", "data.shards", "data.manifests", "data.exactness",
         "data.store", "data.packing", "data.loader", "data.show"},
     # Training.
     3: {"step", "teacher", "reference", "rollout", "batches", "recorder", "loop", "training",
-        "memory", "branch",
-        "language_model", "session"},
+        "memory", "branch", "validation", "language_model", "evals", "evals.*",
+        "generate.slots", "generate.grammar", "generate.answers", "generate.device",
+        "generate.engine", "generate.files"},
     # Many runs, absent hardware, papers.
     4: {"sweep.plan", "sweep.claims", "sweep.launch", "sweep.together", "sweep.run",
         "sweep.report", "sweep.results", "sweep.plots", "sweep.search", "sweep.slurm",
         "rehearse.collectives", "rehearse.flops", "rehearse.targets", "rehearse.estimate",
         "rehearse.step", "rehearse.search", "rehearse.report", "papers.coordcheck",
-        "papers.paper", "papers.reproduce"},
+        "papers.paper", "papers.reproduce", "server", "server.*"},
     5: {"commands.*"},
     6: {"__main__", "start"},
 }  # fmt: skip
 ENTRIES = {name: layer for layer, names in LAYERS.items() for name in names}
 # A mistake in a config is reported before jax is imported, so these import it only in functions.
 EARLY = {"", "__main__", "arguments", "checks", "config", "config.sections", "config.rotary",
-         "model.config", "errors", "horizon", "names", "rundir", "start", "papers.paper",
-         "console", "metrics", "trackers", "finish", "extras", "rundiff"}  # fmt: skip
+         "config.remat", "config.blocks", "cpu", "model.config", "errors", "horizon", "names",
+         "rundir", "start", "papers.paper",
+         "console", "metrics", "trackers", "finish", "extras", "rundiff", "generate",
+         "generate.requests"}  # fmt: skip
 EARLY |= {f"sweep.{name}" for name in ("space", "plan", "claims", "launch")}
 # Where a ConfigDict comes in from an experiment, or goes out to what may change it: the edge.
-TAKE_EITHER = {"config", "model.config", "data.loader", "training", "papers.coordcheck"}
+TAKE_EITHER = {
+    "config",
+    "model.config",
+    "data.loader",
+    "training",
+    "validation",
+    "papers.coordcheck",
+}
 NAME_CONFIGDICT = {"config", "rundir", "papers.paper"}
 NO_JAX = ("jax", "jaxlib", "flax", "optax", "orbax")
 TFDS = {"data.sources.tfds", "data.sources.builders"}
 MAX_LINES = 80
-# They share a name with what they stand for: the console script, a protocol of an optional module.
-SAME = {("start", "main"), ("sweep.run", "Search")}
+# They share a name with what they stand for: the console script, a protocol of an optional module,
+# what an engine is asked for and answers in parts (attention and token stores have their own).
+SAME = {("start", "main"), ("sweep.run", "Search"), ("generate.requests", "Request"),
+        ("generate.requests", "Part")}  # fmt: skip
 
 
 def module_name(path: Path) -> str:
@@ -142,7 +158,7 @@ def assigned(nodes: list[ast.stmt]) -> set[str]:
     """Return the names that statements define, those in `if`, `try` and `with` included."""
     found = set()
     for node in nodes:
-        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             found.add(node.name)
         elif isinstance(node, ast.Assign | ast.AnnAssign):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
@@ -259,10 +275,10 @@ def test_every_function_has_type_hints():
 
 def public(tree: ast.Module) -> list[tuple[str, ast.AST]]:
     """Return (name, node) of public classes and functions, and of the classes' public methods."""
-    kinds = ast.FunctionDef | ast.ClassDef
-    found = [(n.name, n) for n in tree.body if isinstance(n, kinds)]
+    kinds = ast.FunctionDef | ast.AsyncFunctionDef
+    found = [(n.name, n) for n in tree.body if isinstance(n, kinds | ast.ClassDef)]
     for owner in [n for _, n in found if isinstance(n, ast.ClassDef)]:
-        methods = [n for n in owner.body if isinstance(n, ast.FunctionDef)]
+        methods = [n for n in owner.body if isinstance(n, kinds)]
         found += [(f"{owner.name}.{n.name}", n) for n in methods]
     return [(name, node) for name, node in found if not node.name.startswith("_")]
 

@@ -41,7 +41,10 @@ def cfg(small_config):
 
 # Mesh sizes over 8 devices, and what else may not change a step: accumulation_steps, remat,
 # unroll, loss_chunks. Each size of each axis and each option comes up; `-m exhaustive` tries all.
-OPTIONS = [(1, "none", 1, 1), (2, "none", 0, 4), (1, "full", 1, 2), (2, "dots", 1, 1)]
+OPTIONS = [
+    (1, "none", 1, 1), (2, "none", 0, 4), (1, "full", 1, 2), (2, "dots", 1, 1),
+    (1, "save=q,k offload=layer_input,attention", 1, 2),
+]  # fmt: skip
 SIZES = [
     dict(slice=2, data=4), dict(fsdp=8), dict(tensor=8), dict(sequence=4, tensor=2),
     dict(data=2, fsdp=2, tensor=2), dict(slice=2, fsdp=2, sequence=2),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import pytest
 from conftest import allocates_at_most, random_tokens, small_model
 
 from nanojaxgpt.attention.cache import init_cache
+from nanojaxgpt.config.remat import named_activations
 from nanojaxgpt.config.rotary import parse_rotary
 from nanojaxgpt.errors import ConfigError
 from nanojaxgpt.model.config import ModelConfig, Multipliers
@@ -179,6 +181,64 @@ def test_scan_unroll_and_remat_are_one_function(name):
         other, count = loss_and_grads(**changes)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 2e-4, 2e-4), plain, other)
         assert (count > matmuls) == (changes.get("remat") == "full")  # some are done twice
+
+
+def test_the_activations_that_can_be_named_are_those_that_a_layer_makes(variant):
+    cfg, params = variant
+    run = lambda p: Transformer(cfg).apply({"params": p}, random_tokens(2, 12))[0]
+    found = set(re.findall(r"name\[name=(\w+)\]", str(jax.make_jaxpr(run)(params))))
+    assert found == set(named_activations(cfg))
+
+
+# From the least memory to the most, which is from the most work to the least.
+KEPT = {
+    "full": "full",
+    "attention": "save=attention",
+    "heads": "save=q,k,v,attention",
+    "offloaded": "save=q,k,v,attention,mlp_input offload=layer_input",
+    "products": "save=q,k,v,attention,o,gate,up",
+    "none": "none",
+}
+
+
+@pytest.mark.slow
+def test_named_activations_are_saved_and_change_no_bit():
+    shape = dict(VARIANTS["llama"], num_layers=8, seq_len=128, embed_dim=32, mlp_dim=128, unroll=1)
+    tokens_BT = random_tokens(8, 128)
+
+    def step(remat):
+        cfg, params = build(**shape, remat=remat)
+        loss = lambda p: jnp.sum(jnp.sin(Transformer(cfg).apply({"params": p}, tokens_BT)[0]))
+        program = jax.jit(jax.value_and_grad(loss)).lower(params).compile()
+        products = str(jax.make_jaxpr(jax.grad(loss))(params)).count("dot_general")
+        return program(params), program.memory_analysis().temp_size_in_bytes, products
+
+    found = {name: step(remat) for name, remat in KEPT.items()}
+    plain = found["full"][0]
+    assert float(plain[0])
+    for name, (outputs, *_) in found.items():
+        for a, b in zip(jax.tree.leaves(outputs), jax.tree.leaves(plain), strict=True):
+            # With "none" a kernel's gradient is summed in another order, see project_matrix.
+            bound = 1e-6 * np.abs(b).max() if name == "none" else 0
+            np.testing.assert_allclose(a, b, 0, bound, err_msg=name)
+    sizes = [size for _, size, _ in found.values()]
+    counts = [count for *_, count in found.values()]
+    assert sizes == sorted(sizes)
+    assert len(set(sizes)) == len(sizes)
+    assert counts == sorted(counts, reverse=True)
+    assert counts[0] > counts[2] > counts[4] > counts[5]
+
+
+def test_offloaded_activations_wait_in_the_memory_of_the_host():
+    def on_host(remat):
+        cfg, params = build(num_layers=2, unroll=1, remat=remat)
+        loss = lambda p: jnp.sum(Transformer(cfg).apply({"params": p}, random_tokens(2, 12))[0])
+        return re.findall(
+            r"f32<host>\[(.*?)\] = device_put", str(jax.make_jaxpr(jax.grad(loss))(params))
+        )
+
+    assert on_host("save=q,layer_input,attention") == []
+    assert on_host("save=q offload=layer_input,attention") == ["2,12,16", "2,2,12,8"]
 
 
 def test_parameters_have_one_layout_whatever_is_unrolled():

@@ -23,7 +23,11 @@ PRIVATE = {
 # Packages without which text is trained on, evaluated and sampled, and the extra that has them.
 OPTIONAL = {"matplotlib": "plots", "tensorflow-datasets": "tfds", "array_record": "tfds"}
 # Modules that nothing imports but where an optional package is there: file, what it may import.
-LATE = {("builders.py", "tensorflow_datasets"), ("builders.py", "absl"), ("search.py", "optuna")}
+LATE = {("builders.py", "tensorflow_datasets"), ("builders.py", "absl"), ("search.py", "optuna"),
+        ("lm_eval.py", "lm_eval")}  # fmt: skip
+SERVER = ("h11", "prometheus_client", "pydantic", "starlette", "uvicorn")
+LATE |= {(path.name, package) for path in (ROOT / "nanojaxgpt" / "server").glob("*.py")
+         for package in SERVER}  # fmt: skip
 WITH_JAX = {"scipy", "jaxlib"}  # jax requires them
 PUBLIC = {"_replace", "_asdict", "_fields", "_exit", "_actions"}  # Python's own
 

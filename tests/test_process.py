@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import json
 import os
 import platform
 import signal
@@ -10,7 +11,7 @@ import sys
 import threading
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, command, write_tiny
 
 from nanojaxgpt.errors import INTERRUPTED, PREEMPTED, Stopped
 from nanojaxgpt.hosts import process
@@ -177,3 +178,41 @@ def test_signals_are_answered_before_the_slow_imports(entry, number, code):
     said = child.communicate(timeout=60)[1]
     assert child.returncode == code
     assert "Traceback" not in said
+
+
+@pytest.fixture
+def train_at_home(tmp_path, monkeypatch):
+    """Return train(name), which trains with a cache of its own: (its output, its metrics)."""
+    path = write_tiny(tmp_path, "train.num_steps = cfg.optim.warmup_steps = 2")
+    for name in [name for name in os.environ if "_CACHE_" in name]:
+        monkeypatch.delenv(name)
+
+    def train(name: str, **environment: str) -> tuple[str, list]:
+        home = {"XDG_CACHE_HOME": str(tmp_path / "home")} | environment
+        found = command("train", f"--config={path}", f"--run={tmp_path / name}", **home)
+        assert found.returncode == 0, found.stderr
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        return found.stderr, [json.loads(line).get("loss") for line in lines]
+
+    return train
+
+
+def test_the_next_process_finds_its_programs_compiled(train_at_home, tmp_path):
+    _, losses = train_at_home("first")
+    (folder,) = (tmp_path / "home" / "nanojaxgpt" / "compiled").iterdir()
+    programs = {path: path.stat().st_mtime_ns for path in folder.glob("*-cache")}
+    assert any("train_step" in path.name for path in programs)
+    assert train_at_home("second")[1] == losses
+    assert {path: path.stat().st_mtime_ns for path in folder.glob("*-cache")} == programs
+    for path in programs:  # a full disk leaves such files
+        path.write_bytes(path.read_bytes()[:100])
+    assert train_at_home("third")[1] == losses
+
+
+@pytest.mark.parametrize("home", ["/proc/none", "FOLDER"])
+def test_programs_are_compiled_again_where_none_can_be_kept(train_at_home, tmp_path, home):
+    given = {"XDG_CACHE_HOME": home}
+    if home == "FOLDER":  # the environment's own folder goes first
+        given = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "own")}
+    train_at_home("run", **given)
+    assert not (tmp_path / "home" / "nanojaxgpt" / "compiled").exists()

@@ -95,6 +95,7 @@ STEPS = {
     "chunks": {"train.loss_chunks": "4"},
     "dots": {"model.remat": "dots"},
     "dots_no_batch": {"model.remat": "dots_no_batch"},
+    "names": {"model.remat": "save=q,k,v,attention,mlp_input,up"},
     "full": {"model.remat": "full"},
 }
 
@@ -140,6 +141,18 @@ def test_data_parallelism_sums_every_gradient_once(parallel):
     assert sent(one, "all-reduce", "data") == pytest.approx(2 * gradients * 7 / 8, rel=0.05)
     assert sent(one, "all-gather") == 0
     assert one.unknown_loops == 0
+
+
+@pytest.mark.parametrize("mesh", [{"mesh.data": "8"}, {"mesh.data": "1", "mesh.fsdp": "8"}])
+def test_chunks_of_the_loss_send_the_head_no_more_often(mesh, eight):
+    """They sent it, and its gradient, once a chunk: 8 chunks made 15.3 MB of 2.0 with fsdp=8."""
+    wide = {"model.vocab_size": "4096", "model.num_layers": "1", "model.compute_dtype": "bfloat16"}
+    one, four = (
+        sum(row.sent for row in rehearse_step(config(**wide | mesh | chunks), eight).traffic)
+        for chunks in ({}, {"train.loss_chunks": "4"})
+    )
+    assert one > 8e5
+    assert four < 1.01 * one
 
 
 def test_fsdp_gathers_every_layer_twice_and_sums_its_gradient(parallel):
@@ -370,6 +383,7 @@ def test_libtpu_sends_what_the_closed_form_says(mesh, slices):
         "model.bias": "false", "train.batch_size": "8",
     }  # fmt: skip
     target = targets.open_target(parse_topology("v5e:2x2", slices))
+    assert search.largest_blocks(config(**wide | mesh), target) == ""  # of 128 tokens
     one = rehearse_step(config(**wide | mesh), target)
     assert not target.fake
     assert one.memory.fits
@@ -469,14 +483,59 @@ def test_the_search_asks_once_for_too_much(monkeypatch, parallel):
     monkeypatch.setattr(search, "rehearse_step", rehearsed)
     found = search.search(config(), targets.open_target(parse_topology("cpu:4")), print, 99)
     assert sum(one.memory.fits for one in found) == 6
-    assert {policy: sum(name == policy for name, _ in tried) for policy in search.POLICIES} == {
-        "none": 3, "dots_no_batch": 3, "full": 6,
+    policies = search.policies(config())
+    assert policies[1] == "save=q,k,v,attention,o,up"
+    assert [sum(name == policy for name, _ in tried) for policy in policies] == [3, 3, 3, 6]
+
+
+@pytest.mark.parametrize(
+    ("room", "parts", "tried"), [(100, 4, [2, 1]), (30, 4, [2]), (9, 4, [8]), (3, 4, [8, 16])]
+)
+def test_the_search_goes_on_with_other_micro_batches(room, parts, tried, monkeypatch, parallel):
+    """A micro-batch of n rows takes 4 n here."""
+
+    def rehearsed(cfg, target):
+        asked.append(cfg.train.accumulation_steps)
+        memory = parallel["data"].memory._replace(
+            temporaries=4 * 16 // cfg.train.accumulation_steps, available=room,
+            parameters=0, optimizer=0, gradients=0, batch=0,
+        )  # fmt: skip
+        return parallel["data"]._replace(cfg=cfg, memory=memory)
+
+    asked: list[int] = []
+    monkeypatch.setattr(search, "rehearse_step", rehearsed)
+    cfg = config(**{"train.accumulation_steps": str(parts), "mesh.data": "1"})
+    found = search.refine([rehearsed(cfg, None)], None, print, 3)
+    assert asked[1:] == [one.cfg.train.accumulation_steps for one in found] == tried
+
+
+CUDA = pytest.mark.skipif(
+    not targets.has_cuda_plugin(), reason="needs CUDA's plug-in: pip install -e .[cuda13]"
+)
+
+
+@CUDA
+@pytest.mark.slow
+def test_the_cuda_plug_in_compiles_a_step_for_a_gpu_that_is_not_here():
+    target = targets.open_target(parse_topology("h100:4"))
+    assert not target.fake
+    assert target.places(target.devices).tolist() == [[0, 0], [0, 1], [0, 2], [0, 3]]
+    assert "cuDNN" in report.title("x.py", target)[1]
+    changes = {
+        "model.compute_dtype": "bfloat16", "mesh.data": "1", "mesh.fsdp": "4",
+        "model.remat": "save=q,k,v,attention offload=layer_input", "train.loss_chunks": "4",
     }  # fmt: skip
+    one = rehearse_step(config(**changes), target)
+    assert one.memory.fits
+    assert abs(one.flops.difference) < 0.01
+    assert {row.network for row in one.traffic} == {"NVLink"}
+    assert sent(one, "all-gather", "fsdp") > 0
 
 
 @pytest.mark.slow
 def test_the_door(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(process, "keep_freed_memory", lambda: None)
+    monkeypatch.setattr(targets, "has_cuda_plugin", lambda: False)
     shrink = [f"--config.{k}" for k in ("model.vocab_size=64", "model.seq_len=16")]
     base = ["rehearse", f"--config={ROOT}/experiments/quickstart.py", *shrink]
     assert main([*base, "--topology=h100:8", f"--json={tmp_path}/out.json"]) == 0

@@ -239,6 +239,43 @@ def test_the_wsd_papers_cooldowns_branch_from_its_constant_runs(tiny, tmp_path, 
     assert not any("finished" in line for line in said)
 
 
+@pytest.mark.slow
+def test_a_claim_about_fine_tuning(tiny, tmp_path):
+    """Adapters of the trained runs: one step from its loss, where one step from scratch is not."""
+    (plain,), last = tiny.arms, 40
+    more = {
+        "train.num_steps": str(last),
+        "optim.learning_rate": "0.01",
+        "train.log_every_steps": "1",
+    }
+    plain = replace(plain, config=override_config(plain.config, more))
+    tuned = {
+        "init.from_run": "plain",
+        "init.step": str(last),
+        "lora.rank": "2",
+        "train.num_steps": "1",
+    }
+    arms = (
+        plain,
+        replace(plain, name="tuned", config=override_config(plain.config, tuned),
+                branch_of="plain", tunes=True),
+    )  # fmt: skip
+
+    def gap(before, after):
+        return abs(before.at(last, "loss") - after.at(1, "loss"))
+
+    claims = (claim(measure=gap, accept=(0, 0.2), arms=("plain", "tuned"), every_seed=True),)
+    paper = replace(tiny, arms=arms, claims=claims)
+    assert paper_problems(paper) == []
+    found = reproduce(paper, tmp_path, lambda _: None)
+    assert [result.verdict for result in found.results] == ["PASS"]
+    for base, after in zip(found.runs["plain"], found.runs["tuned"], strict=True):
+        assert (after.cfg.init.from_run, after.cfg.init.state) == (str(base.path), "params")
+        assert after.at(1, "loss") < base.at(1, "loss") - 0.2
+    again = reproduce(paper, tmp_path, lambda _: None)
+    assert again.results[0].measured == found.results[0].measured
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

@@ -21,7 +21,8 @@ from nanojaxgpt.errors import INTERRUPTED, PREEMPTED, Stopped
 from nanojaxgpt.metrics import read_metrics
 from nanojaxgpt.model.config import complete
 from nanojaxgpt.model.transformer import Transformer
-from nanojaxgpt.training import fit, make_evaluation, make_job
+from nanojaxgpt.training import fit, make_job
+from nanojaxgpt.validation import make_evaluation
 
 NUM_STEPS = 20
 KILL, TERM, INT = signal.SIGKILL, signal.SIGTERM, signal.SIGINT

@@ -9,6 +9,7 @@ import pytest
 from conftest import random_tokens, small_model
 
 from nanojaxgpt.attention.cache import init_cache
+from nanojaxgpt.model.block import Block
 from nanojaxgpt.model.projection import decoding_params
 from nanojaxgpt.model.transformer import Transformer, init_params
 from nanojaxgpt.sample import (
@@ -17,6 +18,7 @@ from nanojaxgpt.sample import (
     choose,
     filter_logits,
     generate,
+    read,
     row_keys,
     stream,
 )
@@ -330,3 +332,17 @@ def test_samples_follow_the_distribution():
     found_V = np.bincount(np.asarray(ids_B1)[:, 0], minlength=31) / 4000
     assert np.abs(found_V - expected_V).max() < 5 * 0.5 / np.sqrt(4000)
     assert expected_V.max() < 0.99
+
+
+@pytest.mark.parametrize(("windows", "kinds"), [((0,), 1), ((0, 4), 2)])
+def test_layers_alike_are_traced_once(windows, kinds, monkeypatch):
+    cfg, traced = small_model(seq_len=32, num_layers=6, windows=windows), []
+    project = Block.feed_forward
+    monkeypatch.setattr(
+        Block, "feed_forward", lambda self, *given: traced.append(self) or project(self, *given)
+    )
+    fresh = jax.eval_shape(lambda: init_params(cfg, jax.random.key(0)))
+    traced.clear()
+    rows = jax.ShapeDtypeStruct((2, 8), jnp.int32)
+    jax.eval_shape(lambda params, ids: read(Transformer(cfg), params, ids, 16)[1], fresh, rows)
+    assert len(traced) == kinds

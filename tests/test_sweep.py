@@ -193,7 +193,8 @@ def test_what_shares_its_programs_is_what_make_hyper_traces(small_config):
         cfg = changed(name, other[type(value)](value))
         traced = not isinstance(value, str) and make_hyper(cfg) != make_hyper(base)
         unseen = name.split(".")[0] in ("sample", "checkpoint", "init") or name in (
-            "eval.every_steps", "train.log_every_steps", "objective.reward_seconds",
+            "eval.every_steps", "eval.tasks_every_steps", "train.log_every_steps",
+            "train.gc_every_steps", "objective.reward_seconds",
         )  # fmt: skip
         starts = ("init.from_run", "init.from_model")  # whose tokenizer may be the data's
         unseen = unseen and name not in starts

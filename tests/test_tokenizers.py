@@ -76,6 +76,7 @@ def check_exact(tokenizer, text):
     assert ids.shape == (len(ids),)
     assert tokenizer.decode(ids) == text
     assert tokenizer.token_bytes()[ids].sum() == len(text.encode())
+    assert b"".join(tokenizer.piece(i) for i in ids.tolist()) == text.encode()
     assert tokenizer.end_id not in ids
 
 

@@ -1,5 +1,6 @@
 """The train step: accumulation, weights, clipping, traced hyperparameters, and starting points."""
 
+import gc
 import json
 import shutil
 import time
@@ -230,6 +231,31 @@ def test_damaged_notes_block_no_run(small_config, tmp_path, monkeypatch, capsys)
     assert json.loads(identity.read_text())["data"]
     found = [record["loss"] for record in read_metrics(run) if "loss" in record]
     assert found == wanted[1:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("every", [0, 2])
+def test_pythons_collector_is_off_only_while_it_trains(every, small_config, tmp_path, monkeypatch):
+    cfg = small_config(**{"train.num_steps": "6", "train.gc_every_steps": str(every)})
+    job, found = share_programs(cfg, monkeypatch), []
+
+    def train_step(state, *arguments):
+        found.append(gc.isenabled())
+        if len(found) == 5 + 6:
+            raise NonFiniteError("in the second run")
+        return job.train_step(state, *arguments)
+
+    changed = job._replace(train_step=train_step)
+    monkeypatch.setattr(train_module, "make_job", lambda cfg, *_: share_job(changed, cfg))
+    fit(cfg, tmp_path / "run", report=lambda _: None)
+    assert found == [True] + 5 * [not every]
+    assert gc.isenabled()
+    assert not gc.get_freeze_count()
+    with pytest.raises(NonFiniteError, match="in the second run"):
+        fit(cfg, tmp_path / "other", report=lambda _: None)
+    assert found[6:] == [True] + 4 * [not every]
+    assert gc.isenabled()
+    assert not gc.get_freeze_count()
 
 
 @pytest.mark.slow

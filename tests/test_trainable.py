@@ -15,9 +15,9 @@ from nanojaxgpt.data.loader import prepare_data, resolve
 from nanojaxgpt.errors import ConfigError
 from nanojaxgpt.model.config import complete
 from nanojaxgpt.model.parameters import parameters
-from nanojaxgpt.step import make_step
+from nanojaxgpt.step import make_hyper, make_step
 from nanojaxgpt.trainable import check_trainable, is_trainable, merge_params, split_params
-from nanojaxgpt.training import fit
+from nanojaxgpt.training import fit, make_job
 
 TABLE = parameters(small_model(tied_head=False))
 QUERIES = ("q_DNH", "norm")  # a tenth of the small model
@@ -118,3 +118,72 @@ def test_gradients_and_state_take_the_bytes_of_what_trains(cfg, tmp_path):
     (printed,) = json.loads((tmp_path / "found.json").read_text())
     for name in ("parameters", "optimizer", "gradients"):
         assert printed["memory"][name] == getattr(found, name), name
+
+
+LAYERS = {
+    "one stack": {"model.num_layers": "4", "optim.trainable_layers": "2"},
+    "a period of three": {"model.windows": "(0, 4, 4)", "model.num_layers": "5",
+                          "optim.trainable_layers": "3"},
+    "two stacks": {"model.mlp_dims": "(0, 24)", "model.num_layers": "4",
+                   "optim.trainable_layers": "1"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [pytest.param(fields, id=name, marks=[pytest.mark.slow] * (name != "a period of three"))
+     for name, fields in LAYERS.items()],
+)  # fmt: skip
+def test_only_the_last_layers_train(small_config, fields, tmp_path):
+    fields = fields | {"optim.trainable": "('layers', 'final_norm')", "train.num_steps": "3"}
+    fields |= {"mesh.data": "-1", "checkpoint.every_steps": "1", "checkpoint.keep_last": "9"}
+    cfg = small_config(**fields)
+    job, mesh = resolve(cfg, prepare_data(cfg, print)), sharding.make_mesh(cfg.mesh)
+    step = make_step(job, mesh)
+    # Trained rows, their gradients and their state are those of the last layers alone.
+    for path, leaf in jax.tree.leaves_with_path(step.abstract.params):
+        name = checkpoint.path_name(path)
+        if name.startswith("layers"):
+            places = [stack for stack, _ in job.model.places[-cfg.optim.trainable_layers :]]
+            assert leaf.shape[0] == places.count(name.split("/")[0])
+    fit(cfg, tmp_path / "run", report=lambda _: None)
+    first, last = (
+        checkpoint.load_params(tmp_path / "run", job.model, mesh, n, print)[1] for n in (1, 3)
+    )
+    for index, (stack, row) in enumerate(job.model.places):
+        trains = index >= cfg.model.num_layers - cfg.optim.trainable_layers
+        pairs = zip(first[stack].values(), last[stack].values(), strict=True)
+        assert {np.array_equal(a[row], b[row]) for a, b in pairs} == {not trains}
+    assert np.array_equal(first["embed_VD"], last["embed_VD"])
+    # A run that was stopped in between resumes with the same bits.
+    (tmp_path / "run" / "checkpoints" / "3").rename(tmp_path / "gone")
+    fit(cfg, tmp_path / "run", report=lambda _: None)
+    _, again = checkpoint.load_params(tmp_path / "run", job.model, mesh, 3, print)
+    jax.tree.map(np.testing.assert_array_equal, again, last)
+
+
+def test_the_last_layers_train_as_they_do_where_all_train(small_config):
+    """The gradients of their rows are those of the whole stack, and so they are on a mesh."""
+    found = []
+    for layers, mesh in (("0", {"data": "-1"}), ("2", {"data": "2", "fsdp": "2", "tensor": "2"})):
+        cfg = small_config(**{"model.num_layers": "4", "model.vocab_size": "16",
+                              "optim.trainable_layers": layers,
+                              "optim.trainable": "('layers',)", "optim.clip_norm": "0",
+                              **{f"mesh.{axis}": size for axis, size in mesh.items()}})  # fmt: skip
+        data = prepare_data(cfg, print)
+        job = make_job(resolve(cfg, data), data, sharding.make_mesh(cfg.mesh))
+        with jax.set_mesh(job.mesh):
+            state, frozen = job.init(jax.random.key(0))
+            state, _ = job.train_step(state, job.train_batch(0), make_hyper(job.cfg), frozen)
+        found.append(merge_params(state.params, frozen)["layers"])
+    whole, last = found
+    for name, leaf in whole.items():
+        np.testing.assert_allclose(leaf[2:], last[name][2:], rtol=0, atol=1e-6)
+
+
+def test_layers_that_can_not_be_chosen(small_config):
+    cfg = small_config(**{"optim.trainable_layers": "9", "mesh.data": "-1"})
+    with pytest.raises(ConfigError, match="trainable_layers=9, but the model has"):
+        make_step(resolve(cfg, prepare_data(cfg, print)), sharding.make_mesh(cfg.mesh))
+    with pytest.raises(ConfigError, match=r"lora.rank and optim.trainable_layers are both set"):
+        small_config(**{"optim.trainable_layers": "1", "lora.rank": "2", "init.from_run": "a"})

@@ -51,7 +51,7 @@ def loss_at(run: Run, length: int) -> float:
     from nanojaxgpt.model.config import ModelConfig
     from nanojaxgpt.model.transformer import Transformer
     from nanojaxgpt.papers.reproduce import load_job
-    from nanojaxgpt.training import make_evaluation
+    from nanojaxgpt.validation import make_evaluation
 
     job, params = load_job(run)
     cfg = run.cfg.copy_and_resolve_references().unlock()

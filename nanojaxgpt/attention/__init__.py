@@ -52,19 +52,21 @@ def attend(
     softcap: float = 0.0,
     alibi: bool = False,
     kernel: str = "auto",
+    blocks: str = "",
     dropout: float = 0.0,
     rng: jax.Array | None = None,
 ) -> jax.Array:
     """Return attention's output [B, T, N, H]; `dropout` acts on the weights where `rng` is given.
 
     Rows are whole sequences without a cache, so T = S and positions count up. With a `softcap` c,
-    scores become c * tanh(scores / c) after the scale and before the mask (Gemma 2). `kernel` is
-    a value of `model.attention`. Raises ConfigError where that kernel does not support the call.
+    scores become c * tanh(scores / c) after the scale and before the mask (Gemma 2). `kernel` and
+    `blocks` are values of `model.attention` and `model.attention_blocks`. Raises ConfigError where
+    that kernel does not support the call.
     """
     dropout = dropout if rng is not None else 0.0
     k_BSKH = constrain(k_BSKH, "batch", "keys", "kv_heads", "head_dim")
     v_BSKH = constrain(v_BSKH, "batch", "keys", "kv_heads", "head_dim")
-    request = make_request(q_BTNH, k_BSKH, mask, softcap, alibi, dropout)
+    request = make_request(q_BTNH, k_BSKH, mask, softcap, alibi, dropout, blocks)
     chosen = KERNELS[choose_kernel(request, kernel)]
     return chosen.run(q_BTNH, k_BSKH, v_BSKH, mask, request, scale, rng)
 
@@ -76,6 +78,7 @@ def make_request(
     softcap: float = 0.0,
     alibi: bool = False,
     dropout: float = 0.0,
+    blocks: str = "",
 ) -> Request:
     """Return the static facts of a call on the mesh of `jax.set_mesh`."""
     return Request(
@@ -92,6 +95,7 @@ def make_request(
         alibi=alibi,
         dropout=dropout,
         sequence_shards=axis_size("sequence"),
+        blocks=blocks,
     )
 
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from nanojaxgpt.attention.request import Mask, Request, dense_mask, soft_cap
 from nanojaxgpt.sharding import axis_size
@@ -110,7 +111,7 @@ def _attend_blocks(
         weights_BNTS = jax.nn.softmax(jnp.where(seen, scores_BNTS, -1e30)).astype(q_BTNH.dtype)
         outs.append(jnp.einsum("BNTS,BNSH->BNTH", weights_BNTS, v_BNSH[:, :, keys]))
         weights.append(weights_BNTS)
-    out_BNTH = jnp.concatenate(outs, 2)
+    out_BNTH = checkpoint_name(jnp.concatenate(outs, 2), "attention")
     saved = q_BNTH, k_BNSH, v_BNSH, out_BNTH, weights, positions_BT, segments_BT
     return jnp.swapaxes(out_BNTH, 1, 2), saved
 
@@ -269,8 +270,10 @@ def _attend_tiles(
         _, (out, log) = _loop(step, None, tiles.count)
         outs.append(out)
         logs.append(log)
-    out_BNTH = _joined(outs)
-    return jnp.swapaxes(out_BNTH, 1, 2), (arrays, out_BNTH, _joined(logs))
+    # Both have the name, as in splash: with q, k and v saved, the forward pass is not run again.
+    out_BNTH = checkpoint_name(_joined(outs), "attention")
+    log_BNT1 = checkpoint_name(_joined(logs), "attention")
+    return jnp.swapaxes(out_BNTH, 1, 2), (arrays, out_BNTH, log_BNT1)
 
 
 def _attend_tiles_gradient(

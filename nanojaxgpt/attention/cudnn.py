@@ -1,6 +1,9 @@
 """cuDNN's fused attention for NVIDIA GPUs, by `jax.nn`."""
 
+from typing import Any
+
 import jax
+from jax.ad_checkpoint import checkpoint_name
 
 from nanojaxgpt.attention.request import Mask, Request, dense_mask
 
@@ -40,11 +43,12 @@ def run(
     Packed rows take a dense mask of T x S: `jax.nn` (0.10.2 to 0.12) has one length a row, shape
     [B], for padding. The kernel knows offsets of segments, but only a private function takes them.
     """
+    seen: dict[str, Any] = dict(is_causal=True)
     if request.packed:
-        return jax.nn.dot_product_attention(
-            q_BTNH, k_BSKH, v_BSKH, mask=dense_mask(mask), scale=scale, implementation="cudnn"
-        )
-    return jax.nn.dot_product_attention(
-        q_BTNH, k_BSKH, v_BSKH, scale=scale, is_causal=True, implementation="cudnn",
-        local_window_size=(mask.window - 1, 0) if mask.window else None,
-    )  # fmt: skip
+        seen = dict(mask=dense_mask(mask))
+    elif mask.window:
+        seen["local_window_size"] = mask.window - 1, 0
+    out_BTNH = jax.nn.dot_product_attention(
+        q_BTNH, k_BSKH, v_BSKH, scale=scale, implementation="cudnn", **seen
+    )
+    return checkpoint_name(out_BTNH, "attention")

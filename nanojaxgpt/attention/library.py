@@ -1,6 +1,7 @@
 """Attention of `jax.nn` as XLA compiles it, with all scores at once: the one for ALiBi."""
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 
 from nanojaxgpt.attention.request import Mask, Request, alibi_bias, dense_mask
 
@@ -25,6 +26,7 @@ def run(
 ) -> jax.Array:
     """Return attention's output [B, T, N, H]."""
     bias = alibi_bias(mask, request.heads) if request.alibi else None
-    return jax.nn.dot_product_attention(
+    out_BTNH = jax.nn.dot_product_attention(
         q_BTNH, k_BSKH, v_BSKH, bias, dense_mask(mask), scale=scale, implementation="xla"
     )
+    return checkpoint_name(out_BTNH, "attention")

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from nanojaxgpt.attention.request import Mask, Request, alibi_bias, dense_mask, soft_cap
 
@@ -22,9 +23,9 @@ def run(
 ) -> jax.Array:
     """Return attention's output [B, T, N, H]."""
     k_BKSH, v_BKSH = jnp.swapaxes(k_BSKH, 1, 2), jnp.swapaxes(v_BSKH, 1, 2)
-    return plain_attention(
-        q_BTNH, k_BKSH, v_BKSH, mask, scale, request.softcap, request.alibi, request.dropout, rng
-    )
+    more = request.softcap, request.alibi, request.dropout, rng
+    out_BTNH = plain_attention(q_BTNH, k_BKSH, v_BKSH, mask, scale, *more)
+    return checkpoint_name(out_BTNH, "attention")
 
 
 def plain_attention(
@@ -52,5 +53,6 @@ def plain_attention(
         kept_BNTS = jax.random.bernoulli(rng, 1 - dropout, weights_BNTS.shape)
         weights_BNTS = jnp.where(kept_BNTS, weights_BNTS / (1 - dropout), 0)
     weights_BKGTS = weights_BNTS.reshape(scores_BKGTS.shape).astype(v_BKSH.dtype)
-    out_BTKGH = jnp.einsum("BKGTS,BKSH->BTKGH", weights_BKGTS, v_BKSH)
-    return out_BTKGH.reshape(q_BTNH.shape)
+    # To BTKGH at once, XLA's CPU backend would sum it in bfloat16.
+    out_BKGTH = jnp.einsum("BKGTS,BKSH->BKGTH", weights_BKGTS, v_BKSH)
+    return jnp.moveaxis(out_BKGTH, 3, 1).reshape(q_BTNH.shape)

@@ -36,6 +36,7 @@ class Request:
     alibi: bool = False
     dropout: float = 0.0  # of the weights
     sequence_shards: int = 1  # devices that share the queries of a row
+    blocks: str = ""  # model.attention_blocks, of splash
 
 
 def dense_mask(mask: Mask) -> jax.Array:

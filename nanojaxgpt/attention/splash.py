@@ -8,9 +8,8 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from nanojaxgpt.attention.request import Mask, Request
+from nanojaxgpt.config.blocks import LANES, SplashBlocks, splash_blocks
 from nanojaxgpt.sharding import axis_size, partition_spec
-
-LANES = 128  # a block's queries, at least
 
 
 def supports(request: Request) -> str:
@@ -23,7 +22,17 @@ def supports(request: Request) -> str:
         return "splash needs as many queries as keys here"
     if request.query_length % (LANES * request.sequence_shards):
         return f"splash needs a length divisible by {LANES} on each device of the axis sequence"
+    try:
+        block_sizes(request)
+    except ValueError as error:
+        return f"splash has blocks of model.attention_blocks, in which {error}"
     return ""
+
+
+def block_sizes(request: Request) -> SplashBlocks:
+    """Return the blocks for the tokens that a device has. Raises ValueError."""
+    queries = request.query_length // request.sequence_shards
+    return splash_blocks(request.blocks, queries, request.key_length)
 
 
 def run(
@@ -42,11 +51,22 @@ def run(
     seen = splash.CausalMask((length, length))
     if mask.window:
         seen = splash.LocalMask((length, length), (mask.window - 1, 0), 0)
+    sizes = block_sizes(request)
+    apart: dict[str, Any] = {}
+    if not sizes.fused:
+        apart = dict(block_q_dq=sizes.backward_q, block_kv_dq=sizes.backward_kv)
+    blocks = splash.BlockSizes(
+        block_q=sizes.q, block_kv=sizes.kv, block_kv_compute=sizes.kv_compute,
+        block_q_dkv=sizes.backward_q, block_kv_dkv=sizes.backward_kv,
+        block_kv_dkv_compute=sizes.backward_kv_compute, use_fused_bwd_kernel=sizes.fused, **apart,
+    )  # fmt: skip
     kernel = splash.make_splash_mha(
         splash.MultiHeadMask([seen] * heads),
         head_shards=1,
         q_seq_shards=request.sequence_shards,
         attn_logits_soft_cap=request.softcap or None,
+        block_sizes=blocks,
+        residual_checkpoint_name="attention",
         interpret=request.platform != "tpu",
     )
     q_BNTH = jnp.swapaxes(q_BTNH, 1, 2) * scale

@@ -1,19 +1,23 @@
 """In: the arguments of `nanojaxgpt chat`, then what the user types. Out: the model's turns."""
 
+import contextlib
 import json
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nanojaxgpt import config
-from nanojaxgpt.arguments import Command, chosen_step, open_for_sampling
+from nanojaxgpt.arguments import Command, chosen_step, integer, open_for_sampling
 from nanojaxgpt.config.sections import Sample
-from nanojaxgpt.console import warn
-from nanojaxgpt.errors import ConfigError, UserError
+from nanojaxgpt.console import printable, warn
+from nanojaxgpt.errors import ConfigError, DataError, UserError
+from nanojaxgpt.hosts import process
 
 if TYPE_CHECKING:
+    from nanojaxgpt.generate.answers import Ticket
+    from nanojaxgpt.generate.requests import Request
     from nanojaxgpt.language_model import LanguageModel
 
 HELP = """\
@@ -23,6 +27,10 @@ HELP = """\
 /undo              take back the last message and its answer
 /save FILE         write the conversation as JSON
 /quit              end, as Ctrl-D does; Ctrl-C stops an answer"""
+OPTIONS: dict[str, dict[str, Any]] = {
+    "context": {"default": 0, "type": integer(1), "help": "tokens of a conversation; default: the "
+                "model's context, up to 2048"},
+}  # fmt: skip
 
 
 def chat(arguments: list[str]) -> None:
@@ -30,17 +38,27 @@ def chat(arguments: list[str]) -> None:
 
     A model without a chat template continues what is typed.
     """
-    parsed, cfg = open_for_sampling("chat", chat.__doc__, arguments)
+    parsed, cfg = open_for_sampling("chat", chat.__doc__, arguments, OPTIONS)
     from nanojaxgpt import language_model
 
     model = language_model.open_model(parsed.source, cfg, parsed.mesh, chosen_step(parsed), warn)
     system = "" if cfg.sample.prompt == Sample().prompt else cfg.sample.prompt
-    talk = Conversation(model, system)
+    talk = Conversation(model, system, parsed.context)
     if model.chat_template:
         _ = model.template  # refused before anything is typed
         warn(f"{model.run}: /help lists the commands")
     else:
         warn(f"{model.run} has no chat template: it continues what you type; /help for commands")
+    if sys.stdin and sys.stdin.isatty():
+        talk.engine.start(wait=False)  # it compiles while the user types
+    try:
+        hold(talk)
+    finally:
+        talk.close()
+
+
+def hold(talk: "Conversation") -> None:
+    """Answer the lines that are typed, up to the end. Raises what the engine failed of."""
     for line in typed_lines():
         try:
             if line.startswith("/"):
@@ -49,6 +67,8 @@ def chat(arguments: list[str]) -> None:
             elif line:
                 talk.say(line)
         except UserError as error:
+            if talk.engine.failed:
+                raise
             warn(str(error))
 
 
@@ -57,8 +77,6 @@ def typed_lines() -> Iterator[str]:
     if sys.stdin is None:  # closed
         return
     if sys.stdin.isatty():
-        import contextlib
-
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  # lines can be edited and called back
     while True:
@@ -75,12 +93,12 @@ def typed_lines() -> Iterator[str]:
 
 
 class Conversation:
-    """The messages so far, and the session that answers."""
+    """The messages so far, and the engine that answers: what a turn has read, the next reuses."""
 
-    def __init__(self, model: "LanguageModel", system: str = "") -> None:
-        from nanojaxgpt.session import Session
+    def __init__(self, model: "LanguageModel", system: str = "", context: int = 0) -> None:
+        from nanojaxgpt.generate.engine import Engine
 
-        self.model, self.session = model, Session(model)
+        self.model, self.engine = model, Engine(model, slots=1, context=context)
         self.sample = model.experiment.sample
         self.seed = self.sample.seed
         self.messages: list[dict[str, str]] = []
@@ -91,59 +109,86 @@ class Conversation:
         self.messages = [{"role": "system", "content": system}] if system else []
 
     def say(self, text: str) -> None:
-        """Print the model's answer to a message, as it is drawn; Ctrl-C ends it."""
+        """Print the model's answer to a message, as it is drawn; Ctrl-C ends it.
+
+        Raises UserError; the message is then taken back.
+        """
         self.messages.append({"role": "user", "content": text})
+        answer = ""
         try:
-            ids = self.prompt()
+            with stoppable(), contextlib.closing(self.answer(self.prompt())) as parts:
+                for part in parts:
+                    print(printable(part), end="", flush=True)
+                    answer += part
         except UserError:
             self.messages.pop()
             raise
-        answer = ""
-        for part in stoppable(self.answer(ids)):
-            print(part, end="", flush=True)
-            answer += part
         print(flush=True)
         self.messages.append({"role": "assistant", "content": answer})
 
     def prompt(self) -> list[int]:
         """Return the ids to answer. The oldest turns go where they don't fit the context.
 
-        Raises ConfigError where the last message alone does not.
+        Raises ConfigError where the last message alone does not, DataError where there are none.
         """
-        room = self.model.config.seq_len - min(64, self.model.config.seq_len // 2)
-        while len(ids := self.encode()) > room:
-            first = int(self.messages[0]["role"] == "system")
-            if len(self.messages) <= first + 1:
-                raise ConfigError(f"the message has {len(ids)} tokens, and the model a context of "
-                                  f"{self.model.config.seq_len}; shorten it")  # fmt: skip
-            del self.messages[first : first + 2]
-            warn("the conversation fills the context: its oldest turn is left out")
+        context, kept = self.engine.context, list(self.messages)
+        room = context - min(64, context // 2)
+        while len(ids := self.encode(kept)) > room:
+            first = int(kept[0]["role"] == "system")
+            if len(kept) <= first + 1:
+                raise ConfigError(f"the message has {len(ids)} tokens, and the context {context}; "
+                                  "shorten it")  # fmt: skip
+            del kept[first : first + 2]
+        if len(kept) < len(self.messages):
+            warn("the conversation fills the context: its oldest turns are left out")
+            self.messages = kept
+        if not ids:
+            raise DataError("the chat template gives no token for this conversation")
         return ids
 
-    def encode(self) -> list[int]:
-        """Return the ids of the messages; without a template those of their texts."""
+    def encode(self, messages: list[dict[str, str]]) -> list[int]:
+        """Return the ids of messages; without a template those of their texts."""
         if self.model.chat_template:
-            return self.model.template.encode(self.messages)
-        text = "".join(message["content"] for message in self.messages)
-        return self.model.encode(text)
+            return self.model.template.encode(messages)
+        return self.model.encode("".join(message["content"] for message in messages))
 
-    def answer(self, ids: list[int]) -> Iterator[str]:
-        """Yield the parts of an answer."""
-        from nanojaxgpt.sample import Sampling
-        from nanojaxgpt.text_stream import TextStream
+    def answer(self, ids: list[int]) -> Generator[str]:
+        """Yield the parts of an answer. Raises what the engine failed of."""
+        from nanojaxgpt.generate.requests import Request
 
-        ends, sample, tokenizer = self.model.end_ids, self.sample, self.model.tokenizer
-        stream = TextStream(tokenizer, ids, sample.stop, ends)
-        how = Sampling(
-            sample.temperature, sample.top_k, sample.top_p, sample.min_p, tokenizer.vocab_size, ends
-        )
-        drawn = self.session.draw(ids, sample.max_tokens, how, self.seed)
-        self.seed += 1
-        for new in drawn:
-            yield stream.add(new)
-            if stream.finish:
-                return
-        yield stream.close()
+        sample, part, drawn = self.sample, None, list[int]()
+        ticket = self.submit(Request(
+            tuple(ids), sample.max_tokens, sample.temperature, sample.top_k, sample.top_p,
+            sample.min_p, self.seed, sample.stop,
+        ))  # fmt: skip
+        self.seed = (self.seed + 1) % (1 << 31)
+        self.engine.start(wait=False)
+        try:
+            for part in ticket:
+                yield part.text
+                drawn += part.ids
+        finally:
+            ticket.cancel()
+        if part and part.finish == "error":
+            raise self.engine.failed or DataError(part.error)
+        # The answer is read while the user types, as a part of the next prompt.
+        self.submit(Request((*ids, *drawn)[: self.engine.context], max_tokens=0))
+
+    def submit(self, request: "Request") -> "Ticket":
+        """Return the ticket of a request. Raises what the engine failed of."""
+        from nanojaxgpt.generate.requests import EngineFailed
+
+        try:
+            return self.engine.submit(request)
+        except EngineFailed as error:
+            raise self.engine.failed or error from None
+
+    def close(self) -> None:
+        """End the engine; where it still compiles, which can't be stopped, it is left."""
+        if self.engine.ready:
+            self.engine.close(drain=False)
+        else:
+            process.leave_threads()
 
     def take_back(self) -> str:
         """Remove the last message and its answer; return the message. Raises ConfigError."""
@@ -155,11 +200,12 @@ class Conversation:
         return text
 
 
-def stoppable(parts: Iterator[str]) -> Iterator[str]:
-    """Yield the parts, up to a Ctrl-C."""
+@contextlib.contextmanager
+def stoppable() -> Iterator[None]:
+    """Let Ctrl-C end the context, and nothing else."""
     old = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        yield from parts
+        yield
     except KeyboardInterrupt:
         pass
     finally:

@@ -30,8 +30,8 @@ def diff(arguments: list[str]) -> None:
         },
         "json": {"action": "store_true", "help": "print the result as JSON"},
     }
-    first, second = ("A", "a run directory"), ("B", "the run directory to compare it with")
-    parsed = parse("diff", diff.__doc__, arguments, options, first, second)
+    second = {"other": {"metavar": "B", "help": "the run directory to compare it with"}}
+    parsed = parse("diff", diff.__doc__, arguments, options, ("A", "a run directory"), second)
     if not (parsed.run and parsed.other):
         raise ConfigError("diff needs two run directories: nanojaxgpt diff RUN RUN")
     if parsed.overrides:

@@ -20,12 +20,12 @@ def open_two(
     name: str, about: str | None, arguments: list[str], options: dict[str, Any], target: str
 ) -> tuple[Any, Path, Any]:
     """Return the parsed arguments of a command with a MODEL and a target, that, and the config."""
-    other = (target, f"the {target.lower()} to write")
-    parsed, cfg = open_model_config(name, about, arguments, options, other)
-    if not parsed.other:
+    more = {"target": {"metavar": target, "help": f"the {target.lower()} to write"}}
+    parsed, cfg = open_model_config(name, about, arguments, options, more)
+    if not parsed.target:
         raise ConfigError(f"{name} needs a model and a target: nanojaxgpt {name} MODEL {target}")
-    rundir.check_folder(target, Path(parsed.other).parent)
-    return parsed, Path(parsed.other), cfg
+    rundir.check_folder(target, Path(parsed.target).parent)
+    return parsed, Path(parsed.target), cfg
 
 
 def import_model(arguments: list[str]) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from nanojaxgpt import rundir
 from nanojaxgpt.arguments import Command, integer, open_experiment
 from nanojaxgpt.chips import parse_topology
+from nanojaxgpt.config import with_fields
 from nanojaxgpt.console import warn
 from nanojaxgpt.errors import MemoryExceeded
 
@@ -22,7 +23,8 @@ def rehearse(arguments: list[str]) -> None:
         "mesh": {
             "default": "config",
             "choices": ("config", "auto"),
-            "help": "auto: try meshes and remat policies; default: those of the config",
+            "help": "auto: try meshes, remat policies, micro-batches and splash's blocks; default: "
+            "those of the config",
         },
         "json": {"default": "", "help": "also write the results to this file"},
     }
@@ -33,8 +35,11 @@ def rehearse(arguments: list[str]) -> None:
     from nanojaxgpt.data.loader import prepare_data, resolve
     from nanojaxgpt.model.config import complete
     from nanojaxgpt.rehearse import report, search, step, targets
+    from nanojaxgpt.sharding import compute_dtype
 
     target = targets.open_target(topology)
+    dtype = compute_dtype(cfg.model.compute_dtype, topology.chip.platform)
+    cfg = with_fields(cfg, {"model.compute_dtype": dtype})
     if cfg.model.vocab_size:
         job_cfg = complete(cfg)
     else:
@@ -43,7 +48,8 @@ def rehearse(arguments: list[str]) -> None:
     name = parsed.config or parsed.run
     if parsed.mesh == "auto":
         found = search.search(job_cfg, target, warn)
-        lines = report.search_lines(name, target, found)
+        blocks = search.largest_blocks(found[0].cfg, target)
+        lines = report.search_lines(name, target, found, blocks)
     else:
         found = [step.rehearse_step(job_cfg, target)]
         lines = report.lines(name, target, found[0])

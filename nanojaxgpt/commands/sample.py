@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from nanojaxgpt.arguments import Command, chosen_step, open_for_sampling
 from nanojaxgpt.config.sections import Sample
-from nanojaxgpt.console import warn
+from nanojaxgpt.console import printable, warn
 from nanojaxgpt.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -60,11 +60,11 @@ def print_texts(chunks: Iterable[list[str]], prompt: str) -> list[str]:
     print(prompt, end="", flush=True)
     texts: list[str] = []
     for parts in chunks:
-        print(parts[0], end="", flush=True)
+        print(printable(parts[0]), end="", flush=True)
         texts = [text + part for text, part in zip(texts or [""] * len(parts), parts, strict=True)]
     print()
     for text in texts[1:]:
-        print("-" * 40 + f"\n{prompt}{text}")
+        print("-" * 40 + f"\n{prompt}{printable(text)}")
     return texts
 
 

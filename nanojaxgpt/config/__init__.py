@@ -31,6 +31,8 @@ from nanojaxgpt.checks import (
     show,
 )
 from nanojaxgpt.config import sections
+from nanojaxgpt.config.blocks import blocks_problems
+from nanojaxgpt.config.remat import remat_problems
 from nanojaxgpt.config.rotary import rotary_problems
 from nanojaxgpt.config.sections import Config
 from nanojaxgpt.errors import ConfigError, Stopped, UserError
@@ -82,8 +84,7 @@ def with_fields(cfg: Either, changes: Mapping[str, Any]) -> Either:
     if isinstance(cfg, Config):
         return build({**values, **changes}, type(cfg))
     cfg = cfg.copy_and_resolve_references()
-    for name, value in changes.items():
-        set_field(cfg, name, value)
+    set_fields(cfg, changes)
     check_config(cfg)
     return cfg.lock()
 
@@ -108,6 +109,7 @@ def build(values: Mapping[str, Any], kind: type[Typed]) -> Typed:
     if model.positions == "rotary":
         head_dim = model.head_dim or model.embed_dim // model.num_heads
         problems += rotary_problems(model.rotary, model.rotary_base, head_dim)
+    problems += remat_problems(model) + blocks_problems(model)
     if problems:
         raise ConfigError("\n".join(problems))
     return assemble(parts, kind)
@@ -207,7 +209,7 @@ def conform(given: dict[str, Any]) -> ConfigDict:
 
     All sections and fields must be there, and no others; `check_config` looks at the values.
     """
-    cfg, problems = base_config(), []
+    cfg, problems, changes = base_config(), [], {}
     known = [name for name, _ in fields(cfg)]
     for section, values in given.items():
         if not isinstance(values, dict):
@@ -216,7 +218,7 @@ def conform(given: dict[str, Any]) -> ConfigDict:
             continue
         for name, value in values.items():
             if f"{section}.{name}" in known:
-                set_field(cfg, f"{section}.{name}", value)
+                changes[f"{section}.{name}"] = value
             else:
                 problems.append(unknown_name("config field", f"{section}.{name}", known))
     pairs = [name.split(".") for name in known]
@@ -225,6 +227,7 @@ def conform(given: dict[str, Any]) -> ConfigDict:
         problems.append(f"missing: {', '.join(missing[:3])}{more}; start from base_config()")
     if problems:
         raise ConfigError("\n".join(problems))
+    set_fields(cfg, changes)
     return cfg.lock()
 
 
@@ -238,14 +241,15 @@ def override_config(cfg: Either, overrides: Mapping[str, str]) -> Either:
     return with_fields(cfg, changes)
 
 
-def set_field(cfg: ConfigDict, name: str, value: Any) -> None:
-    """Set a dotted field to a value of any type; `check_config` names a wrong one."""
-    section, field = name.split(".")
+def set_fields(cfg: ConfigDict, changes: Mapping[str, Any]) -> None:
+    """Set dotted fields to values of any type; `check_config` names a wrong one."""
     with cfg.unlocked(), cfg.ignore_type():
-        try:
-            cfg[section][field] = value
-        except (OverflowError, TypeError, ValueError) as error:  # 10**400 where a float belongs
-            raise ConfigError(f"{name}={show(value)}: {error}") from None
+        for name, value in changes.items():
+            section, field = name.split(".")
+            try:
+                cfg[section][field] = value
+            except (OverflowError, TypeError, ValueError) as error:  # 10**400 in a float's place
+                raise ConfigError(f"{name}={show(value)}: {error}") from None
 
 
 def parse_value(name: str, text: str, default: Any) -> Any:

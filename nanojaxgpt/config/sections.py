@@ -14,6 +14,7 @@ Value = TypeVar("Value")
 
 LARGEST = {int: 2**31 - 1, float: 1e30}
 ABOVE_ZERO = 1e-30
+GATED = ("swiglu", "geglu")  # values of model.mlp with two kernels before the activation
 BELOW_ONE = 1 - 2**-24  # the largest float32 below 1: the step takes numbers as float32
 
 
@@ -92,7 +93,7 @@ class Model(Section):
     num_kv_heads: int = field(0, "0: num_heads; 1: multi-query; in between: grouped-query")
     head_dim: int = field(0, "0: embed_dim / num_heads")
     mlp: str = field("gelu_tanh", "none: attention only",
-        choices=("gelu_tanh", "gelu", "relu", "relu2", "swiglu", "geglu", "none"))
+        choices=("gelu_tanh", "gelu", "relu", "relu2", *GATED, "none"))
     mlp_dim: int = field(0, "0: 4 x embed_dim")
     mlp_dims: tuple[int, ...] = field((0,), "of each layer, repeated over the layers; 0: mlp_dim")
     seq_len: int = field(256, "context length in tokens", low=1)
@@ -140,12 +141,17 @@ class Model(Section):
         choices=("gpt2", "fan_in", "torch"))
     attention: str = field("auto", "the kernel; auto: by backend", resume=True, place=True,
         choices=("auto", "plain", "xla", "cudnn", "splash"))
+    attention_blocks: str = field("",
+        'tiles of splash, as "q=1024 kv=512 fused=true"; "": 512; see docs/attention.md',
+        resume=True, place=True)
     unroll: int = field(0, "layers per scan iteration; 0: all on CPU, one elsewhere", resume=True,
         place=True)
-    remat: str = field("none", "what the backward pass recomputes", resume=True, place=True,
-        choices=("none", "full", "dots", "dots_no_batch"))
+    remat: str = field("none",
+        'what the backward pass recomputes: none, full, dots, dots_no_batch, or all but these, as '
+        '"save=q,k,v offload=layer_input"; see docs/accelerators.md', resume=True, place=True)
     param_dtype: str = field("float32", "of the parameters", choices=("float32", "bfloat16"))
-    compute_dtype: str = field("float32", "of the activations", choices=("float32", "bfloat16"))
+    compute_dtype: str = field("float32", "of the activations; auto: bfloat16 where that is faster",
+        choices=("float32", "bfloat16", "auto"))
 
 
 @dataclass(frozen=True)
@@ -211,6 +217,7 @@ class Optim(Section, traced=True):
     decay_pattern: str = field(r"_[A-Z]{2,}$", "paths that decay; default: all matrices and tables")
     trainable: tuple[str, ...] = field((),
         'paths that train, first match wins: ("!embed", "."); (): all')
+    trainable_layers: int = field(0, "of the layers, train only this many of the last; 0: all")
     rate_multipliers: tuple[str, ...] = field((),
         'learning rate factors by path: ("embed_VD=0.1",); 0 freezes')
     clip_norm: float = field(1.0, "maximum global norm of the gradient; 0: off")
@@ -230,6 +237,8 @@ class Lora(Section):
     targets: tuple[str, ...] = field(("layers",),
         "kernels with an adapter: patterns of paths; default: all of attention and MLP")
     dropout: float = field(0.0, "rate for the input of the adapters", high=BELOW_ONE)
+    base_dtype: str = field("", "of the frozen kernels: int8 with a scale for each output; \"\": "
+        "model.param_dtype", choices=("", "int8"))
 
     @property
     def divisor(self) -> float:
@@ -267,6 +276,9 @@ class Train(Section):
         host_only=True)
     trackers: tuple[str, ...] = field(("jsonl",), "see docs/trackers.md", resume=True,
         host_only=True, choices=("jsonl", "tensorboard", "wandb", "trackio"))
+    gc_every_steps: int = field(100,
+        "steps between two collections of Python's garbage; 0: whenever Python likes", resume=True,
+        host_only=True)
     hang_timeout_seconds: float = field(300.0,
         "exit 70 if a step exceeds it and 10 median steps; 0: off", resume=True)
 
@@ -323,11 +335,15 @@ class Objective(Section):
 
 @dataclass(frozen=True)
 class Eval(Section, resume=True):
-    """The validation loss during training."""
+    """The validation loss and benchmarks during training."""
 
     every_steps: int = field(100, "0: only at the end", host_only=True)
     batch_size: int = field(0, "0: train.batch_size")
     num_batches: int = field(0, "0: the whole validation split")
+    tasks: tuple[str, ...] = field((), "benchmarks: names, or FILE.json[:NAME]; see docs/evals.md")
+    tasks_every_steps: int = field(0, "0: only at the end", host_only=True)
+    tasks_limit: int = field(0, "questions of each task; 0: all")
+    tasks_data: str = field("", "the folder of the tasks' files", place=True)
 
 
 @dataclass(frozen=True)

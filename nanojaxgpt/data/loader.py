@@ -233,6 +233,10 @@ def resolve(cfg: AnyConfig, data: RunData) -> JobConfig:
             f"{', '.join(data.labels)}; leave it at 0"
         )
     found["model.num_labels"] = cfg.model.num_labels or labels
+    if cfg.model.compute_dtype == "auto":
+        from nanojaxgpt.sharding import compute_dtype, platform
+
+        found["model.compute_dtype"] = compute_dtype("auto", platform())
     return build({**dict(fields(cfg)), **found}, JobConfig)
 
 

@@ -1,7 +1,8 @@
 """How the package `tokenizers` is used: a tokenizer.json, GPT-2's two files, byte-level pieces."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -40,7 +41,8 @@ def build_from_json(content: bytes) -> tuple[Any, dict[str, Any]]:
     """Return the same of a tokenizer.json, the format of the package `tokenizers`."""
     import tokenizers
 
-    found = tokenizers.Tokenizer.from_str(content.decode())
+    with explained_failure("its settings contradict each other"):
+        found = tokenizers.Tokenizer.from_str(content.decode())
     if getattr(found.model, "dropout", None):  # leaves out merges at random
         found.model.dropout = None
     found.no_truncation()
@@ -50,15 +52,21 @@ def build_from_json(content: bytes) -> tuple[Any, dict[str, Any]]:
     return found, settings
 
 
+@contextmanager
+def explained_failure(what: str) -> Iterator[None]:
+    """Raise DataError where the package fails; a panic of Rust is not even an Exception."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise DataError(f"{what}: {error}") from error
+
+
 def encode_all(tokenizer: Any, parts: Sequence[str]) -> np.ndarray:
     """Return the ids of texts, int32, one after the other. Raises DataError where it panics."""
-    try:
+    with explained_failure(f"the tokenizer fails on {sum(map(len, parts)):,} characters"):
         encodings = tokenizer.encode_batch_fast(parts, add_special_tokens=False)
-    except BaseException as error:
-        if type(error).__name__ != "PanicException":  # of Rust; not an Exception
-            raise
-        size = sum(map(len, parts))
-        raise DataError(f"the tokenizer fails on {size:,} characters: {error}") from error
     return np.concatenate([np.array(encoding.ids, np.int32) for encoding in encodings])
 
 
@@ -72,8 +80,9 @@ def is_byte_level(settings: dict[str, Any]) -> bool:
 
 def find_first_id(found: Any) -> int:
     """Return the id that a tokenizer's author puts before each text, as Llama 3's; -1: none."""
-    plain = found.encode("a", add_special_tokens=False).ids
-    ids = found.encode("a").ids
+    with explained_failure("the tokenizer fails on one character"):
+        plain = found.encode("a", add_special_tokens=False).ids
+        ids = found.encode("a").ids
     return ids[0] if ids[1 : 1 + len(plain)] == plain and ids[: len(plain)] != plain else -1
 
 

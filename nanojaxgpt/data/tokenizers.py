@@ -5,7 +5,6 @@ stand for add up to the bytes of the text. Text that spells a special token is t
 somebody else's may be lossy: see exactness.py.
 """
 
-import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,6 +15,7 @@ import numpy as np
 import sentencepiece
 
 from nanojaxgpt.data.subwords import SPACE_MARK, cut_after_letters, may_cut, train_sentencepiece
+from nanojaxgpt.data.tokenizer_files import mark_bytes, read_model, short_hash
 from nanojaxgpt.data.tokenizer_json import (
     BYTE_OF,
     build_from_json,
@@ -55,8 +55,12 @@ class Tokenizer(Protocol):
         """Return the text; incomplete UTF-8 becomes U+FFFD, ids without text become nothing."""
         ...
 
+    def piece(self, token: int) -> bytes:
+        """Return the bytes that an id stands for, none for a special id."""
+        ...
+
     def token_bytes(self) -> np.ndarray:
-        """Return int32 [V]: the UTF-8 bytes each id stands for, 0 for special ids."""
+        """Return int32 [V]: how many UTF-8 bytes each id stands for, 0 for special ids."""
         ...
 
     def content_hash(self) -> str:
@@ -82,6 +86,9 @@ class ByteTokenizer:
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return bytes(i for i in np.asarray(ids).tolist() if i < 256).decode(errors="replace")
+
+    def piece(self, token: int) -> bytes:
+        return bytes([token] if token < 256 else [])
 
     def token_bytes(self) -> np.ndarray:
         return (np.arange(self.vocab_size) < 256).astype(np.int32)
@@ -124,6 +131,9 @@ class CharTokenizer:
         known = (i for i in np.asarray(ids).tolist() if i < self.vocab_size)
         return "".join(self.characters[i] for i in known)
 
+    def piece(self, token: int) -> bytes:
+        return self.characters[token].encode()
+
     def token_bytes(self) -> np.ndarray:
         return np.array([len(c.encode()) for c in self.characters], np.int32)
 
@@ -160,6 +170,9 @@ class WordTokenizer:
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         known = (i for i in np.asarray(ids).tolist() if i < self.vocab_size)
         return " ".join(self.words[i] for i in known)
+
+    def piece(self, token: int) -> bytes:
+        return f"{self.words[token]} ".encode()
 
     def token_bytes(self) -> np.ndarray:
         return np.array([len(f"{word} ".encode()) for word in self.words], np.int32)
@@ -203,7 +216,8 @@ class SentencePieceTokenizer:
         self.end_id = marks.get("end_id", self._processor.eos_id())
         self.start_id = marks.get("start_id", -1)
         self.first_id = self._processor.bos_id()  # what start_id is for its author
-        self._bytes_V = np.array([self._count_bytes(i) for i in range(self.vocab_size)], np.int32)
+        sizes = [len(self.piece(i)) for i in range(self.vocab_size)]
+        self._bytes_V = np.array(sizes, np.int32)
         # A mark that stands in the text itself would come back as a space.
         self._mark_ids = [self._processor.piece_to_id(f"<0x{b:02X}>") for b in SPACE_MARK.encode()]
         keeps_text = self._processor.normalize(PROBE) == PROBE.replace(" ", SPACE_MARK)
@@ -246,12 +260,13 @@ class SentencePieceTokenizer:
     def token_bytes(self) -> np.ndarray:
         return self._bytes_V
 
-    def _count_bytes(self, token_id: int) -> int:
-        if self._processor.is_byte(token_id):
-            return 1
-        if self._processor.is_control(token_id) or self._processor.is_unknown(token_id):
-            return 0
-        return len(self._processor.id_to_piece(token_id).replace(SPACE_MARK, " ").encode())
+    def piece(self, token: int) -> bytes:
+        spelled = self._processor.id_to_piece(token)
+        if self._processor.is_byte(token):
+            return bytes.fromhex(spelled[3:5])
+        if self._processor.is_control(token) or self._processor.is_unknown(token):
+            return b""
+        return spelled.replace(SPACE_MARK, " ").encode()
 
     def content_hash(self) -> str:
         return short_hash(self.kind.encode() + self.model + mark_bytes(self.marks))
@@ -284,10 +299,10 @@ class JsonTokenizer:
         build = build_gpt2 if kind == "gpt2" else build_from_json
         try:
             self._tokenizer, settings = build(*files.values())
+            self._byte_level, self._can_cut = is_byte_level(settings), may_cut(settings)
         except Exception as error:  # the package raises nothing more special
             raise DataError(f"{origin} can't be read as a tokenizer: {error}") from error
         self._tokenizer.encode_special_tokens = True
-        self._byte_level, self._can_cut = is_byte_level(settings), may_cut(settings)
         model = settings["model"]
         self._prefix = model["continuing_subword_prefix"] if model["type"] == "WordPiece" else ""
         self._byte_fallback = model.get("byte_fallback", False)
@@ -340,6 +355,9 @@ class JsonTokenizer:
         if self._byte_level:
             return b"".join(self._bytes[i] for i in known).decode(errors="replace")
         return self._tokenizer.decode([i for i in known if i not in self._special])
+
+    def piece(self, token: int) -> bytes:
+        return self._bytes[token]
 
     def token_bytes(self) -> np.ndarray:
         return np.array([len(piece) for piece in self._bytes], np.int32)
@@ -424,24 +442,6 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 def code_points(text: str) -> np.ndarray:
     """Return the uint32 code point of each character."""
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
-
-
-def read_model(path: Path) -> bytes:
-    """Return the bytes of a tokenizer's file. Raises DataError where there is none."""
-    try:
-        return read_regular(path)
-    except OSError as error:
-        raise DataError(f"no tokenizer file {path}: {error.strerror}") from error
-
-
-def short_hash(data: bytes) -> str:
-    """Return 16 hex digits of SHA-256."""
-    return hashlib.sha256(data).hexdigest()[:16]
-
-
-def mark_bytes(marks: Mapping[str, int]) -> bytes:
-    """Return the part of the hashed content that marks add: nothing without marks."""
-    return json.dumps(marks, sort_keys=True).encode() if marks else b""
 
 
 def write_description(folder: Path, tokenizer: Tokenizer, fields: Mapping[str, Any]) -> None:

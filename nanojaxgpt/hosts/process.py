@@ -1,4 +1,4 @@
-"""The process itself: its allocator, and its end by a signal."""
+"""The process itself: its allocator, the programs it compiles, and its end by a signal."""
 
 import ctypes
 import os
@@ -6,11 +6,14 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
+from nanojaxgpt.cpu import cpu_identity
 from nanojaxgpt.errors import INTERRUPTED, PREEMPTED, Stopped
 
+COMPILED_BYTES = 2**30  # kept at most, those used last
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # glibc's malloc.h
 
 
@@ -28,6 +31,21 @@ def keep_freed_memory() -> None:
     mallopt(M_MMAP_MAX, 0)
     mallopt(M_ARENA_MAX, 1)  # large buffers do not fit the arenas of threads
     mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def keep_compiled_programs(folder: Path) -> None:
+    """Have jax keep what it compiles in `folder`, for the next process; call it before its import.
+
+    Programs are for one kind of CPU, so each has a folder of its own; jax tells its versions apart.
+    Where the environment names a folder, or this one can't be made, nothing happens.
+    """
+    folder = folder / cpu_identity()
+    with suppress(OSError):
+        if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+            folder.mkdir(parents=True, exist_ok=True)
+            os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
+            os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(COMPILED_BYTES)
+            os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 
 _left_threads: list[bool] = []

@@ -9,12 +9,12 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from nanojaxgpt.checks import kind_of
 from nanojaxgpt.config.rotary import write_rotary
 from nanojaxgpt.config.sections import Model
 from nanojaxgpt.errors import ConfigError
 from nanojaxgpt.interchange.rope import SLIDING, RopeKeys, read_rope
 from nanojaxgpt.interchange.tensors import Tensor
+from nanojaxgpt.interchange.values import KINDS, OF_FIELDS, Kind, check_value
 from nanojaxgpt.interchange.windows import WINDOW_KEYS, read_kinds, read_window
 
 MOST_LAYERS = 10_000  # a list is made of them before anything is checked against the weights
@@ -24,13 +24,21 @@ NEEDED = object()  # a key without which a file is not a config
 class Key(NamedTuple):
     """A field of our section `model` that a key of config.json holds.
 
-    `default` is what transformers takes where the key is missing; null is our 0.
+    `default` is what transformers takes where the key is missing. Where `null` is allowed, it is
+    our 0: the value follows from others, or is off.
     """
 
     field: str
     default: Any = NEEDED
+    null: bool = False
     read: Callable[[Any], Any] = lambda value: value
     write: Callable[[Any], Any] = lambda value: value
+
+    @property
+    def kind(self) -> Kind:
+        """What the key may hold."""
+        found = OF_FIELDS[type(Model.rules()[self.field].default)]
+        return found.or_null() if self.null else found
 
 
 class Family(NamedTuple):
@@ -144,10 +152,10 @@ def activation(default: str, known: Mapping[str, str]) -> Key:
 
     def read(value: Any) -> str:
         if value not in every:
-            raise ConfigError(f"the activation {value!r} is not supported, only {', '.join(every)}")
+            raise ConfigError(f"this activation is not supported, only {', '.join(every)}")
         return every[value]
 
-    return Key("mlp", default, read, lambda ours: names.get(ours, ours))
+    return Key("mlp", default, False, read, lambda ours: names.get(ours, ours))
 
 
 def inverse(value: Any) -> float:
@@ -179,7 +187,9 @@ def sizes(**defaults: Any) -> dict[str, Key]:
         max_position_embeddings="seq_len", rms_norm_eps="norm_eps",
         tie_word_embeddings="tied_head",
     )  # fmt: skip
-    keys = {name: Key(field, given.get(name, NEEDED)) for name, field in names.items()}
+    nulls = ("num_key_value_heads", "" if given["head_dim"] else "head_dim")
+    keys = {name: Key(field, given.get(name, NEEDED), name in nulls)
+            for name, field in names.items()}  # fmt: skip
     return keys | {"hidden_act": activation("silu", GATED)}
 
 
@@ -189,7 +199,7 @@ SCALED = {  # Granite's
     "embedding_multiplier": Key("embed_multiplier", 1.0),
     "attention_multiplier": Key("attention_scale", 1.0),
     "residual_multiplier": Key("residual_multiplier", 1.0),
-    "logits_scaling": Key("logit_multiplier", 1.0, inverse, inverse),
+    "logits_scaling": Key("logit_multiplier", 1.0, False, inverse, inverse),
 }
 
 
@@ -201,9 +211,9 @@ def gemma(final: float, scores: float, positions: int, vocab_size: Any) -> dict[
     del shared["hidden_act"]
     return shared | {
         "hidden_activation": activation("gelu_pytorch_tanh", GATED),
-        "query_pre_attn_scalar": Key("attention_scale", 256, inverse_root, inverse_square),
-        "final_logit_softcapping": Key("logit_softcap", final),
-        "attn_logit_softcapping": Key("attention_softcap", scores),
+        "query_pre_attn_scalar": Key("attention_scale", 256, False, inverse_root, inverse_square),
+        "final_logit_softcapping": Key("logit_softcap", final, True),
+        "attn_logit_softcapping": Key("attention_softcap", scores, True),
     }
 
 
@@ -215,7 +225,7 @@ FAMILIES = {
         Family("gpt2", "GPT2LMHeadModel", GPT2, {
             "vocab_size": Key("vocab_size"), "n_embd": Key("embed_dim"),
             "n_layer": Key("num_layers"), "n_head": Key("num_heads"),
-            "n_positions": Key("seq_len", 1024), "n_inner": Key("mlp_dim", 0),
+            "n_positions": Key("seq_len", 1024), "n_inner": Key("mlp_dim", 0, True),
             "activation_function": activation("gelu_new", PLAIN),
             "layer_norm_epsilon": Key("norm_eps", 1e-5),
             "tie_word_embeddings": Key("tied_head", True),
@@ -336,6 +346,8 @@ def check_keys(family: Family, config: Mapping[str, Any]) -> None:
     read |= {"no_rope_layers", "no_rope_layer_interval"} if family.nope else set()
     only = {**NEVER, **family.only}
     for name, value in config.items():
+        if name in read and name in KINDS:
+            check_value(name, value, KINDS[name])
         if value is None or name in read or name in HARMLESS or name.startswith("_"):
             continue
         if name not in only:
@@ -343,7 +355,7 @@ def check_keys(family: Family, config: Mapping[str, Any]) -> None:
                 f"the key {name} ({value!r}) is not known for model_type={family.model_type}, and "
                 "may change what the model computes"
             )
-        if value != only[name]:
+        if type(value) is not type(only[name]) or value != only[name]:
             raise ConfigError(
                 f"{name}={value!r} is not supported for model_type={family.model_type}, only "
                 f"{only[name]!r}"
@@ -363,8 +375,10 @@ def model_fields(config: Mapping[str, Any]) -> tuple[Family, dict[str, Any]]:
     for name, key in family.keys.items():
         if name not in given:
             raise ConfigError(f"it has no {name}")
+        if name in config:
+            check_value(name, config[name], key.kind)
         fields[key.field] = read_key(name, key, given[name])
-    if not 0 < fields["num_layers"] <= MOST_LAYERS:
+    if fields["num_layers"] > MOST_LAYERS:
         raise ConfigError(f"{fields['num_layers']} layers can't be: 1 to {MOST_LAYERS} can")
     if family.bias:
         attention, *mlp = (bool(config.get(name)) for name in family.bias)
@@ -377,19 +391,11 @@ def model_fields(config: Mapping[str, Any]) -> tuple[Family, dict[str, Any]]:
 
 
 def read_key(name: str, key: Key, value: Any) -> Any:
-    """Return the value of our field. Raises ConfigError for one of another type."""
+    """Return the value of our field. Raises ConfigError for one that can't be expressed."""
     wanted = type(Model.rules()[key.field].default)
-    if value is None and wanted is not str:
-        return wanted()
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if (wanted in (int, float) and not number) or (wanted is bool and not isinstance(value, bool)):
-        raise ConfigError(f"{name}={value!r} is {kind_of(value)}, not {kind_of(wanted())}")
     try:
-        found = key.read(value)
-        if wanted is int and found != int(found):
-            raise ValueError("it is not an integer")
-        return wanted(found)
-    except (ArithmeticError, ValueError) as error:
+        return wanted() if value is None else wanted(key.read(value))
+    except (ArithmeticError, ConfigError) as error:
         raise ConfigError(f"{name}={value!r}: {error}") from None
 
 

@@ -17,8 +17,9 @@ from nanojaxgpt.config.rotary import Rotary
 from nanojaxgpt.errors import CheckpointError, ConfigError
 from nanojaxgpt.interchange.families import FAMILIES, model_fields
 from nanojaxgpt.interchange.gguf_header import GgufHeader, read_header
-from nanojaxgpt.interchange.gguf_tokenizer import open_vocabulary, read_template
+from nanojaxgpt.interchange.gguf_tokenizer import open_vocabulary, read_template, special_ids
 from nanojaxgpt.interchange.pretrained import Pretrained
+from nanojaxgpt.interchange.provenance import Provenance, plain_text
 from nanojaxgpt.interchange.rope import FULL, ORIGINAL, SLIDING
 from nanojaxgpt.interchange.tensors import Slot, Tensor, slots
 from nanojaxgpt.interchange.weights import first_names
@@ -102,8 +103,12 @@ def open_file(path: Path) -> Pretrained:
         raise ConfigError(f"{path}: {error}") from error
     wanted = match_tensors(header, slots(cfg, tensors(architecture)))
     tokenizer, sample = open_vocabulary(path, header.metadata, cfg.vocab_size)
+    special = special_ids(path, header.metadata, cfg.vocab_size)
+    ids = {f"{key}_id": special.get(key) for key in ("bos_token", "eos_token", "pad_token")}
+    license = plain_text(header.metadata.get("general.license"))
+    provenance = Provenance(path.name, license, "", special, ids, ids)
     return Pretrained(header.path, family.model_type, cfg, wanted, header.read, tokenizer,
-                      read_template(path, header.metadata), sample)  # fmt: skip
+                      read_template(path, header.metadata), sample, provenance)  # fmt: skip
 
 
 def find_architecture(metadata: Mapping[str, Any]) -> str:

@@ -19,11 +19,14 @@ from nanojaxgpt.data.tokenizers import (
     Tokenizer,
 )
 from nanojaxgpt.errors import ConfigError, DataError
-from nanojaxgpt.interchange.hf_tokenizer import tokenizer_json
+from nanojaxgpt.interchange.hf_tokenizer import NO_IDS, tokenizer_json
 from nanojaxgpt.interchange.templates import LARGEST_TEMPLATE
+from nanojaxgpt.interchange.values import is_number
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # types of tokens
 TEMPLATE = "tokenizer.chat_template"
+# The keys of tokenizer_config.json, and what these tokens are called here.
+ROLES = {"bos_token": "bos", "eos_token": "eos", "pad_token": "padding", "unk_token": "unknown"}
 SAMPLING = {"temperature": "temp", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p"}
 
 
@@ -87,7 +90,7 @@ def open_vocabulary(
     sample: dict[str, Any] = {}
     for ours, theirs in SAMPLING.items():
         value = metadata.get(f"general.sampling.{theirs}")
-        if type(value) in (int, float):
+        if is_number(value):
             sample[ours] = value
     if special["eot"] not in (-1, found.end_id):
         sample["end_ids"] = (special["eot"],)
@@ -101,6 +104,13 @@ def token_id(path: Path, known: Mapping[str, Any], name: str, count: int) -> int
         raise DataError(f"{path}: tokenizer.ggml.{name}_token_id={number!r} is not a token, of "
                         f"which there are {count:,}")  # fmt: skip
     return number
+
+
+def special_ids(path: Path, metadata: Mapping[str, Any], count: int) -> dict[str, int]:
+    """Return the ids of special tokens by the keys of tokenizer_config.json. Raises DataError."""
+    known = {name.removeprefix("tokenizer.ggml."): value for name, value in metadata.items()}
+    ids = {key: token_id(path, known, name, count) for key, name in ROLES.items()}
+    return {key: number for key, number in ids.items() if number >= 0}
 
 
 def read_marks(special: Mapping[str, int], add_start: bool) -> dict[str, int]:
@@ -234,8 +244,10 @@ def read_template(path: Path, metadata: Mapping[str, Any]) -> str:
     return found
 
 
-def write_vocabulary(tokenizer: Tokenizer, rows: int) -> dict[str, Any]:
-    """Return the keys, after `tokenizer.ggml.`, that describe a tokenizer.
+def write_vocabulary(
+    tokenizer: Tokenizer, rows: int, special: Mapping[str, int] = NO_IDS
+) -> dict[str, Any]:
+    """Return the keys, after `tokenizer.ggml.`, that describe a tokenizer; `special` as above.
 
     Rows of the table that are no tokens are called [PAD0] and so on. Raises ConfigError for a
     tokenizer other than a byte-level one whose split has a name.
@@ -266,9 +278,11 @@ def write_vocabulary(tokenizer: Tokenizer, rows: int) -> dict[str, Any]:
                 for merge in content["model"]["merges"]],
         add_bos_token=tokenizer.start_id >= 0, add_space_prefix=False,
     )  # fmt: skip
-    for name, number in (("bos", tokenizer.start_id), ("eos", tokenizer.end_id)):
-        if number >= 0:
-            keys[f"{name}_token_id"] = number
+    # What ends a text stays the tokenizer's own: other programs may name another token so.
+    own = {"bos_token": tokenizer.start_id, "eos_token": tokenizer.end_id}
+    own = {key: number for key, number in own.items() if number >= 0}
+    for key, number in {**special, **own}.items():
+        keys[f"{ROLES[key]}_token_id"] = number
     return keys
 
 

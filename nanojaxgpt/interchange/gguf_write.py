@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +9,14 @@ import numpy as np
 
 from nanojaxgpt.config.rotary import Rotary
 from nanojaxgpt.data.tokenizers import Tokenizer
-from nanojaxgpt.errors import CheckpointError, ConfigError, why
+from nanojaxgpt.errors import CheckpointError, ConfigError
 from nanojaxgpt.extras import require_package
 from nanojaxgpt.interchange.gguf_file import FREQUENCIES, KEYS, tensors
 from nanojaxgpt.interchange.gguf_tokenizer import TEMPLATE, write_vocabulary
 from nanojaxgpt.interchange.hf_config import choose_family
 from nanojaxgpt.interchange.loading import write_tensors
+from nanojaxgpt.interchange.provenance import SCRATCH, Provenance
+from nanojaxgpt.interchange.targets import new_target
 from nanojaxgpt.interchange.tensors import Slot, slots
 from nanojaxgpt.model.config import ModelConfig
 from nanojaxgpt.model.rotary import frequencies
@@ -32,6 +33,7 @@ def write_file(
     chat_template: str,
     name: str,
     kind: str,
+    provenance: Provenance = SCRATCH,
 ) -> None:
     """Write a model, its matrices as `kind` of TYPES; `name` is its title, as people read it.
 
@@ -44,27 +46,20 @@ def write_file(
 
     if kind not in TYPES:
         raise ConfigError(f"the type {kind!r} must be one of {', '.join(TYPES)}")
-    path = Path(path).absolute()
-    if path.exists():
-        raise ConfigError(f"{path} exists: choose another name")
     metadata, divisors = model_metadata(cfg)
     metadata |= {"general.type": "model", "general.name": name, TEMPLATE: chat_template,
                  "general.file_type": TYPES[kind], "general.quantization_version": 2}  # fmt: skip
-    described = write_vocabulary(tokenizer, cfg.vocab_size)
+    if provenance.license:
+        metadata["general.license"] = provenance.license
+    described = write_vocabulary(tokenizer, cfg.vocab_size, provenance.tokenizer)
     metadata |= {f"tokenizer.ggml.{key}": value for key, value in described.items()}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder:
-            partial = Path(folder) / path.name
-            writer = gguf.GGUFWriter(partial, "llama")
-            try:
-                write_metadata(writer, metadata)
-                write_blocks(writer, slots(cfg, tensors("llama")), params, kind, divisors)
-            finally:
-                writer.close()
-            partial.rename(path)
-    except OSError as error:
-        raise CheckpointError(f"can't write {path}: {why(error, path.parent)}") from error
+    with new_target(path) as partial:
+        writer = gguf.GGUFWriter(partial, "llama")
+        try:
+            write_metadata(writer, metadata)
+            write_blocks(writer, slots(cfg, tensors("llama")), params, kind, divisors)
+        finally:
+            writer.close()
 
 
 def model_metadata(cfg: ModelConfig) -> tuple[dict[str, Any], np.ndarray]:

@@ -2,11 +2,12 @@
 
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from nanojaxgpt.data import tokenizers
+from nanojaxgpt.data.tokenizer_files import read_model
 from nanojaxgpt.data.tokenizer_json import (
     export_bytes,
     export_characters,
@@ -15,16 +16,19 @@ from nanojaxgpt.data.tokenizer_json import (
     export_words,
     token_of,
 )
-from nanojaxgpt.data.tokenizers import JsonTokenizer, SentencePieceTokenizer, Tokenizer, read_model
+from nanojaxgpt.data.tokenizers import JsonTokenizer, SentencePieceTokenizer, Tokenizer
 from nanojaxgpt.errors import DataError
+from nanojaxgpt.interchange.provenance import TOKEN_KEYS
 from nanojaxgpt.interchange.templates import FILE, LARGEST_TEMPLATE, save_template
 
 SETTINGS = "tokenizer_config.json"
+OLDER = "special_tokens_map.json"
+NO_IDS: Mapping[str, int] = {}
 
 
-def read_settings(folder: Path) -> dict[str, Any]:
+def read_settings(folder: Path, name: str = SETTINGS) -> dict[str, Any]:
     """Return what tokenizer_config.json holds, nothing where there is none. Raises DataError."""
-    path = folder / SETTINGS
+    path = folder / name
     if not path.exists():
         return {}
     try:
@@ -45,8 +49,7 @@ def open_tokenizer(folder: Path, end_ids: Sequence[int], vocab_size: int) -> Tok
     settings = read_settings(folder)
     marks = {"end_id": end_ids[0]} if end_ids else {}
     names = [file.name for file in sorted(folder.iterdir())]
-    end = settings.get("eos_token")
-    end = end.get("content", "") if isinstance(end, dict) else end or ""
+    end = spelling(settings.get("eos_token"))
     if "tokenizer.json" in names:
         path = folder / "tokenizer.json"
         content = read_model(path)
@@ -86,6 +89,27 @@ def open_tokenizer(folder: Path, end_ids: Sequence[int], vocab_size: int) -> Tok
     return found
 
 
+def spelling(token: Any) -> str:
+    """Return how a token of tokenizer_config.json is spelled, "" for none."""
+    found = token.get("content") if isinstance(token, dict) else token
+    return found.encode(errors="ignore").decode() if isinstance(found, str) else ""
+
+
+def named_tokens(folder: Path, tokenizer: Tokenizer) -> dict[str, int]:
+    """Return the ids of the special tokens that tokenizer_config.json names, by its keys.
+
+    Where it lacks one, the older special_tokens_map.json counts. Raises DataError.
+    """
+    stated = read_settings(folder, OLDER) | read_settings(folder)
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        pieces = {piece: number for number, (piece, _) in enumerate(tokenizer.pieces())}
+        ids = {key: pieces.get(spelling(stated.get(key)), -1) for key in TOKEN_KEYS}
+    else:
+        assert isinstance(tokenizer, JsonTokenizer)
+        ids = {key: tokenizer.token_id(spelling(stated.get(key))) for key in TOKEN_KEYS}
+    return {key: number for key, number in ids.items() if 0 <= number < tokenizer.vocab_size}
+
+
 def open_chat_template(folder: Path) -> str:
     """Return the text of the chat template, "" where there is none. Raises DataError."""
     path = folder / FILE
@@ -95,7 +119,9 @@ def open_chat_template(folder: Path) -> str:
         path = folder / SETTINGS
         found = read_settings(folder).get("chat_template") or ""
         if isinstance(found, list):  # of several, by their names
-            named = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}
+            named = {
+                str(one.get("name")): one.get("template") for one in found if isinstance(one, dict)
+            }
             found = named.get("default") or ""
         if not isinstance(found, str):
             raise DataError(f"{path}: chat_template is not a text")
@@ -109,8 +135,17 @@ def open_chat_template(folder: Path) -> str:
         raise DataError(f"{path} is not UTF-8: {error}") from error
 
 
-def write_tokenizer(folder: Path, tokenizer: Tokenizer, seq_len: int, chat_template: str) -> None:
-    """Write a tokenizer's files as transformers reads them, and the chat template unless ""."""
+def write_tokenizer(
+    folder: Path,
+    tokenizer: Tokenizer,
+    seq_len: int,
+    chat_template: str,
+    special: Mapping[str, int] = NO_IDS,
+) -> None:
+    """Write a tokenizer's files as transformers reads them, and the chat template unless "".
+
+    `special`: the ids of special tokens by the keys of tokenizer_config.json, where they are known.
+    """
     settings: dict[str, Any] = dict(
         tokenizer_class="PreTrainedTokenizerFast", model_max_length=seq_len,
         clean_up_tokenization_spaces=False,
@@ -125,8 +160,9 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, seq_len: int, chat_templ
         content = tokenizer_json(tokenizer)
         (folder / "tokenizer.json").write_bytes(content)
         spell = functools.partial(token_of, content)
-    for name, number in (("eos_token", tokenizer.end_id), ("bos_token", tokenizer.start_id)):
-        if number >= 0:
+    own = {"eos_token": tokenizer.end_id, "bos_token": tokenizer.start_id}
+    for name, number in {**own, **special}.items():
+        if 0 <= number < tokenizer.vocab_size:
             settings[name] = spell(number)
     (folder / SETTINGS).write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
     save_template(folder, chat_template)

@@ -3,12 +3,8 @@ Out: what transformers and others load.
 """
 
 import dataclasses
-import os
 import re
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +12,20 @@ import numpy as np
 
 from nanojaxgpt import config as configs
 from nanojaxgpt.data.tokenizers import Tokenizer
-from nanojaxgpt.errors import CheckpointError, ConfigError, why
+from nanojaxgpt.errors import CheckpointError, ConfigError
 from nanojaxgpt.interchange.families import Family, model_fields
 from nanojaxgpt.interchange.hf_config import choose_family
-from nanojaxgpt.interchange.hf_tokenizer import open_chat_template, open_tokenizer, write_tokenizer
+from nanojaxgpt.interchange.hf_tokenizer import (
+    named_tokens,
+    open_chat_template,
+    open_tokenizer,
+    write_tokenizer,
+)
 from nanojaxgpt.interchange.pretrained import Pretrained
+from nanojaxgpt.interchange.provenance import SCRATCH, Provenance, card_license, stated_ids
+from nanojaxgpt.interchange.targets import new_folder
 from nanojaxgpt.interchange.tensors import Slot, Tensor, slots
+from nanojaxgpt.interchange.values import is_number
 from nanojaxgpt.interchange.weights import (
     DTYPES,
     Stored,
@@ -38,6 +42,7 @@ from nanojaxgpt.sample import GREEDY_BELOW
 # Constants that old versions saved beside the weights, and what a model of text doesn't need.
 IGNORED = re.compile(r"\.attn\.(masked_)?bias$|\.attention\.(masked_)?bias$|rotary_emb\.inv_freq$")
 OF_IMAGES = re.compile(r"^(model\.)?(vision_tower|multi_modal_projector)\.")
+GENERATION = "generation_config.json"
 ROWS = 4096  # that are compared at a time
 SAMPLE = ("temperature", "top_k", "top_p", "min_p")
 
@@ -65,15 +70,20 @@ def open_folder(folder: Path) -> Pretrained:
     wanted, stored = match(folder, family, cfg, stored_tensors(folder))
     if {tensor.dtype for tensor in stored.values()} == {"BF16"}:
         cfg = dataclasses.replace(cfg, param_dtype="bfloat16")
-    generation = read_json(folder / "generation_config.json", missing={})
-    ends = end_ids(generation) or end_ids(given) or end_ids(given.get("text_config") or {})
+    generation = read_json(folder / GENERATION, missing={})
+    stated = {**(given.get("text_config") or {}), **given}
+    own = stated_ids(folder / "config.json", stated, cfg.vocab_size)
+    named = stated_ids(folder / GENERATION, generation, cfg.vocab_size)
+    ends = end_ids(generation) or end_ids(stated)
     tokenizer = open_tokenizer(folder, ends[:1], cfg.vocab_size)
     sample = read_sampling(generation)
     if others := tuple(end for end in ends[1:] if end < tokenizer.vocab_size):
         sample["end_ids"] = others
     template = open_chat_template(folder)
-    reader = tensor_reader(stored)
-    return Pretrained(folder, family.model_type, cfg, wanted, reader, tokenizer, template, sample)
+    reader, special = tensor_reader(stored), named_tokens(folder, tokenizer)
+    provenance = Provenance(folder.resolve().name, card_license(folder), "", special, own, named)
+    return Pretrained(folder, family.model_type, cfg, wanted, reader, tokenizer, template, sample,
+                      provenance)  # fmt: skip
 
 
 def read_sampling(generation: Mapping[str, Any]) -> dict[str, Any]:
@@ -83,7 +93,7 @@ def read_sampling(generation: Mapping[str, Any]) -> dict[str, Any]:
     defaults = vars(configs.sections.Sample())
     given = {name: generation.get(name) for name in SAMPLE}
     return {name: type(defaults[name])(value) for name, value in given.items()
-            if type(value) in (int, float)}  # fmt: skip
+            if is_number(value)}  # fmt: skip
 
 
 def end_ids(config: Mapping[str, Any]) -> list[int]:
@@ -186,6 +196,7 @@ def write_folder(
     card: str,
     vocab_size: int = 0,
     model_type: str = "",
+    provenance: Provenance = SCRATCH,
 ) -> None:
     """Write a model, its weights as `dtype`; `card` is the README, `sample` as in Pretrained.
 
@@ -194,7 +205,6 @@ def write_folder(
     ConfigError where no family can, or the folder is not empty; CheckpointError where it can't be
     written, or a number leaves the range of `dtype`.
     """
-    folder = Path(folder).absolute()
     if dtype not in DTYPES:
         raise ConfigError(f"dtype={dtype!r} must be one of {', '.join(DTYPES)}")
     cfg = dataclasses.replace(cfg, vocab_size=vocab_size or cfg.vocab_size)
@@ -202,38 +212,21 @@ def write_folder(
     rows = {"embed_VD", "head_VD", "head_bias"} & set(params)
     params = {**params} | {name: params[name][: cfg.vocab_size] for name in rows}
     ends = [tokenizer.end_id, *sample.get("end_ids", ())] if tokenizer.end_id >= 0 else []
-    tokens = dict(
+    own = dict(
         bos_token_id=tokenizer.start_id if tokenizer.start_id >= 0 else None,
         eos_token_id=ends[0] if len(ends) == 1 else ends or None,
+        pad_token_id=None,
     )
-    keys |= tokens | dict(pad_token_id=None, dtype=dtype, torch_dtype=dtype)
+    keys |= dict(dtype=dtype, torch_dtype=dtype)
+    keys |= provenance.config or own
+    stated = {**(provenance.generation or provenance.config or own)}
+    stated["eos_token_id"] = own["eos_token_id"]  # with sample.end_ids, which a run may change
     with new_folder(folder) as partial:
         write_weights(partial, slots(cfg, family.tensors), params, dtype)
         write_json(partial / "config.json", keys)
-        write_json(partial / "generation_config.json", tokens | write_sampling(sample))
-        write_tokenizer(partial, tokenizer, cfg.seq_len, chat_template)
+        write_json(partial / GENERATION, stated | write_sampling(sample))
+        write_tokenizer(partial, tokenizer, cfg.seq_len, chat_template, provenance.tokenizer)
         (partial / "README.md").write_text(card)
-
-
-@contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
-    """Give an empty folder that takes this name when all went well, and else is removed."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(f"{folder} is not an empty folder: choose another")
-    partial = None
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-        mask = os.umask(0)
-        os.umask(mask)
-        partial.chmod(0o777 & ~mask)
-        yield partial
-        partial.rename(folder)
-    except OSError as error:
-        raise CheckpointError(f"can't write {folder}: {why(error, folder.parent)}") from error
-    finally:
-        if partial is not None:
-            shutil.rmtree(partial, ignore_errors=True)
 
 
 def write_sampling(sample: Mapping[str, Any]) -> dict[str, Any]:

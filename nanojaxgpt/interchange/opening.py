@@ -8,16 +8,17 @@ from nanojaxgpt import config, rundir
 from nanojaxgpt.config.sections import Config, Init, Model
 from nanojaxgpt.errors import ConfigError
 from nanojaxgpt.extras import require_package
+from nanojaxgpt.interchange.provenance import HUB, SCRATCH, Provenance, load_provenance
 from nanojaxgpt.interchange.templates import load_template
 
 if TYPE_CHECKING:
     from nanojaxgpt.interchange.pretrained import Pretrained
 
-HUB = "hf:"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 # Fields that a config may set though a model of another format has them otherwise.
 FREE = (
     "attention",
+    "attention_blocks",
     "unroll",
     "remat",
     "dropout",
@@ -34,7 +35,8 @@ def find_model(model: str | Path) -> "Path | Pretrained":
     Raises ConfigError, DataError or CheckpointError, saying what is wrong with which file.
     """
     if str(model).startswith(HUB):
-        return open_hf(fetch_model(str(model).removeprefix(HUB)))
+        found = open_hf(fetch_model(str(model).removeprefix(HUB)))
+        return found._replace(provenance=found.provenance._replace(name=str(model)))
     path = Path(model)
     if path.suffix == ".gguf" and path.is_file():
         from nanojaxgpt.interchange import gguf_file
@@ -81,7 +83,14 @@ def fetch_model(name: str) -> Path:
     wanted: dict[str, Any] = dict(
         repo_id=repository,
         revision=revision or None,
-        allow_patterns=["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt"],
+        allow_patterns=[
+            "*.json",
+            "*.safetensors",
+            "*.jinja",
+            "tokenizer.model",
+            "merges.txt",
+            "README.md",
+        ],
     )
     try:
         return Path(huggingface_hub.snapshot_download(**wanted, local_files_only=True))
@@ -107,7 +116,9 @@ def config_of(source: "Path | Pretrained") -> Config:
         return rundir.read_config(source)
     changes = {f"model.{name}": value for name, value in source.config.given().items()}
     changes |= {f"sample.{name}": value for name, value in source.sample.items()}
-    return config.with_fields(Config(), changes | {"init.from_model": str(source.origin)})
+    on_hub = source.provenance.name.startswith(HUB)
+    name = source.provenance.name if on_hub else str(source.origin)
+    return config.with_fields(Config(), changes | {"init.from_model": name})
 
 
 def adopt_model(cfg: Config, run: Path) -> Config:
@@ -123,11 +134,15 @@ def adopt_model(cfg: Config, run: Path) -> Config:
         begun = rundir.read_config(run)
         if begun.init.from_model == name:
             return adopted(cfg, begun.model, name)
-    return adopted(cfg, config_of(find_model(name)).model, name)
+    source = find_model(name)
+    return adopted(cfg, config_of(source).model, name, grows=not isinstance(source, Path))
 
 
-def adopted(cfg: Config, theirs: Model, name: str) -> Config:
-    """Return the config with the model's fields where it has the defaults."""
+def adopted(cfg: Config, theirs: Model, name: str, grows: bool = True) -> Config:
+    """Return the config with the model's fields where it has the defaults.
+
+    `grows`: whether the vocabulary may be larger, which adds rows of zeros; a checkpoint's is not.
+    """
     mine, given, rules = cfg.model.given(), theirs.given(), theirs.rules()
     changes, problems = {}, []
     longer = mine["seq_len"] > given["seq_len"]
@@ -140,8 +155,8 @@ def adopted(cfg: Config, theirs: Model, name: str) -> Config:
                 problems.append(f"model.seq_len={mine[field]}, but its context has {value} tokens; "
                                 "a longer one needs a scaling in model.rotary, such as "
                                 f'"scaling=yarn factor=4 original={value}"')  # fmt: skip
-        elif field == "vocab_size" and mine[field] >= value:
-            continue  # rows of zeros are added
+        elif field == "vocab_size" and grows and mine[field] >= value:
+            continue
         elif mine[field] == rules[field].default:
             changes[f"model.{field}"] = value
         else:
@@ -164,3 +179,13 @@ def inherited_template(init: Init, run: Path | None) -> str:
     if isinstance(source, Path):
         return load_template(source / "tokenizer")
     return source.chat_template
+
+
+def inherited_provenance(init: Init, run: Path) -> Provenance:
+    """Return the provenance of the model that a run starts from; a begun run keeps a copy."""
+    if (run / "identity.json").exists():
+        return load_provenance(run)
+    if not (init.from_run or init.from_model):
+        return SCRATCH
+    source = find_model(init.from_model) if init.from_model else Path(init.from_run)
+    return load_provenance(source) if isinstance(source, Path) else source.provenance

@@ -17,8 +17,9 @@ import numpy as np
 from nanojaxgpt.errors import CheckpointError, ConfigError
 from nanojaxgpt.interchange.families import FAMILIES
 from nanojaxgpt.interchange.hf_config import choose_family
-from nanojaxgpt.interchange.huggingface import new_folder
 from nanojaxgpt.interchange.pretrained import Pretrained
+from nanojaxgpt.interchange.provenance import HUB, card_license
+from nanojaxgpt.interchange.targets import new_folder
 from nanojaxgpt.interchange.tensors import Slot, from_parts, outer, slots
 from nanojaxgpt.interchange.weights import (
     DTYPES,
@@ -100,6 +101,7 @@ def write_adapter(
     base: str,
     model_type: str = "",
     dtype: str = "float32",
+    card: str = "",
 ) -> None:
     """Write the adapters of a model for peft; `base` names the folder or repository they adapt.
 
@@ -135,6 +137,8 @@ def write_adapter(
     with new_folder(folder) as partial:
         write_json(partial / CONFIG, keys)
         write_safetensors(partial / WEIGHTS, shapes, dtype, iter(arrays.items()))
+        if card:
+            (partial / "README.md").write_text(card)
 
 
 def check_settings(keys: Mapping[str, Any]) -> None:
@@ -163,7 +167,7 @@ def open_adapter(folder: Path, find_model: Callable[[str], Path | Pretrained]) -
     except ConfigError as error:
         raise ConfigError(f"{folder / CONFIG}: {error}") from error
     place = next((path for path in (Path(name), folder / name) if path.exists()), None)
-    base = find_model(str(place) if place else f"hf:{name}")
+    base = find_model(str(place) if place else f"{HUB}{name}")
     if isinstance(base, Path) or base.family not in FAMILIES or base.origin.suffix == ".gguf":
         raise ConfigError(f"{folder / CONFIG}: the base {name} must be a folder of Hugging Face's "
                           "format; write one with nanojaxgpt export")  # fmt: skip
@@ -178,7 +182,12 @@ def open_adapter(folder: Path, find_model: Callable[[str], Path | Pretrained]) -
         delta = delta.T if base.slots[name].tensor.transposed else delta
         return array.astype(np.float32) + delta
 
-    return base._replace(origin=folder, read=read)
+    known = base.provenance
+    provenance = known._replace(
+        name=folder.resolve().name, license=card_license(folder) or known.license,
+        base=known.name if place else f"{HUB}{name}",
+    )  # fmt: skip
+    return base._replace(origin=folder, read=read, provenance=provenance)
 
 
 def read_float32(stored: Stored) -> np.ndarray:

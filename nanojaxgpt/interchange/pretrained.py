@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from nanojaxgpt.data.tokenizers import Tokenizer
+from nanojaxgpt.interchange.provenance import Provenance
 from nanojaxgpt.interchange.tensors import Slot
 from nanojaxgpt.model.config import ModelConfig
 
@@ -22,3 +23,4 @@ class Pretrained(NamedTuple):
     tokenizer: Tokenizer
     chat_template: str  # "": none
     sample: Mapping[str, Any]  # fields of the config's section `sample` that the model sets
+    provenance: Provenance

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from nanojaxgpt.config.rotary import SCALINGS, Rotary, rotary_problem
 from nanojaxgpt.errors import ConfigError
+from nanojaxgpt.interchange.values import NUMBER, NUMBERS, SWITCH, TEXT, check_value
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 # Our words for the parameters of a scaling; "original" is also a key beside the parameters.
@@ -48,9 +49,6 @@ class RopeKeys(NamedTuple):
 def read_rope(config: Mapping[str, Any], how: RopeKeys) -> dict[str, Rotary]:
     """Return the positions of each kind of layer. Raises ConfigError for what is not known."""
     new, old = config.get("rope_parameters"), config.get("rope_scaling")
-    for name, given in (("rope_parameters", new), ("rope_scaling", old)):
-        if given is not None and not isinstance(given, Mapping):
-            raise ConfigError(f"{name} must be a dictionary, not {given!r}")
     nested = new is not None and bool({SLIDING, FULL} & set(new))
     if new and nested != how.kinds:
         wanted = "one set for each kind of layer" if how.kinds else "one set for all layers"
@@ -76,6 +74,7 @@ def read_one(
 ) -> Rotary:
     """Return the positions that one set of parameters describes."""
     stated = given.get("rope_type") or given.get("type") or "default"
+    check_value("rope_type", stated, TEXT)
     kind = how.aliases.get(stated, stated)
     if kind not in SCALINGS:
         raise ConfigError(
@@ -96,7 +95,7 @@ def read_one(
     shares = [given.get("partial_rotary_factor")] + [
         config.get(name) for name in {how.share, "partial_rotary_factor"}
     ]
-    words["base"] = agreed("the base of the frequencies", bases, base)
+    words["base"] = agreed("rope_theta", bases, base)
     words["fraction"] = agreed("partial_rotary_factor", shares, how.fraction)
     if words["fraction"] != 1 and not how.partial:
         raise ConfigError("partial_rotary_factor must be 1 for this model type")
@@ -119,13 +118,10 @@ def read_one(
 
 
 def read_word(name: str, value: Any) -> Any:
-    """Return a number, or a list of them as a tuple."""
-    try:
-        if isinstance(value, list | tuple):
-            return tuple(float(number) for number in value)
-        return float(value)
-    except (TypeError, ValueError):
-        raise ConfigError(f"{name}={value!r} is not a number") from None
+    """Return a parameter as a number, or a list of numbers as a tuple. Raises ConfigError."""
+    kind = NUMBERS if name in ("short_factor", "long_factor") else NUMBER
+    check_value(name, value, SWITCH if name == "truncate" else kind)
+    return tuple(map(float, value)) if kind is NUMBERS else float(value)
 
 
 def agreed(name: str, values: Iterable[Any], default: float) -> float:

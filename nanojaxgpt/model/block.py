@@ -7,13 +7,16 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from nanojaxgpt.attention import attend
 from nanojaxgpt.attention.cache import Cache, attend_cache, update_cache
 from nanojaxgpt.attention.request import Mask
-from nanojaxgpt.model.config import GATED, LayerConfig, ModelConfig
+from nanojaxgpt.config.sections import GATED
+from nanojaxgpt.model.config import LayerConfig, ModelConfig
 from nanojaxgpt.model.parameters import Parameter, layer_rows
 from nanojaxgpt.model.projection import Blocks, project
+from nanojaxgpt.model.quantize import Int8
 from nanojaxgpt.model.rotary import rotate
 from nanojaxgpt.sharding import constrain
 
@@ -65,17 +68,19 @@ class Weights(nn.Module):
         array: Any = self.param(name, row.init, row.shape, jnp.dtype(dtype))
         return array.astype(self.cfg.compute_dtype)
 
-    def kernel(self, name: str) -> tuple[jax.Array | Blocks, str]:
+    def kernel(self, name: str) -> tuple[jax.Array | Blocks | Int8, str]:
         """Return a kernel as a matrix, and the terms by which `project` multiplies with it."""
-        if self.has_variable("params", name):
-            stored = self.get_variable("params", name)
-            if isinstance(stored, Blocks):
-                return stored, ""
-        kernel, row = self.weight(name), self.rows[name]
-        if row.summed == (1,):
-            return kernel, "TI,OI->TO"
+        known = self.has_variable("params", name)
+        stored = self.get_variable("params", name) if known else None
+        if isinstance(stored, Blocks):
+            return stored, ""
+        row = self.rows[name]
         inputs = math.prod(row.shape[axis] for axis in row.summed)
-        return kernel.reshape(inputs, -1), "TI,IO->TO"
+        out_first = row.summed == (1,)
+        terms, shape = ("TI,OI->TO", row.shape) if out_first else ("TI,IO->TO", (inputs, -1))
+        if isinstance(stored, Int8):
+            return Int8(stored.values.reshape(shape), stored.scale.reshape(-1)), terms
+        return self.weight(name).reshape(shape), terms
 
     def add_bias(self, y: jax.Array, name: str) -> jax.Array:
         """Return `y` plus a bias, where the model has it."""
@@ -126,6 +131,7 @@ class Block(Weights):
             sum_BTD = constrain(x_BTD + update_BTD, "batch", "sequence", "features")
             return self.normalize(sum_BTD, name) if place == "post" else sum_BTD
 
+        x_BTD = checkpoint_name(x_BTD, "layer_input")
         y_BTD = before("attention_norm")
         update_BTD, cache = self.attention(y_BTD, cache, context)
         update_BTD = after(update_BTD, "attention_output_norm")
@@ -135,6 +141,7 @@ class Block(Weights):
             return add(update_BTD, "norm"), cache
         x_BTD = add(update_BTD, "attention_norm")
         if cfg.mlp != "none":
+            x_BTD = checkpoint_name(x_BTD, "mlp_input")
             update_BTD = self.feed_forward(before("mlp_norm"), context)
             update_BTD = after(update_BTD, "mlp_output_norm")
             x_BTD = add(update_BTD, "mlp_norm")
@@ -157,7 +164,7 @@ class Block(Weights):
         if rotary and not starting:
             q_BTNH = rotate(q_BTNH, context.positions_BT, rotary, cfg.seq_len)
             k_BTKH = rotate(k_BTKH, context.positions_BT, rotary, cfg.seq_len)
-        q_BTNH = scaled(q_BTNH, context.score_multiplier)
+        q_BTNH = checkpoint_name(scaled(q_BTNH, context.score_multiplier), "q")
         gate_K = self.weight("smear_K") if cfg.smeared_keys else None
         mask = context.mask._replace(window=self.layer.window)
         scores: dict[str, Any] = dict(
@@ -175,28 +182,34 @@ class Block(Weights):
         else:
             if gate_K is not None:
                 k_BTKH = smear(k_BTKH, gate_K, mask.key_segments_BS)
+            k_BTKH, v_BTKH = checkpoint_name(k_BTKH, "k"), checkpoint_name(v_BTKH, "v")
             # Kept only where `apply` is asked for intermediates, as papers/probe.py does.
             heads: Any = (q_BTNH, k_BTKH)
             self.sow("intermediates", "heads", heads, reduce_fn=lambda _, new: new)
             dropping = cfg.dropout and not context.deterministic
             rngs = [self.make_rng("dropout") for _ in range(KEYS)] if dropping else [None]
             out_BTNH = attend(
-                q_BTNH, k_BTKH, v_BTKH, mask, **scores, kernel=cfg.attention, dropout=cfg.dropout,
-                rng=rngs[-1],
+                q_BTNH, k_BTKH, v_BTKH, mask, **scores, kernel=cfg.attention,
+                blocks=cfg.attention_blocks, dropout=cfg.dropout, rng=rngs[-1],
             )  # fmt: skip
         out_BTI = out_BTNH.reshape(*out_BTNH.shape[:2], -1)
-        return self.add_bias(self.project(out_BTI, "o_NHD", context), "o_bias"), cache
+        update_BTD = self.add_bias(self.project(out_BTI, "o_NHD", context), "o_bias")
+        return checkpoint_name(update_BTD, "o"), cache
 
     def project(self, x_BTI: jax.Array, name: str, context: Context) -> jax.Array:
         """Return x [B, T, in] times a kernel as a matrix, and its adapter's part, [B, T, out]."""
-        y_BTO, lora = project(x_BTI, *self.kernel(name)), self.cfg.lora
+        y_BTO, lora = self.multiply(x_BTI, name), self.cfg.lora
         down, up = self.rows[name].adapter
         # New adapters are drawn apart, see lora.add_adapters.
         if down not in self.rows or self.is_initializing():
             return y_BTO
         drop = nn.Dropout(lora.dropout, name=f"{down}_dropout")
-        x_BTR = project(drop(x_BTI, context.deterministic), *self.kernel(down))
-        return y_BTO + project(scaled(x_BTR, context.alpha / lora.divisor), *self.kernel(up))
+        x_BTR = self.multiply(drop(x_BTI, context.deterministic), down)
+        return y_BTO + self.multiply(scaled(x_BTR, context.alpha / lora.divisor), up)
+
+    def multiply(self, x_BTI: jax.Array, name: str) -> jax.Array:
+        """Return x [B, T, in] times a kernel as a matrix, [B, T, out]."""
+        return project(x_BTI, *self.kernel(name), recomputed=self.cfg.remat != "none")
 
     def heads(
         self, x_BTD: jax.Array, name: str, heads: int, axis: str, context: Context
@@ -213,12 +226,13 @@ class Block(Weights):
 
         def widen(name: str) -> jax.Array:
             y_BTF = self.add_bias(self.project(x_BTD, f"{name}_DF", context), f"{name}_bias")
-            return constrain(y_BTF, "batch", "sequence", "mlp")
+            return checkpoint_name(constrain(y_BTF, "batch", "sequence", "mlp"), name)
 
         y_BTF = ACTIVATIONS[cfg.mlp](widen("gate" if cfg.mlp in GATED else "up"))
         if cfg.mlp in GATED:
             y_BTF *= widen("up")
-        return self.add_bias(self.project(y_BTF, "down_DF", context), "down_bias")
+        update_BTD = self.add_bias(self.project(y_BTF, "down_DF", context), "down_bias")
+        return checkpoint_name(update_BTD, "down")
 
 
 def smear(k_BSKH: jax.Array, gate_K: jax.Array, segments_BS: jax.Array | None) -> jax.Array:

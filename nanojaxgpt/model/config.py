@@ -12,8 +12,6 @@ from nanojaxgpt import config
 from nanojaxgpt.config.rotary import Rotary, parse_rotary
 from nanojaxgpt.config.sections import Config, Lora, Model
 
-GATED = ("swiglu", "geglu")
-
 
 @dataclasses.dataclass(frozen=True)
 class LayerConfig:

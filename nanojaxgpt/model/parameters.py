@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 
-from nanojaxgpt.model.config import GATED, LayerConfig, ModelConfig
+from nanojaxgpt.config.sections import GATED
+from nanojaxgpt.model.config import LayerConfig, ModelConfig
 
 
 class Parameter(NamedTuple):

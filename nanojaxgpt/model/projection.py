@@ -4,14 +4,19 @@ Dimensions: T tokens, I in, O out, G blocks.
 """
 
 import dataclasses
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from nanojaxgpt.cpu import multiplies_bfloat16
 from nanojaxgpt.model.config import ModelConfig
 from nanojaxgpt.model.parameters import Parameter, Params, layer_rows
+from nanojaxgpt.model.quantize import Int8, dequantize_base, project_int8
+from nanojaxgpt.sharding import platform
 
 COLUMNS = 256  # of a block; with 128 or 512 it is read up to a third slower
 MOST_ROWS = 64  # above, XLA's own matmul is as fast
@@ -34,20 +39,84 @@ def cut(kernel_IO: jax.Array, columns: int) -> Blocks:
 
 
 def project(
-    x_BTI: jax.Array, kernel: jax.Array | Blocks, terms: str = "TI,IO->TO", dtype: Any = None
+    x_BTI: jax.Array,
+    kernel: jax.Array | Blocks | Int8,
+    terms: str = "TI,IO->TO",
+    dtype: Any = None,
+    recomputed: bool = False,
 ) -> jax.Array:
     """Return x [B, T, in] times a kernel of two dimensions, [B, T, out].
 
     The tokens are flattened to one dimension: with two, XLA transposes copies of them for the
-    kernel's gradient (1.2x of an MLP's time on CPU).
+    kernel's gradient (1.2x of an MLP's time on CPU). Within `jax.checkpoint` (`recomputed`) the
+    gradient is jax's own: a policy sees no product in a function with another.
     """
     x_TI = x_BTI.reshape(-1, x_BTI.shape[-1])
     if isinstance(kernel, Blocks):
         y_GTO = jax.lax.map(lambda block_IO: x_TI @ block_IO, kernel.blocks_GIO)
         y_TO = jnp.swapaxes(y_GTO, 0, 1).reshape(len(x_TI), -1)[:, : kernel.width]
+    elif isinstance(kernel, Int8):
+        y_TO = project_int8(x_TI, kernel, terms)
+    elif not recomputed and (alone_on_cpu() or dtype is not None):
+        y_TO = project_matrix(x_TI, kernel, terms, dtype)
     else:
         y_TO = jnp.einsum(terms, x_TI, kernel, preferred_element_type=dtype)
     return y_TO.reshape(*x_BTI.shape[:-1], -1)
+
+
+def alone_on_cpu() -> bool:
+    """Return whether the traced program will run on one device, a CPU."""
+    return platform() == "cpu" and jax.sharding.get_abstract_mesh().size <= 1
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def project_matrix(x_TI: jax.Array, kernel: jax.Array, terms: str, dtype: Any) -> jax.Array:
+    """Return x [T, in] times a kernel as a matrix, both of one dtype, by the terms of `project`.
+
+    The gradients are products of that dtype, too, summed in float32: left to jax, those of float32
+    logits of a model in bfloat16 would be products of float32.
+    """
+    return multiply(terms, x_TI, kernel, dtype or x_TI.dtype)
+
+
+def multiply(terms: str, a: jax.Array, b: jax.Array, dtype: Any) -> jax.Array:
+    """Return an einsum, summed in float32: of bfloat16, XLA's CPU backend does so only if asked."""
+    summed = jnp.float32 if platform() == "cpu" else dtype
+    return jnp.einsum(terms, a, b, preferred_element_type=summed).astype(dtype)
+
+
+def _forward(x_TI: jax.Array, kernel: jax.Array, terms: str, dtype: Any) -> tuple:
+    return project_matrix(x_TI, kernel, terms, dtype), (x_TI, kernel)
+
+
+def _backward(terms: str, dtype: Any, kept: tuple, dy_TO: jax.Array) -> tuple:
+    x_TI, kernel = kept
+    dy_TO, matrix = dy_TO.astype(x_TI.dtype), terms.removeprefix("TI,").removesuffix("->TO")
+    dx_TI = multiply(f"TO,{matrix}->TI", dy_TO, kernel, x_TI.dtype)
+    first, second = (x_TI, dy_TO) if matrix == "IO" else (dy_TO, x_TI)
+    if alone_on_cpu() and gains_by_transpose(first, second):
+        return dx_TI, multiply("AT,TB->AB", transposed(first), second, x_TI.dtype)
+    return dx_TI, multiply("TA,TB->AB", first, second, x_TI.dtype)
+
+
+def gains_by_transpose(first_TA: jax.Array, second_TB: jax.Array) -> bool:
+    """Return whether a CPU takes the product of `transposed(first)` and `second` faster.
+
+    XLA's fast kernel takes no product over the first axes of both operands: transposed first, it is
+    1.2x to 1.8x as fast in float32 if that one is narrow (AMD EPYC), 2.0x to 4.9x in bfloat16 on a
+    CPU with instructions for it (Intel Xeon with AMX); see scripts/bench_products.py.
+    """
+    if first_TA.dtype == jnp.bfloat16:
+        return multiplies_bfloat16()
+    return 2 * first_TA.shape[1] <= second_TB.shape[1]
+
+
+def transposed(x_TA: jax.Array) -> jax.Array:
+    """Return a transpose that XLA does not fold into the product: one that is padded and cut."""
+    return jnp.pad(x_TA, ((0, 0), (0, 1))).T[:-1]
+
+
+project_matrix.defvjp(_forward, _backward)
 
 
 def as_matrix(kernel: jax.Array, row: Parameter) -> jax.Array:
@@ -57,26 +126,48 @@ def as_matrix(kernel: jax.Array, row: Parameter) -> jax.Array:
     return kernel.reshape(math.prod(inputs), -1)
 
 
-def decoding_params(cfg: ModelConfig, params: Params, rows: int) -> Params:
+def call(change: Callable, *given: Any) -> Any:
+    """Return change(*given)."""
+    return change(*given)
+
+
+def decoding_params(
+    cfg: ModelConfig, params: Params, rows: int, apply: Callable[..., Any] = call
+) -> Params:
     """Return the parameters laid out for decoding `rows` rows; those that are come back as given.
 
     The layers become a tuple: a decoding loop reads each in place, where from a stack it would
     copy every layer at every token (2x of the time on CPU). A few rows times a kernel are bound by
     reading the kernel, which XLA's CPU matmul does at 4 to 6 GB/s, and at 7 to 9 in blocks.
+    Each array is changed by `apply(change, array, *static)`, so that a caller can keep the result.
     """
     if isinstance(params.get("layers"), tuple):
         return params
+    params = dequantize_base(cfg, params)
     rest = {name: leaf for name, leaf in params.items() if name not in cfg.stacks}
-    layers = [
-        jax.tree.map(lambda w, row=row: w[row], dict(params[stack])) for stack, row in cfg.places
-    ]
-    is_float32 = params["embed_VD"].dtype == jnp.float32
-    alone = jax.sharding.get_abstract_mesh().size <= 1  # a block of a sharded kernel is no shard
-    if jax.default_backend() == "cpu" and is_float32 and rows <= MOST_ROWS and alone:
+    parts = {
+        stack: {name: apply(unstack, leaf) for name, leaf in params[stack].items()}
+        for stack in cfg.stacks
+    }
+    layers = [{name: of[row] for name, of in parts[stack].items()} for stack, row in cfg.places]
+    # Blocks are multiplied as they are stored.
+    is_float32 = params["embed_VD"].dtype == jnp.dtype(cfg.compute_dtype) == jnp.float32
+    # A block of a sharded kernel is no shard.
+    if alone_on_cpu() and is_float32 and rows <= MOST_ROWS:
         head_VD = rest.pop("head_VD", params["embed_VD"])
-        rest["head_VD"] = cut(head_VD.T, COLUMNS if rows > 1 else len(head_VD))
+        rest["head_VD"] = apply(cut_head, head_VD, COLUMNS if rows > 1 else len(head_VD))
         for index, layer in enumerate(layers if rows > 1 else []):
             for name, row in layer_rows(cfg, cfg.layer(index)).items():
                 if row.kind == "kernel":
                     layer[name] = cut(as_matrix(layer[name], row), COLUMNS)
     return {**rest, "layers": tuple(layers)}
+
+
+def unstack(stacked: jax.Array) -> tuple[jax.Array, ...]:
+    """Return the layers of a stack of parameters."""
+    return tuple(stacked[row] for row in range(len(stacked)))
+
+
+def cut_head(head_VD: jax.Array, columns: int) -> Blocks:
+    """Return a head in blocks of `columns` ids."""
+    return cut(head_VD.T, columns)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from nanojaxgpt.data.rows import Batch
 from nanojaxgpt.loss import map_chunks
+from nanojaxgpt.model.head import Head
 from nanojaxgpt.model.parameters import Params
 from nanojaxgpt.model.transformer import Transformer
 from nanojaxgpt.objectives import Loss, Metric
@@ -52,7 +53,10 @@ def make_loss(model: Transformer, teacher: Transformer, loss_chunks: int) -> Los
         rows = batch.tokens_BT, batch.positions_BT, batch.segments_BT
         (wise_BTD, wise_head), _ = teacher.apply({"params": wise}, *rows, logits=False)
 
-        def compare(x_BCD: jax.Array, wise_BCD: jax.Array) -> tuple[jax.Array, jax.Array]:
+        def compare(
+            shared: tuple[Head, Head, Hyper], x_BCD: jax.Array, wise_BCD: jax.Array
+        ) -> tuple[jax.Array, jax.Array]:
+            head, wise_head, hyper = shared
             both = head(x_BCD)[..., :size], wise_head(wise_BCD)[..., :size]
             student_V, teacher_V = (
                 jax.nn.log_softmax(logits_V / hyper["temperature"]) for logits_V in both
@@ -60,7 +64,9 @@ def make_loss(model: Transformer, teacher: Transformer, loss_chunks: int) -> Los
             agree = jnp.argmax(student_V, -1) == jnp.argmax(teacher_V, -1)
             return divergence(student_V, teacher_V, hyper["jsd_beta"]), agree
 
-        losses_BT, agree_BT = map_chunks(compare, loss_chunks, x_BTD, wise_BTD)
+        losses_BT, agree_BT = map_chunks(
+            compare, loss_chunks, (head, wise_head, hyper), x_BTD, wise_BTD
+        )
         weights_BT, weight = batch.weights_BT, jnp.sum(batch.weights_BT)
         metrics = {"agreement": (jnp.sum(agree_BT * weights_BT), weight)}
         return jnp.sum(losses_BT * weights_BT), weight, metrics

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from nanojaxgpt.data.rows import Batch
 from nanojaxgpt.loss import map_chunks, token_loss
 from nanojaxgpt.model.config import MULTIPLIERS, Multipliers
+from nanojaxgpt.model.head import Head
 from nanojaxgpt.model.parameters import Params
 from nanojaxgpt.model.transformer import Transformer
 from nanojaxgpt.schedules import Hyper
@@ -20,7 +21,7 @@ def features(
     hyper: Hyper,
     rng: jax.Array | None = None,
 ) -> Any:
-    """Return (x_BTD, head), where head(x_BTD) gives float32 logits [B, T, V].
+    """Return (x_BTD, head), see model.head.Head.
 
     Without an rng there is no dropout, whatever the config says.
     """
@@ -48,10 +49,10 @@ def log_probabilities(
     """
     x_BTD, head = features(model, params, batch, hyper)
 
-    def losses(x_BCD: jax.Array, targets_BC: jax.Array) -> jax.Array:
+    def losses(head: Head, x_BCD: jax.Array, targets_BC: jax.Array) -> jax.Array:
         logits_BCV = head(x_BCD)
         if temperature != 1:
             logits_BCV /= temperature
         return token_loss(logits_BCV, targets_BC, jnp.float32(0))
 
-    return -map_chunks(losses, chunks, x_BTD, batch.targets_BT)
+    return -map_chunks(losses, chunks, head, x_BTD, batch.targets_BT)

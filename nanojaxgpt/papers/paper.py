@@ -51,7 +51,8 @@ class Arm:
 
     The seed takes the place of train.seed. With `branch_of`, the name of another arm, its runs
     begin at step init.step of that arm's runs, each of the one with its seed and its values of the
-    fields that are swept there (init.state=all).
+    fields that are swept there (init.state=all). With `tunes` they take its parameters alone, as
+    fine-tuning does; the config then has a init.from_run, which is replaced.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Arm:
     seeds: tuple[int, ...] = (0,)
     space: Space | None = None
     branch_of: str = ""
+    tunes: bool = False
 
     def points(self) -> list[dict[str, Any]]:
         """Return what is set in the config: nothing, once, where there is no space."""

@@ -104,14 +104,16 @@ def check_arm(paper: Paper, arm: Arm, folder: Path) -> None:
     """
     if paper.needs and jax.default_backend() == "cpu":
         raise DataError(f"it needs {paper.needs}, and only a CPU is available")
-    data = prepare_data(arm.config, lambda _: None)
+    trials = [t for seed in arm.seeds for t in arm_trials(paper, arm, seed, folder)]
+    if arm.tunes and not (Path(trials[0].cfg.init.from_run) / "identity.json").exists():
+        return  # the tokenizer is that of a run which is not there yet
+    data = prepare_data(trials[0].cfg if arm.tunes else arm.config, lambda _: None)
     tokens = [part["tokens"] for part in data.identity.get("parts", [])]
     if paper.tokens and tokens != [paper.tokens]:
         raise DataError(
             f"{arm.config.data.source} is not the corpus of this paper: its tokens are not those "
             f"of hash {paper.tokens}"
         )
-    trials = [t for seed in arm.seeds for t in arm_trials(paper, arm, seed, folder)]
     for trial in trials:
         run = run_path(folder, trial.name)
         if (run / "config.json").exists():
@@ -128,7 +130,7 @@ def arm_trials(paper: Paper, arm: Arm, seed: int, folder: Path) -> list[Trial]:
     found = []
     for trial in trials:
         path = run_path(folder, origin.origin(trial).name).resolve()
-        point = {"init.from_run": str(path), "init.state": "all"}
+        point = {"init.from_run": str(path), "init.state": "params" if arm.tunes else "all"}
         found.append(trial._replace(cfg=set_point(trial.cfg, point)))
     return found
 

@@ -110,28 +110,38 @@ def lines(name: str, target: Target, one: Rehearsal) -> list[str]:
     ]
 
 
-def search_lines(name: str, target: Target, found: list[Rehearsal]) -> list[str]:
-    """Return the table of a search: what fits and is beaten by none, fastest first; the rest."""
+def search_lines(name: str, target: Target, found: list[Rehearsal], blocks: str = "") -> list[str]:
+    """Return the table of a search: what fits and is beaten by none, fastest first; the rest.
+
+    `blocks` are the largest of splash that compile, if any do.
+    """
     best = pareto(found)
     table = [
         *title(name, target),
         "",
-        f"  {'mesh':<34}{'remat':<15}{'GiB':>8}{'s/step':>10}  bound",
+        f"  {'mesh':<24}{'remat':<34}{'micro':>6}{'GiB':>8}{'s/step':>10}  bound",
     ]
     for one in best:
         table.append(
-            f"  {mesh_name(one.mesh):<34}{one.cfg.model.remat:<15}"
-            f"{one.memory.total / GIB:>8.2f}{one.roofline.seconds:>10.4g}  "
+            f"{search_columns(one)}{one.roofline.seconds:>10.4g}  "
             f"{one.roofline.bound}, MFU at most {one.roofline.mfu:.1%}"
         )
     for one in found:
         if not one.memory.fits:
-            table.append(
-                f"  {mesh_name(one.mesh):<34}{one.cfg.model.remat:<15}"
-                f"{one.memory.total / GIB:>8.2f}{'-':>10}  does not fit"
-            )
-    beaten = sum(one.memory.fits for one in found) - len(best)
-    return [*table, f"  {beaten} more fit, but save neither memory nor time"] if beaten else table
+            table.append(f"{search_columns(one)}{'-':>10}  does not fit")
+    if beaten := sum(one.memory.fits for one in found) - len(best):
+        table.append(f"  {beaten} more fit, but save neither memory nor time")
+    if blocks:
+        table.append(f'  largest blocks that compile: model.attention_blocks="{blocks}"')
+    return table
+
+
+def search_columns(one: Rehearsal) -> str:
+    """Return what was tried, and the memory that it takes."""
+    return (
+        f"  {mesh_name(one.mesh):<24}{one.cfg.model.remat:<34}"
+        f"{one.cfg.train.accumulation_steps:>6}{one.memory.total / GIB:>8.2f}"
+    )
 
 
 def pareto(found: list[Rehearsal]) -> list[Rehearsal]:

@@ -1,14 +1,21 @@
-"""In: a config and a target. Out: rehearsals of the meshes and remat policies that may fit it."""
+"""In: a config and a target. Out: rehearsals of meshes, remat policies and micro-batches for it.
+
+And the largest blocks of splash that compile for it.
+"""
 
 import itertools
 import math
 from collections.abc import Callable, Iterator
 
 import jax
-from jax.sharding import Mesh
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
 
+from nanojaxgpt.attention import attend
+from nanojaxgpt.attention.request import Mask
 from nanojaxgpt.chips import Chip
 from nanojaxgpt.config import with_fields
+from nanojaxgpt.config.remat import named_activations
 from nanojaxgpt.errors import ConfigError, MemoryExceeded
 from nanojaxgpt.memory import (
     Memory,
@@ -28,11 +35,21 @@ from nanojaxgpt.rehearse.step import (
     resolve_mesh,
 )
 from nanojaxgpt.rehearse.targets import Target
+from nanojaxgpt.sharding import partition_spec
 from nanojaxgpt.step import make_step
 
 MAX_COMPILES = 8  # at one to three minutes each
 SEARCHED = ("data", "fsdp", "tensor")  # other axes stay as the config has them
-POLICIES = ("none", "dots_no_batch", "full")  # from the fastest to the smallest
+REFINED = 3  # compiles of these that are left for other micro-batches
+# From the fastest to the smallest. The second keeps all products that the backward pass needs.
+POLICIES = ("none", "save=q,k,v,attention,o,gate,up", "save=q,k,v,attention", "full")
+# From the fewest tiles to the most; the first are those of published recipes for Trillium.
+BLOCKS = (
+    "q=1024 kv=1024 backward_q=1024 backward_kv=2048 fused=true",
+    "q=1024 kv=1024 fused=true",
+    "q=512 kv=1024 fused=true",
+    "q=512 kv=512 fused=true",
+)
 ALIKE = 0.9  # GPT-2 small on v5e:4x4 asked for 26.2 to 26.7 GiB of temporaries on four meshes
 
 
@@ -95,6 +112,7 @@ def search(
 ) -> list[Rehearsal]:
     """Return at most `limit` rehearsals: for each mesh the fastest policy that fits.
 
+    Of the best, or where none fits of the smallest, other micro-batches are tried: see `refine`.
     Meshes of one size of `tensor` keep alike activations: a policy that asked for too much on one
     is not tried on the next where about as much would not fit. Raises ConfigError where no mesh
     divides the batch and the model, MemoryExceeded where none holds even the state.
@@ -111,18 +129,102 @@ def search(
         )
     say(f"{len(trials)} meshes hold the state; at most {limit} programs are compiled")
     asked: dict[tuple[str, int], float] = {}
+    first = max(1, limit - REFINED)
     for trial, left in trials:
-        for policy in POLICIES:
+        for policy in policies(cfg):
             alike = ALIKE * asked.get((policy, trial.mesh.tensor), 0)
             if max(alike, kept_activations(trial, policy)) > left:
                 continue
-            if len(found) == limit:
-                return found
+            if len(found) == first:
+                return found + refine(found, target, say, limit - first)
             trial = with_fields(trial, {"model.remat": policy})
             sizes = mesh_name(trial.mesh.given())
-            say(f"compiling {len(found) + 1} of at most {limit}: {sizes}, remat {policy}")
+            say(f"compiling {len(found) + 1} of at most {limit}: {sizes}, {policy_name(trial)}")
             found.append(rehearse_step(trial, target))
             if found[-1].memory.fits:
                 break
             asked[policy, trial.mesh.tensor] = found[-1].memory.temporaries
+    return found + refine(found, target, say, limit - len(found))
+
+
+def policies(cfg: JobConfig) -> list[str]:
+    """Return POLICIES with the activations that the model has."""
+    known = named_activations(cfg.model)
+    found = []
+    for policy in POLICIES:
+        names = [n for n in policy.removeprefix("save=").split(",") if n in known]
+        found.append("save=" + ",".join(names) if names else policy)
     return found
+
+
+def policy_name(cfg: JobConfig) -> str:
+    """Return the remat policy and the micro-batches in words."""
+    parts = cfg.train.accumulation_steps
+    return f"remat {cfg.model.remat}" + (f", {parts} micro-batches" if parts > 1 else "")
+
+
+def refine(
+    found: list[Rehearsal], target: Target, say: Callable[[str], None], limit: int
+) -> list[Rehearsal]:
+    """Return at most `limit` rehearsals of the best of `found` with other micro-batches.
+
+    Where it fits, fewer and larger ones, which gather the weights less often, until one does not
+    fit; where nothing fits, more and smaller ones of the smallest, until one does.
+    """
+    if not found:
+        return []
+    fitting = sorted((one for one in found if one.memory.fits), key=lambda r: r.roofline.seconds)
+    best = fitting[0] if fitting else min(found, key=lambda one: one.memory.total)
+    train, mesh, tried = best.cfg.train, best.cfg.mesh, []
+    rows = train.batch_size // (mesh.slice * mesh.data * mesh.fsdp)
+    parts = [n for n in range(1, rows + 1) if rows % n == 0]
+    fewer = [n for n in reversed(parts) if n < train.accumulation_steps]
+    more = [n for n in parts if n > train.accumulation_steps]
+    for count in (fewer if fitting else more)[:limit]:
+        trial = with_fields(best.cfg, {"train.accumulation_steps": count})
+        say(f"compiling {mesh_name(best.mesh)}, {policy_name(trial)}")
+        tried.append(rehearse_step(trial, target))
+        if tried[-1].memory.fits != bool(fitting):
+            break
+    return tried
+
+
+def largest_blocks(cfg: JobConfig, target: Target) -> str:
+    """Return the first of BLOCKS that the chip's compiler takes, "" for the usual ones.
+
+    Attention alone is compiled, forward and backward. How fast it is nobody says: larger tiles have
+    been faster on every chip with a published recipe, as long as they fit its vector memory.
+    """
+    if target.note or target.topology.chip.platform != "tpu":
+        return ""
+    for text in BLOCKS:
+        try:
+            compile_attention(with_fields(cfg, {"model.attention_blocks": text}), target)
+        except (ConfigError, jax.errors.JaxRuntimeError):
+            continue
+        return text
+    return ""
+
+
+def compile_attention(cfg: JobConfig, target: Target) -> None:
+    """Compile splash for one row of a device. Raises ConfigError, JaxRuntimeError."""
+    cfg, mesh = resolve_mesh(cfg, target)
+    model, rows = cfg.model, cfg.mesh.slice * cfg.mesh.data * cfg.mesh.fsdp
+    place = NamedSharding(mesh, partition_spec(["batch", "sequence", "heads", "head_dim"]))
+
+    def heads(count: int) -> jax.ShapeDtypeStruct:
+        shape = rows, model.seq_len, count, model.head_dim
+        return jax.ShapeDtypeStruct(shape, model.compute_dtype, sharding=place)
+
+    def loss(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array) -> jax.Array:
+        order_1T = jnp.arange(model.seq_len)[None]
+        out_BTNH = attend(
+            q_BTNH, k_BTKH, v_BTKH, Mask(order_1T, order_1T, window=model.windows[0]),
+            scale=model.attention_scale, softcap=model.attention_softcap, kernel="splash",
+            blocks=model.attention_blocks,
+        )  # fmt: skip
+        return jnp.sum(out_BTNH.astype(jnp.float32))
+
+    with jax.set_mesh(mesh):
+        keys = heads(model.num_kv_heads)
+        jax.jit(jax.grad(loss, (0, 1, 2))).lower(heads(model.num_heads), keys, keys).compile()

@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 
 from nanojaxgpt import sharding
 from nanojaxgpt.config import with_fields
+from nanojaxgpt.config.remat import parse_remat
 from nanojaxgpt.flops import attention_flops, train_flops
 from nanojaxgpt.memory import Memory, abstract_batch, state_memory
 from nanojaxgpt.model.config import JobConfig
@@ -57,6 +58,8 @@ class Rehearsal(NamedTuple):
 
 def fit_target(cfg: JobConfig, target: Target) -> JobConfig:
     """Return the config as it can be compiled: on fake devices without the chip's own kernels."""
+    if target.topology.chip.platform == "gpu" and not target.fake:
+        return with_fields(cfg, {"model.attention": "xla"})  # cuDNN's needs a GPU
     if not target.fake:
         return cfg
     unroll = cfg.model.unroll or 1  # as it would be on the chip
@@ -94,7 +97,9 @@ def count_flops(cfg: JobConfig, mesh: Mesh, traced: Any) -> Flops:
         plain = with_fields(cfg, {"model.remat": "none", "train.loss_chunks": 1})
         kept = count_matmuls(trace(plain, mesh)[1].jaxpr.jaxpr)
     again = full.weights - kept.weights
-    if cfg.model.remat in ("full", "dots_no_batch"):
+    remat = parse_remat(cfg.model.remat)
+    kept_attention = "attention" in remat.save + remat.offload
+    if remat.policy not in ("none", "dots") and not kept_attention:
         again += attention_flops(model, seq_len) * rows
     weights = weight_flops(model, seq_len) * rows
     return Flops(train_flops(model, seq_len) * rows, weights, kept.weights, again)

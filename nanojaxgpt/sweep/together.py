@@ -238,7 +238,7 @@ class Follower:
     def validate(self, step: int, state: Callable[[], tuple[TrainState, Params]]) -> None:
         """Evaluate at the last step, and where it is time."""
         cfg = self.job.cfg
-        if step < cfg.train.num_steps and not due(step, cfg.eval.every_steps):
+        if step < cfg.train.num_steps and not self.recorder.evaluates_at(step):
             return
         trained, frozen = state()
         with jax.set_mesh(self.job.mesh):

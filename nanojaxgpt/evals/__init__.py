@@ -1,0 +1,1 @@
+"""Benchmarks: tasks as data, a scorer of continuations, and the adapter for lm-eval."""

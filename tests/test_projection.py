@@ -1,0 +1,110 @@
+"""Products in bfloat16, their gradients against float64; where bfloat16 is the dtype."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import small_model
+
+from nanojaxgpt import cpu, sharding
+from nanojaxgpt.errors import ConfigError
+from nanojaxgpt.loss import token_loss
+from nanojaxgpt.model import projection
+from nanojaxgpt.model.projection import project
+from nanojaxgpt.model.transformer import Transformer, init_params
+
+
+@pytest.fixture(params=[False, True], ids=["any CPU", "with bfloat16"])
+def fast_cpu(request, monkeypatch) -> bool:
+    """Have the gradients computed as on a CPU with or without instructions for bfloat16."""
+    monkeypatch.setattr(projection, "multiplies_bfloat16", lambda: request.param)
+    return request.param
+
+
+@pytest.mark.parametrize("terms", ["TI,IO->TO", "TI,OI->TO"])
+@pytest.mark.parametrize("sizes", [(24, 40), (40, 24)])
+@pytest.mark.parametrize("dtype", [None, jnp.float32])
+def test_gradients_in_bfloat16_are_those_of_float64(terms, sizes, dtype, fast_cpu):
+    rng, (inputs, outputs) = np.random.default_rng(0), sizes
+    x, dy = rng.normal(size=(2, 9, inputs)), rng.normal(size=(2, 9, outputs))
+    kernel = rng.normal(size=sizes if "IO" in terms else sizes[::-1])
+    small = [jnp.bfloat16(a) for a in (x, kernel, dy)]
+
+    def value(x, kernel, dy):
+        return jnp.sum(project(x, kernel, terms, dtype).astype(jnp.float32) * dy)
+
+    y = project(*small[:2], terms, dtype)
+    assert y.dtype == (dtype or jnp.bfloat16)
+    dx, dw = jax.jit(jax.grad(value, (0, 1)))(*small)
+    assert dx.dtype == dw.dtype == jnp.bfloat16
+    x, kernel, dy = (np.asarray(a, np.float64) for a in small)
+    matrix = terms.split(",")[1].split("->")[0]
+    for found, right in (
+        (dx, np.einsum(f"BTO,{matrix}->BTI", dy, kernel)),
+        (dw, np.einsum(f"BTI,BTO->{matrix}", x, dy)),
+    ):
+        found = np.asarray(found, np.float64)
+        np.testing.assert_allclose(found, right, rtol=2**-8, atol=2**-8 * np.abs(right).max())
+
+
+def test_every_product_of_a_step_in_bfloat16_multiplies_bfloat16(fast_cpu):
+    cfg = small_model(compute_dtype="bfloat16", num_layers=1)
+    model, tokens = Transformer(cfg), jnp.zeros((1, 8), jnp.int32)
+    params = init_params(cfg, jax.random.key(0))
+
+    def loss(params):
+        logits, _ = model.apply({"params": params}, tokens)
+        return jnp.sum(token_loss(logits, tokens, jnp.float32(0)))
+
+    text = jax.jit(jax.grad(loss)).lower(params).as_text()
+    found = re.findall(r"dot_general.*\(tensor<[^>]*x(\w+)>, tensor<[^>]*x(\w+)>\)", text)
+    assert len(found) >= 3 * 7  # forward, and two gradients: six kernels and the head
+    assert found == [("bf16", "bf16")] * len(found)
+
+
+@pytest.mark.parametrize(
+    ("platform", "features", "expected"),
+    [
+        ("gpu", "", "bfloat16"), ("tpu", "", "bfloat16"), ("cpu", "flags: fma avx2", "float32"),
+        ("cpu", "flags: amx_tile amx_bf16", "bfloat16"),
+        ("cpu", "flags: avx512_bf16 fma", "bfloat16"), ("cpu", "", "float32"),
+    ],
+)  # fmt: skip
+def test_auto_is_bfloat16_where_that_is_faster(platform, features, expected, monkeypatch):
+    monkeypatch.setattr(cpu, "cpu_features", lambda: features)
+    monkeypatch.setattr(sharding, "multiplies_bfloat16", cpu.multiplies_bfloat16.__wrapped__)
+    assert sharding.compute_dtype("auto", platform) == expected
+    assert sharding.compute_dtype("float32", platform) == "float32"
+
+
+def test_a_run_records_the_dtype_that_auto_was(small_config, tmp_path, monkeypatch):
+    from nanojaxgpt.rundir import read_config
+    from nanojaxgpt.training import fit
+
+    cfg = small_config(**{"model.compute_dtype": "auto", "train.num_steps": "2", "mesh.data": "-1"})
+    monkeypatch.setattr(sharding, "multiplies_bfloat16", lambda: True)
+    fit(cfg, tmp_path / "run", report=lambda _: None)
+    assert read_config(tmp_path / "run").model.compute_dtype == "bfloat16"
+    monkeypatch.setattr(sharding, "multiplies_bfloat16", lambda: False)
+    longer = small_config(
+        **{"model.compute_dtype": "auto", "train.num_steps": "4", "mesh.data": "-1"}
+    )
+    with pytest.raises(ConfigError, match=r"model.compute_dtype.*'bfloat16'.*'float32'"):
+        fit(longer, tmp_path / "run", report=lambda _: None)
+
+
+@pytest.mark.parametrize("kernel", ["plain", "xla"])
+def test_attention_in_bfloat16_sums_in_float32(kernel):
+    from nanojaxgpt.attention import attend
+    from nanojaxgpt.attention.request import Mask
+
+    rng, order = np.random.default_rng(0), jnp.arange(64)[None]
+    q, k, v = (jnp.bfloat16(rng.normal(size=(2, 64, heads, 32))) for heads in (6, 3, 3))
+
+    def run(*arrays):
+        return attend(*arrays, Mask(order, order), scale=0.2, kernel=kernel)
+
+    found, right = run(q, k, v), run(*(a.astype(jnp.float32) for a in (q, k, v)))
+    np.testing.assert_allclose(np.float32(found), right, atol=2**-6, rtol=2**-7)
