@@ -47,7 +47,7 @@ def test_turns_are_those_of_a_text_that_is_read_anew(talk, model, capsys):
             [*talk.messages, {"role": "user", "content": text}]
         )))  # fmt: skip
         talk.say(text)
-        while talk.engine.busy or talk.engine.queued:  # the answer is read as well
+        while talk.engine.queued or talk.engine.busy:  # the answer is read as well
             pass
         reads.append(talk.engine.prompt_tokens - before)
     with Engine(model, slots=1) as engine:

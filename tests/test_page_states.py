@@ -244,7 +244,7 @@ def test_stop_frees_the_slot_of_a_model(open_page, served):
     expect(page.locator("#stop")).to_be_visible()
     page.locator("#stop").click()
     expect(page.locator(".last .stats")).to_contain_text("stopped")
-    while engine.busy or engine.queued:
+    while engine.queued or engine.busy:
         page.wait_for_timeout(20)
     assert engine.generated_tokens - before < 900
 

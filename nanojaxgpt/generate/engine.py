@@ -241,14 +241,14 @@ class Engine:
             for ticket in dropped:
                 self._waiting.remove(ticket)
             cancelled = [slot for slot in self._rows if slot.ticket and slot.ticket.cancelled]
-            free = self.slots - self.busy + len(cancelled)
-            chosen = [self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]
         for ticket in dropped:
             put_safely(ticket, Part(finish="cancelled"))
         for slot in cancelled:
             self._finish(slot, Part(finish="cancelled"))
-        for ticket in chosen:
-            self._give_slot(ticket)
+        with self._changed:
+            for _ in range(min(self.slots - self.busy, len(self._waiting))):
+                self._give_slot(self._waiting[0])  # before it leaves the queue: one counts it always
+                self._waiting.popleft()
         return True
 
     def _has_work(self) -> bool:
