@@ -26,3 +26,9 @@ def cpu_identity() -> str:
 def multiplies_bfloat16() -> bool:
     """Return whether this CPU has instructions for products of bfloat16."""
     return not {"amx_bf16", "avx512_bf16"}.isdisjoint(cpu_features().split())
+
+
+@functools.cache
+def has_avx512() -> bool:
+    """Return whether this CPU has vectors of 512 bits."""
+    return "avx512f" in cpu_features().split()

@@ -1,7 +1,7 @@
 """Measure the gradient of a kernel, x^T dy, in two forms: `bench_products.py`.
 
 The forms take turns on one core. `plain` is the product as it stands, `transposed` that of
-projection.py, whose first operand is transposed in a way that XLA does not fold into the product.
+products.py, whose first operand is transposed in a way that XLA does not fold into the product.
 bfloat16 is worth something only on a CPU with instructions for it (AMX, AVX512-BF16).
 """
 
@@ -22,7 +22,7 @@ def main() -> None:
     import numpy as np
 
     from nanojaxgpt import cpu
-    from nanojaxgpt.model.projection import multiply, transposed
+    from nanojaxgpt.products import multiply, transposed
 
     @jax.jit
     def plain(first_TA: jax.Array, second_TB: jax.Array) -> jax.Array:

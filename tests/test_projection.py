@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 from conftest import small_model
 
-from nanojaxgpt import cpu, sharding
+from nanojaxgpt import cpu, products, sharding
+from nanojaxgpt.attention import attend
+from nanojaxgpt.attention.request import Mask
 from nanojaxgpt.errors import ConfigError
 from nanojaxgpt.loss import token_loss
-from nanojaxgpt.model import projection
+from nanojaxgpt.model.block import ACTIVATIONS, activate
 from nanojaxgpt.model.projection import project
 from nanojaxgpt.model.transformer import Transformer, init_params
 
@@ -19,7 +21,7 @@ from nanojaxgpt.model.transformer import Transformer, init_params
 @pytest.fixture(params=[False, True], ids=["any CPU", "with bfloat16"])
 def fast_cpu(request, monkeypatch) -> bool:
     """Have the gradients computed as on a CPU with or without instructions for bfloat16."""
-    monkeypatch.setattr(projection, "multiplies_bfloat16", lambda: request.param)
+    monkeypatch.setattr(products, "multiplies_bfloat16", lambda: request.param)
     return request.param
 
 
@@ -65,6 +67,72 @@ def test_every_product_of_a_step_in_bfloat16_multiplies_bfloat16(fast_cpu):
 
 
 @pytest.mark.parametrize(
+    ("features", "dtype", "shapes", "expected"),
+    [
+        ("avx2", "float32", [(9, 4), (9, 8)], True), ("avx2", "float32", [(9, 8), (9, 8)], False),
+        ("avx512f", "float32", [(9, 4), (9, 8)], False),
+        ("avx2", "float32", [(2, 9, 4), (2, 9, 8)], False),
+        ("avx2", "bfloat16", [(9, 4), (9, 8)], False),
+        ("amx_bf16", "bfloat16", [(2, 9, 8), (2, 9, 4)], True),
+    ],
+)  # fmt: skip
+def test_a_product_over_tokens_is_transposed_where_that_is_faster(
+    features, dtype, shapes, expected, monkeypatch
+):
+    monkeypatch.setattr(cpu, "cpu_features", lambda: features)
+    for name in ("has_avx512", "multiplies_bfloat16"):
+        monkeypatch.setattr(products, name, getattr(cpu, name).__wrapped__)
+    pair = [jnp.ones(shape, dtype) for shape in shapes]
+    assert products.gains_by_transpose(*pair) == expected
+    text = jax.jit(lambda *pair: products.multiply_transposed(*pair, dtype)).lower(*pair).as_text()
+    assert ("stablehlo.pad" in text) == expected
+
+
+@pytest.mark.parametrize("softcap", [0.0, 30.0], ids=["blocks", "tiles"])
+def test_gradients_of_attention_in_bfloat16_are_those_of_float32(softcap, fast_cpu):
+    rng, order = np.random.default_rng(0), jnp.arange(160)[None]
+    arrays = [jnp.bfloat16(rng.normal(size=(2, 160, 3, 32))) for _ in range(4)]
+
+    def gradients(q, k, v, d_out):
+        def value(q, k, v):
+            out = attend(q, k, v, Mask(order, order), scale=0.2, softcap=softcap, kernel="blocked")
+            return jnp.sum(out.astype(jnp.float32) * d_out)
+
+        return jax.jit(jax.grad(value, (0, 1, 2)))(q, k, v)
+
+    right = gradients(*(a.astype(jnp.float32) for a in arrays))
+    for found, exact in zip(gradients(*arrays), right, strict=True):
+        assert found.dtype == jnp.bfloat16
+        error = np.abs(np.float32(found) - exact).max()
+        assert error < 2**-6 * np.abs(exact).max()
+
+
+@pytest.mark.parametrize("kind", ACTIVATIONS)
+def test_activations_of_bfloat16_are_rounded_once(kind):
+    x, dy = (jnp.linspace(-4, 4, 999, dtype=jnp.bfloat16) * sign for sign in (1, -1))
+
+    def gradient(x):
+        y, pull = jax.vjp(lambda x: activate(x, kind), x)
+        return y, pull(dy.astype(y.dtype))[0]
+
+    found, right = gradient(x), gradient(x.astype(jnp.float32))
+    for one, exact in zip(found, right, strict=True):
+        np.testing.assert_array_equal(np.float32(one), np.float32(exact.astype(jnp.bfloat16)))
+
+
+def test_gradients_of_biases_are_summed_in_float32():
+    cfg = small_model(compute_dtype="bfloat16", num_layers=1, bias=True)
+    model, tokens = Transformer(cfg), jnp.arange(64, dtype=jnp.int32).reshape(4, 16) % 31
+    params = init_params(cfg, jax.random.key(0))
+    grads = jax.grad(lambda p: jnp.sum(jnp.sin(model.apply({"params": p}, tokens)[0])))(params)
+    biases = {name: g for name, g in grads["layers"].items() if name.endswith("_bias")}
+    assert biases
+    for name, grad in biases.items():
+        rounded = grad.astype(jnp.bfloat16).astype(jnp.float32)
+        assert name == "k_bias" or (rounded != grad).any()
+
+
+@pytest.mark.parametrize(
     ("platform", "features", "expected"),
     [
         ("gpu", "", "bfloat16"), ("tpu", "", "bfloat16"), ("cpu", "flags: fma avx2", "float32"),
@@ -97,9 +165,6 @@ def test_a_run_records_the_dtype_that_auto_was(small_config, tmp_path, monkeypat
 
 @pytest.mark.parametrize("kernel", ["plain", "xla"])
 def test_attention_in_bfloat16_sums_in_float32(kernel):
-    from nanojaxgpt.attention import attend
-    from nanojaxgpt.attention.request import Mask
-
     rng, order = np.random.default_rng(0), jnp.arange(64)[None]
     q, k, v = (jnp.bfloat16(rng.normal(size=(2, 64, heads, 32))) for heads in (6, 3, 3))
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from nanojaxgpt.attention.request import Mask, Request, dense_mask, soft_cap
+from nanojaxgpt.products import multiply_transposed
 from nanojaxgpt.sharding import axis_size
 
 CAUSAL_BLOCK = 128  # queries a block of `blocked_attention`, at least; 64 and 256 are slower
@@ -133,10 +134,10 @@ def _attend_blocks_gradient(window: int, scale: float, saved: Any, d_out_BTNH: j
         d_scores_BNTS = d_scores_BNTS.astype(q_BNTH.dtype)
         d_q.append(jnp.einsum("BNTS,BNSH->BNTH", d_scores_BNTS, k_BNSH[:, :, keys]))
         d_k_BNSH = d_k_BNSH.at[:, :, keys].add(
-            jnp.einsum("BNTS,BNTH->BNSH", d_scores_BNTS, q_BNTH[:, :, rows])
+            multiply_transposed(d_scores_BNTS, q_BNTH[:, :, rows], k_BNSH.dtype)
         )
         d_v_BNSH = d_v_BNSH.at[:, :, keys].add(
-            jnp.einsum("BNTS,BNTH->BNSH", weights_BNTS, d_rows_BNTH)
+            multiply_transposed(weights_BNTS, d_rows_BNTH, v_BNSH.dtype)
         )
     d_q_BNTH = jnp.concatenate(d_q, 2) * scale
     return *(jnp.swapaxes(d, 1, 2) for d in (d_q_BNTH, d_k_BNSH, d_v_BNSH)), None, None
@@ -306,9 +307,8 @@ def _attend_tiles_gradient(
             new = [
                 jax.lax.dynamic_update_slice_in_dim(
                     total,
-                    _cut(total, block.low, tiles.span, 2) + jnp.einsum(
-                        "BNTS,BNTH->BNSH", *part, preferred_element_type=jnp.float32
-                    ),
+                    _cut(total, block.low, tiles.span, 2)
+                    + multiply_transposed(*part, jnp.float32),
                     block.low, 2,
                 )
                 for total, part in zip(sums, parts, strict=True)

@@ -247,7 +247,7 @@ class Engine:
             self._finish(slot, Part(finish="cancelled"))
         with self._changed:
             for _ in range(min(self.slots - self.busy, len(self._waiting))):
-                self._give_slot(self._waiting[0])  # before it leaves the queue: one counts it always
+                self._give_slot(self._waiting[0])  # while it is queued: never uncounted
                 self._waiting.popleft()
         return True
 

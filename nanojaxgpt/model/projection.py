@@ -12,11 +12,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from nanojaxgpt.cpu import multiplies_bfloat16
 from nanojaxgpt.model.config import ModelConfig
 from nanojaxgpt.model.parameters import Parameter, Params, layer_rows
 from nanojaxgpt.model.quantize import Int8, dequantize_base, project_int8
-from nanojaxgpt.sharding import platform
+from nanojaxgpt.products import alone_on_cpu, multiply, multiply_transposed
 
 COLUMNS = 256  # of a block; with 128 or 512 it is read up to a third slower
 MOST_ROWS = 64  # above, XLA's own matmul is as fast
@@ -64,11 +63,6 @@ def project(
     return y_TO.reshape(*x_BTI.shape[:-1], -1)
 
 
-def alone_on_cpu() -> bool:
-    """Return whether the traced program will run on one device, a CPU."""
-    return platform() == "cpu" and jax.sharding.get_abstract_mesh().size <= 1
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def project_matrix(x_TI: jax.Array, kernel: jax.Array, terms: str, dtype: Any) -> jax.Array:
     """Return x [T, in] times a kernel as a matrix, both of one dtype, by the terms of `project`.
@@ -77,12 +71,6 @@ def project_matrix(x_TI: jax.Array, kernel: jax.Array, terms: str, dtype: Any) -
     logits of a model in bfloat16 would be products of float32.
     """
     return multiply(terms, x_TI, kernel, dtype or x_TI.dtype)
-
-
-def multiply(terms: str, a: jax.Array, b: jax.Array, dtype: Any) -> jax.Array:
-    """Return an einsum, summed in float32: of bfloat16, XLA's CPU backend does so only if asked."""
-    summed = jnp.float32 if platform() == "cpu" else dtype
-    return jnp.einsum(terms, a, b, preferred_element_type=summed).astype(dtype)
 
 
 def _forward(x_TI: jax.Array, kernel: jax.Array, terms: str, dtype: Any) -> tuple:
@@ -94,26 +82,7 @@ def _backward(terms: str, dtype: Any, kept: tuple, dy_TO: jax.Array) -> tuple:
     dy_TO, matrix = dy_TO.astype(x_TI.dtype), terms.removeprefix("TI,").removesuffix("->TO")
     dx_TI = multiply(f"TO,{matrix}->TI", dy_TO, kernel, x_TI.dtype)
     first, second = (x_TI, dy_TO) if matrix == "IO" else (dy_TO, x_TI)
-    if alone_on_cpu() and gains_by_transpose(first, second):
-        return dx_TI, multiply("AT,TB->AB", transposed(first), second, x_TI.dtype)
-    return dx_TI, multiply("TA,TB->AB", first, second, x_TI.dtype)
-
-
-def gains_by_transpose(first_TA: jax.Array, second_TB: jax.Array) -> bool:
-    """Return whether a CPU takes the product of `transposed(first)` and `second` faster.
-
-    XLA's fast kernel takes no product over the first axes of both operands: transposed first, it is
-    1.2x to 1.8x as fast in float32 if that one is narrow (AMD EPYC), 2.0x to 4.9x in bfloat16 on a
-    CPU with instructions for it (Intel Xeon with AMX); see scripts/bench_products.py.
-    """
-    if first_TA.dtype == jnp.bfloat16:
-        return multiplies_bfloat16()
-    return 2 * first_TA.shape[1] <= second_TB.shape[1]
-
-
-def transposed(x_TA: jax.Array) -> jax.Array:
-    """Return a transpose that XLA does not fold into the product: one that is padded and cut."""
-    return jnp.pad(x_TA, ((0, 0), (0, 1))).T[:-1]
+    return dx_TI, multiply_transposed(first, second, x_TI.dtype)
 
 
 project_matrix.defvjp(_forward, _backward)
