@@ -105,6 +105,7 @@ def test_a_disk_that_fills_up(step, argument, kept, words, disk, run_on, capsys)
         assert steps == list(range(1, LAST + 1))
 
 
+@pytest.mark.slow
 def test_a_disk_without_room_for_the_plot(disk, run_on, monkeypatch, capsys):
     plot = metrics.plot_losses
     monkeypatch.setattr(metrics, "plot_losses", lambda *a: (fill(disk), plot(*a)))

@@ -399,6 +399,7 @@ def test_settings_are_checked(model):
             Engine(model, **options)
 
 
+@pytest.mark.slow
 def test_a_mesh_gives_the_same_tokens(model):
     requests = mixed(9, seed=1)
     requests[3] = dataclasses.replace(requests[3], schema='{"enum": ["yes", "no"]}')

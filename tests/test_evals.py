@@ -126,6 +126,7 @@ def test_scores_are_those_of_whole_rows(folder, kind, monkeypatch):
     assert not found[len(questions) - 1, 1].greedy
 
 
+@pytest.mark.slow
 def test_scores_over_a_mesh_are_those_of_one_device(folder, model):
     mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
     spread = make_model(folder, mesh)
@@ -331,6 +332,7 @@ def test_few_shot_examples_are_drawn_by_the_seed_and_never_the_question(model, d
         tasks.few_shot(opened, 0, 12, 5)
 
 
+@pytest.mark.slow
 def test_texts_are_those_of_the_sampler(model):
     prompts = [list(b"a"), list(b"one more"), list(b"b" * 30), list(b"xyz")]
     found = {}

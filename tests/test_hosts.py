@@ -418,6 +418,7 @@ class Cycle:
         self.own = self
 
 
+@pytest.mark.slow
 def test_garbage_is_collected_at_set_steps_and_never_lives_longer():
     alive, counts = weakref.WeakSet(), []
     with collected_every(10) as collect:

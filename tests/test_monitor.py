@@ -55,6 +55,7 @@ def silent(text: str) -> None:
     """Report nothing."""
 
 
+@pytest.mark.slow
 def test_the_curve_is_that_of_the_checkpoints(cfg, tmp_path):
     run = tmp_path / "run"
     fit(cfg, run, report=silent)

@@ -275,6 +275,7 @@ def restart(run, name: str, last: str = "4", **changes: str):
     return train(name, run, **changes)
 
 
+@pytest.mark.slow
 def test_dpo_starts_at_ln_2_and_resumes_with_the_same_bits(tmp_path):
     run, dropout = tmp_path / "run", {"model.dropout": "0.1"}
     state, said = train("dpo", run, **dropout)
@@ -296,6 +297,7 @@ def test_dpo_starts_at_ln_2_and_resumes_with_the_same_bits(tmp_path):
     assert (run / "reference.npz").read_bytes() == stored
 
 
+@pytest.mark.slow
 def test_classification_reports_its_metrics_and_resumes_with_the_same_bits(tmp_path):
     run = tmp_path / "run"
     state, _ = train("classify", run, **{"model.dropout": "0.1", "train.num_steps": "4"})

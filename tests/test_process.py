@@ -197,6 +197,7 @@ def train_at_home(tmp_path, monkeypatch):
     return train
 
 
+@pytest.mark.slow
 def test_the_next_process_finds_its_programs_compiled(train_at_home, tmp_path):
     _, losses = train_at_home("first")
     (folder,) = (tmp_path / "home" / "nanojaxgpt" / "compiled").iterdir()
@@ -209,6 +210,7 @@ def test_the_next_process_finds_its_programs_compiled(train_at_home, tmp_path):
     assert train_at_home("third")[1] == losses
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("home", ["/proc/none", "FOLDER"])
 def test_programs_are_compiled_again_where_none_can_be_kept(train_at_home, tmp_path, home):
     given = {"XDG_CACHE_HOME": home}

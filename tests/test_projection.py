@@ -147,6 +147,7 @@ def test_auto_is_bfloat16_where_that_is_faster(platform, features, expected, mon
     assert sharding.compute_dtype("float32", platform) == "float32"
 
 
+@pytest.mark.slow
 def test_a_run_records_the_dtype_that_auto_was(small_config, tmp_path, monkeypatch):
     from nanojaxgpt.rundir import read_config
     from nanojaxgpt.training import fit

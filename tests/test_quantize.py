@@ -68,6 +68,7 @@ def size_of(row) -> int:
     return int(np.prod([row.shape[axis] for axis in row.summed]))
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_the_same_kernels_as_floats():
     cfg = int8_model(**GATED)
     small = quantize_base(cfg, random_adapters(cfg))

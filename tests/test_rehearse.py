@@ -143,6 +143,7 @@ def test_data_parallelism_sums_every_gradient_once(parallel):
     assert one.unknown_loops == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [{"mesh.data": "8"}, {"mesh.data": "1", "mesh.fsdp": "8"}])
 def test_chunks_of_the_loss_send_the_head_no_more_often(mesh, eight):
     """They sent it, and its gradient, once a chunk: 8 chunks made 15.3 MB of 2.0 with fsdp=8."""

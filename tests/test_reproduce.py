@@ -175,6 +175,7 @@ def test_without_matplotlib_nothing_is_trained(tiny, tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_arms_share_programs_and_one_that_diverges_is_kept(tiny, tmp_path, monkeypatch):
     opened, open_job = [], run.open_job
     monkeypatch.setattr(
@@ -297,6 +298,7 @@ def test_a_branch_of_what_is_not_there_is_refused(changes, words, tiny):
     assert bool(problems) == bool(words)
 
 
+@pytest.mark.slow
 def test_a_finished_run_of_another_recipe_is_not_taken_for_this_one(tiny, tmp_path):
     paper = replace(tiny, arms=(replace(tiny.arms[0], seeds=(3,)),))
     reproduce(paper, tmp_path / "out", lambda _: None)

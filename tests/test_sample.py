@@ -127,6 +127,7 @@ def greedy_by_full_forwards(prompt: list[int], max_tokens: int) -> list[int]:
     return found
 
 
+@pytest.mark.slow
 def test_each_row_has_its_own_context_where_another_is_full():
     prompts = [random_tokens(n, seed=n).tolist() for n in (1, 29, 9, 32, 40)]
     ids_BT = stream_ids(prompts, 60, 0, Sampling(temperature=0))
@@ -181,6 +182,7 @@ def test_a_row_ends_at_any_of_the_end_ids_and_repeats_it():
     np.testing.assert_array_equal(whole_BT[:, : ended_BT.shape[1]], ended_BT)
 
 
+@pytest.mark.slow
 def test_bfloat16_parameters_and_a_padded_vocabulary():
     cfg = small_model(param_dtype="bfloat16", compute_dtype="bfloat16", seq_len=8)
     fresh = jax.jit(lambda: init_params(cfg, jax.random.key(0)))()
@@ -320,6 +322,7 @@ def test_temperature_scales_the_logits():
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_samples_follow_the_distribution():
     prompts_BT = np.tile(random_tokens(1, 4), (4000, 1))
     lengths_B = np.full(4000, 4, np.int32)

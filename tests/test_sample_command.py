@@ -94,6 +94,7 @@ def test_the_default_prompt_serves_every_tokenizer(characters, options, start, r
     assert ("the default prompt, '\\n': starting from 'a'" in err) == (start == "a")
 
 
+@pytest.mark.slow
 def test_the_documented_prompt_of_a_task_fits_its_context(run_of, sampled):
     """docs/data.md: model.seq_len=4 for the modular tasks, --prompt="5 + 3 ="."""
     run = run_of(WordTokenizer((*map(str, range(7)), "+", "=")), seq_len=4)

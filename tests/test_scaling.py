@@ -14,6 +14,7 @@ def drawn(noise: float, count: int = 60) -> Points:
     return Points(params, tokens, LAW.loss(params, tokens) * np.exp(rng.normal(0, noise, count)))
 
 
+@pytest.mark.slow
 def test_a_law_is_found_again():
     assert law_of(vector(LAW)) == pytest.approx(LAW)
     assert fit_law(drawn(0)) == pytest.approx(LAW, rel=1e-3)

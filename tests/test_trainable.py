@@ -162,6 +162,7 @@ def test_only_the_last_layers_train(small_config, fields, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, again, last)
 
 
+@pytest.mark.slow
 def test_the_last_layers_train_as_they_do_where_all_train(small_config):
     """The gradients of their rows are those of the whole stack, and so they are on a mesh."""
     found = []
