@@ -1,7 +1,8 @@
-"""Measure the server beside `transformers serve`: `python scripts/bench_serve.py MODEL`.
+"""Measure the server beside `transformers serve` and llama.cpp's: `bench_serve.py MODEL`.
 
-Both serve the same float32 weights, which are exported to a folder first, and stream greedy answers
-of 32 tokens to 1, 8 and 32 clients at once, each in a process of its own, one after the other.
+All serve the same float32 weights, which are exported to a folder and a GGUF file first, and stream
+greedy answers of 32 tokens to 1, 8 and 32 clients at once, each in a process of its own, one after
+the other. llama.cpp's server is that of the package xllamacpp, with as many slots as ours has.
 """
 
 import argparse
@@ -18,6 +19,8 @@ from statistics import median
 import httpx
 
 TOKENS, PORT, CLIENTS = 32, 8765, (1, 8, 32)
+SLOTS, CONTEXT = 8, 256
+GGUF = "model.gguf"
 URL = f"http://127.0.0.1:{PORT}"
 TOPICS = ("a lighthouse", "a fox", "the sea", "a mill", "an old road", "winter", "two sisters")
 
@@ -28,7 +31,7 @@ def commands(folder: Path) -> dict[str, list[str]]:
     return {
         "nanojaxgpt": [
             sys.executable, "-m", "nanojaxgpt", "serve", str(folder), f"--port={PORT}",
-            "--context=256",
+            f"--slots={SLOTS}", f"--context={CONTEXT}",
         ],
         "transformers": [
             str(here / "transformers"), "serve", str(folder), f"--port={PORT}", "--dtype=float32",
@@ -38,7 +41,21 @@ def commands(folder: Path) -> dict[str, list[str]]:
             str(here / "transformers"), "serve", str(folder), f"--port={PORT}", "--dtype=float32",
             "--device=cpu", "--continuous-batching",
         ],
+        "llama.cpp": [sys.executable, __file__, str(folder / GGUF), "--llama-cpp"],
     }  # fmt: skip
+
+
+def serve_llama_cpp(path: str) -> None:
+    """Be llama.cpp's server of a GGUF file."""
+    import xllamacpp
+
+    how = xllamacpp.CommonParams()
+    how.model.path, how.hostnames, how.port, how.n_gpu_layers = path, ["127.0.0.1"], PORT, 0
+    how.n_parallel, how.n_ctx = SLOTS, SLOTS * CONTEXT
+    how.cpuparams.n_threads = how.cpuparams_batch.n_threads = len(os.sched_getaffinity(0))
+    server = xllamacpp.Server(how)
+    while server.listening_address:
+        time.sleep(1)
 
 
 def ask(name: str, number: int) -> tuple[float, int]:
@@ -102,11 +119,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("model", help="a model with a chat template")
     parser.add_argument("--only", default="", help="the servers whose name begins so")
+    parser.add_argument("--llama-cpp", action="store_true", help=argparse.SUPPRESS)
     parsed = parser.parse_args()
+    if parsed.llama_cpp:
+        serve_llama_cpp(parsed.model)
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "model"
         export = [sys.executable, "-m", "nanojaxgpt", "export", parsed.model, str(target)]
         subprocess.run([*export, "--dtype=float32"], check=True, env=os.environ)
+        export = [*export[:-1], str(target / GGUF), "--format=gguf", "--dtype=float32"]
+        subprocess.run(export, check=True, env=os.environ)
         for name, command in commands(target).items():
             if name.startswith(parsed.only):
                 measure(name, command, target)
