@@ -6,6 +6,7 @@ and no bit of it. Dimensions as in slots.py, with D drafts of a slot.
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -110,9 +111,10 @@ def draw_drafts(
         reads_B = asked_B & (positions_B < facts.context)
         positions_B = jnp.where(reads_B, positions_B, facts.context)
         used = jnp.max(jnp.where(reads_B, positions_B + 1, 0))
-        logits_B1V, cache = facts.model.apply(
+        found: Any = facts.model.apply(
             {"params": params}, tokens_B[:, None], positions_B[:, None], cache=using(cache, used)
         )
+        logits_B1V, cache = found
         drawn_B = draw_tokens(
             facts, with_vocabulary(logits_B1V[:, 0], vocab_size),
             slots._replace(counts_BV=counts_BV), no_drafts_BD, all_BX, positions_B[:, None] + 1,
