@@ -125,6 +125,19 @@ def test_a_draft_model_that_is_right_saves_steps(engine, options, monkeypatch):
         assert steps >= 41 - accepted
 
 
+@pytest.mark.parametrize("engine", ["itself"], indirect=True)
+def test_a_prefix_is_copied_in_the_draft_model_too(engine, monkeypatch):
+    ids, bias = prompt(40, 21), ((256, -100.0),)
+    ask(engine, Request(ids, 17, logit_bias=bias), monkeypatch)
+    read, drafts, accepted = engine.prompt_tokens, engine.draft_tokens, engine.accepted_tokens
+    tickets = [engine.submit(Request(ids, 17, seed=seed, logit_bias=bias)) for seed in range(3)]
+    assert len({ticket.result().ids for ticket in tickets}) == 3
+    assert engine.prompt_tokens - read == 3 * 7  # the last, incomplete chunk
+    drafts, accepted = engine.draft_tokens - drafts, engine.accepted_tokens - accepted
+    assert drafts > 30
+    assert accepted >= drafts - 6
+
+
 def test_beyond_its_context_a_draft_model_guesses_nothing(model, monkeypatch):
     draft = make_model(seq_len="20")
     with Engine(model, slots=2, draft=draft) as engine:
