@@ -54,6 +54,15 @@ def number(low: float, high: float) -> Callable[[str], float]:
     return lambda text: in_range(text, read_float, low, high)
 
 
+DRAFTING: dict[str, dict[str, Any]] = {  # of the commands with an engine
+    "lookahead": {"default": 0, "type": integer(0, 15), "help": "tokens that are guessed and "
+                  "verified at once: from the text before, which is faster where answers copy, or "
+                  "by --draft; default with that: 4"},
+    "draft": {"default": "", "metavar": "MODEL", "help": "a smaller model with the same tokenizer, "
+              "which guesses these tokens"},
+}  # fmt: skip
+
+
 def integers(low: int) -> Callable[[str], list[int]]:
     """Return a `type` for an option: comma-separated integers, each at least `low`."""
     return lambda text: [in_range(part, read_int, low, MAX_INT) for part in text.split(",")]

@@ -85,7 +85,7 @@ class ScriptedEngine:
     """An engine that answers each request with the next parts of a script, none that it lacks."""
 
     slots, queue, context, busy, queued = 2, 8, CONTEXT, 0, 0
-    compiles = prompt_tokens = generated_tokens = 0
+    compiles = prompt_tokens = generated_tokens = draft_tokens = accepted_tokens = 0
 
     def __init__(self, script: list[list[Part]], ready: bool = True) -> None:
         self.script, self.ready, self.failed = script, ready, None

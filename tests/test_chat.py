@@ -86,6 +86,22 @@ def test_ctrl_c_stops_an_answer_wherever_it_comes(talk, monkeypatch, capsys):
     assert capsys.readouterr().out.count("\n") == 4
 
 
+def test_a_draft_model_changes_no_answer(model, tmp_path, monkeypatch, capsys):
+    model.save(tmp_path / "run")
+    monkeypatch.setattr(chat, "typed_lines", lambda: iter(["the user", "and then"]))
+    talks, close = [], chat.Conversation.close
+    monkeypatch.setattr(chat.Conversation, "close", lambda talk: talks.append(talk) or close(talk))
+    call = [str(tmp_path / "run"), "--max_tokens=20", "--lookahead=2"]
+    for more in ([], [f"--draft={tmp_path / 'run'}"]):
+        chat.chat([*call, *more])
+    plain, drafted = talks
+    assert answers(drafted) == answers(plain)
+    assert len(set(answers(plain))) == 2
+    assert plain.engine.draft is None
+    assert drafted.engine.accepted_tokens > 20
+    assert capsys.readouterr().out
+
+
 def test_the_oldest_turns_make_room(model, capsys):
     talk = chat.Conversation(model, "be brief", context=96)
     talk.sample = chat.change(talk.sample, "max_tokens", "8")

@@ -12,7 +12,7 @@ from nanojaxgpt.config import base_config, override_config
 from nanojaxgpt.data.tokenizers import ByteTokenizer
 from nanojaxgpt.errors import ConfigError
 from nanojaxgpt.generate import slots as device
-from nanojaxgpt.generate.answers import Drafts
+from nanojaxgpt.generate.drafts import Repeats
 from nanojaxgpt.generate.engine import Engine
 from nanojaxgpt.generate.requests import (
     EngineFailed,
@@ -126,20 +126,20 @@ def test_drafts_change_no_bit_but_the_number_of_steps(engine, monkeypatch):
     monkeypatch.setattr(device, "advance", lambda *args: steps.append(1) or advance(*args))
     with_drafts = [engine.submit(request).result() for request in requests]
     count = len(steps)
-    monkeypatch.setattr(Drafts, "guess", lambda *_: [])
+    monkeypatch.setattr(Repeats, "guess", lambda *_: [])
     assert [engine.submit(request).result() for request in requests] == with_drafts
     assert count < len(steps) - count
     assert len(steps) - count >= sum(len(part.ids) for part in with_drafts)
 
 
-def test_drafts_continue_what_stood_before():
-    drafts = Drafts([1, 2, 3, 4, 5, 1, 2])
-    assert drafts.guess(2) == [3, 4]
-    assert drafts.guess(7) == [3, 4, 5, 1, 2, 3, 4]
-    drafts.add([9])
-    assert drafts.guess(2) == []
-    assert Drafts([7, 7, 7]).guess(3) == [7, 7, 7]
-    assert Drafts([7]).guess(3) == []
+def test_repeats_continue_what_stood_before():
+    repeats = Repeats([1, 2, 3, 4, 5, 1, 2])
+    assert repeats.guess(2) == [3, 4]
+    assert repeats.guess(7) == [3, 4, 5, 1, 2, 3, 4]
+    repeats.add([9])
+    assert repeats.guess(2) == []
+    assert Repeats([7, 7, 7]).guess(3) == [7, 7, 7]
+    assert Repeats([7]).guess(3) == []
 
 
 def test_a_prefix_is_read_once(engine):
@@ -238,7 +238,7 @@ def test_rows_are_filtered_as_each_alone():
 
 @pytest.mark.parametrize("lookahead", [0, 2])
 def test_text_ends_before_a_stop_string_wherever_it_stands(engine, monkeypatch, lookahead):
-    monkeypatch.setattr(Drafts, "guess", Drafts.guess if lookahead else lambda *_: [])
+    monkeypatch.setattr(Repeats, "guess", Repeats.guess if lookahead else lambda *_: [])
     ids = prompt(6, 5)
     free = engine.submit(Request(ids, 16, seed=9, alternatives=0)).result()
     assert len(free.text) > 9

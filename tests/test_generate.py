@@ -74,6 +74,22 @@ def test_rows_have_the_answers_that_their_requests_have_alone(run, tmp_path, cap
     assert "scores" not in found[0]
 
 
+def test_a_draft_model_changes_no_row(run, tmp_path, monkeypatch):
+    make_model(num_layers="1").save(tmp_path / "small")
+    source, engines = write_rows(tmp_path / "in.jsonl", ROWS), list[Engine]()
+    close = Engine.close
+    monkeypatch.setattr(
+        Engine, "close", lambda *of, **how: engines.append(*of) or close(*of, **how)
+    )
+    for name, option in (("plain", "--lookahead=4"), ("drafted", f"--draft={tmp_path / 'small'}")):
+        generate([str(run), str(source), str(tmp_path / name), *OPTIONS, option])
+    assert engines[1].lookahead == 4
+    assert engines[1].draft_tokens > engines[0].draft_tokens
+    assert read_rows(tmp_path / "drafted") == read_rows(tmp_path / "plain")
+    with pytest.raises(ConfigError, match="nowhere is not a run directory"):
+        generate([str(run), str(source), str(tmp_path / "no"), "--draft=nowhere"])
+
+
 def test_an_interrupted_file_goes_on_where_it_stopped(run, tmp_path, capsys):
     source, target = write_rows(tmp_path / "in.jsonl", ROWS), tmp_path / "out.jsonl"
     call = [str(run), str(source), str(target), *OPTIONS]

@@ -37,7 +37,7 @@ LAYERS = {
     3: {"step", "teacher", "reference", "rollout", "batches", "recorder", "loop", "training",
         "memory", "branch", "validation", "language_model", "evals", "evals.*",
         "generate.slots", "generate.grammar", "generate.answers", "generate.device",
-        "generate.engine", "generate.files"},
+        "generate.drafts", "generate.engine", "generate.files"},
     # Many runs, absent hardware, papers.
     4: {"sweep.plan", "sweep.claims", "sweep.launch", "sweep.together", "sweep.run",
         "sweep.report", "sweep.results", "sweep.plots", "sweep.search", "sweep.slurm",

@@ -116,10 +116,10 @@ def test_greedy_is_the_likeliest_of_what_is_allowed(engine):
 def test_each_step_draws_for_all_with_a_schema_or_without(engine, monkeypatch):
     steps, advance = [], device.advance
 
-    def note(facts, params, slots, active_B, drafts_BD, allowed_BX, has_scores):
+    def note(facts, params, cache, slots, active_B, drafts_BD, allowed_BX, has_scores):
         bound_B = np.any(np.asarray(allowed_BX) != device.ALL, 1)
         steps.append((sum(active_B & bound_B), sum(active_B & ~bound_B)))
-        return advance(facts, params, slots, active_B, drafts_BD, allowed_BX, has_scores)
+        return advance(facts, params, cache, slots, active_B, drafts_BD, allowed_BX, has_scores)
 
     monkeypatch.setattr(device, "advance", note)
     free = Request(prompt(9), 100, seed=1, logit_bias=((256, -100.0),))

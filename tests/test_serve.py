@@ -1,6 +1,7 @@
 """The server: OpenAI's client against a small model, every field, every refusal."""
 
 import contextlib
+import dataclasses
 import importlib.util
 import json
 import socket
@@ -24,6 +25,7 @@ from serving import (  # noqa: E402
 
 from nanojaxgpt import language_model  # noqa: E402
 from nanojaxgpt.__main__ import main  # noqa: E402
+from nanojaxgpt.data.tokenizers import ByteTokenizer  # noqa: E402
 from nanojaxgpt.errors import ConfigError  # noqa: E402
 from nanojaxgpt.generate.requests import EngineFailed, Part, QueueFull  # noqa: E402
 from nanojaxgpt.server import schema, service  # noqa: E402
@@ -556,6 +558,20 @@ def test_a_large_body_is_refused(running):
         raw.settimeout(20)
         raw.sendall(b"GET /health HTTP/1.1\r\nhost: localhost\r\nx: " + b"a" * (1 << 18))
         assert not raw.recv(1000).startswith(b"HTTP/1.1 200")
+
+
+def test_a_draft_model_guesses_the_tokens_of_all_models(tmp_path):
+    model = make_model()
+    make_model().save(tmp_path / "draft")
+    with serving({"one": model, "two": model}, draft=tmp_path / "draft", slots=1) as running:
+        found = {name: complete(running, model=name, max_tokens=24) for name in ("one", "two")}
+        counts = numbers(running)
+    assert found["one"] == found["two"]
+    for name in ("one", "two"):
+        drafts = counts[f'nanojaxgpt_draft_tokens_total{{model="{name}"}}']
+        assert 15 < counts[f'nanojaxgpt_accepted_tokens_total{{model="{name}"}}'] <= drafts
+    with pytest.raises(ConfigError, match="one: the draft model tiny has another tokenizer"):
+        serve({"one": model}, draft=dataclasses.replace(model, tokenizer=ByteTokenizer()), port=0)
 
 
 def test_an_address_of_others_needs_a_key():

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nanojaxgpt import config
-from nanojaxgpt.arguments import Command, chosen_step, integer, open_for_sampling
+from nanojaxgpt.arguments import DRAFTING, Command, chosen_step, integer, open_for_sampling
 from nanojaxgpt.config.sections import Sample
 from nanojaxgpt.console import printable, warn
 from nanojaxgpt.errors import ConfigError, DataError, UserError
@@ -30,6 +30,7 @@ HELP = """\
 OPTIONS: dict[str, dict[str, Any]] = {
     "context": {"default": 0, "type": integer(1), "help": "tokens of a conversation; default: the "
                 "model's context, up to 2048"},
+    **DRAFTING,
 }  # fmt: skip
 
 
@@ -41,9 +42,12 @@ def chat(arguments: list[str]) -> None:
     parsed, cfg = open_for_sampling("chat", chat.__doc__, arguments, OPTIONS)
     from nanojaxgpt import language_model
 
+    draft = language_model.load(parsed.draft, mesh=parsed.mesh) if parsed.draft else None
     model = language_model.open_model(parsed.source, cfg, parsed.mesh, chosen_step(parsed), warn)
     system = "" if cfg.sample.prompt == Sample().prompt else cfg.sample.prompt
-    talk = Conversation(model, system, parsed.context)
+    talk = Conversation(
+        model, system, context=parsed.context, lookahead=parsed.lookahead, draft=draft
+    )
     if model.chat_template:
         _ = model.template  # refused before anything is typed
         warn(f"{model.run}: /help lists the commands")
@@ -93,12 +97,15 @@ def typed_lines() -> Iterator[str]:
 
 
 class Conversation:
-    """The messages so far, and the engine that answers: what a turn has read, the next reuses."""
+    """The messages so far, and the engine that answers: what a turn has read, the next reuses.
 
-    def __init__(self, model: "LanguageModel", system: str = "", context: int = 0) -> None:
+    `options` are those of the engine.
+    """
+
+    def __init__(self, model: "LanguageModel", system: str = "", **options: Any) -> None:
         from nanojaxgpt.generate.engine import Engine
 
-        self.model, self.engine = model, Engine(model, slots=1, context=context)
+        self.model, self.engine = model, Engine(model, slots=1, **options)
         self.sample = model.experiment.sample
         self.seed = self.sample.seed
         self.messages: list[dict[str, str]] = []

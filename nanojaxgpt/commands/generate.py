@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nanojaxgpt import config
-from nanojaxgpt.arguments import Command, chosen_step, integer, open_for_sampling
+from nanojaxgpt.arguments import DRAFTING, Command, chosen_step, integer, open_for_sampling
 from nanojaxgpt.console import has_screen, warn, with_bar
 from nanojaxgpt.errors import ConfigError, DataError, UserError, why
 from nanojaxgpt.regular import check_regular
@@ -31,8 +31,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "slots": {"default": 8, "type": integer(1, 1024), "help": "answers that are drawn at once"},
     "context": {"default": 0, "type": integer(1), "help": "tokens of a prompt and its answer; "
                 "default: the model's context, up to 2048"},
-    "lookahead": {"default": 0, "type": integer(0, 15), "help": "tokens that are guessed from the "
-                  "text before and verified at once; faster where answers copy"},
+    **DRAFTING,
     "schema": {"default": "", "metavar": "FILE.json", "help": "a JSON schema that answers fit, but "
                "for rows with a schema of their own"},
 }  # fmt: skip
@@ -63,6 +62,7 @@ def generate(arguments: list[str]) -> None:
     from nanojaxgpt.generate.engine import Engine
     from nanojaxgpt.generate.files import AnswerFile, read_prompts_file
 
+    draft = language_model.load(parsed.draft, mesh=parsed.mesh) if parsed.draft else None
     step = chosen_step(parsed)
     model = language_model.open_model(parsed.source, cfg, parsed.mesh, step, warn)
     known = [str(model.run), model.step, config.config_hash(model.experiment), cfg.sample.given()]
@@ -75,7 +75,7 @@ def generate(arguments: list[str]) -> None:
             warn(f"{target}: {before:,} rows are there already")
         engine = Engine(
             model, slots=parsed.slots, context=parsed.context, queue=AHEAD * parsed.slots,
-            lookahead=parsed.lookahead,
+            lookahead=parsed.lookahead, draft=draft,
         )  # fmt: skip
         if parsed.schema:
             engine.grammars.begin(schema)  # one that can't be followed is reported once

@@ -6,7 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from nanojaxgpt import config
-from nanojaxgpt.arguments import Command, chosen_step, integer, number, open_model_config
+from nanojaxgpt.arguments import (
+    DRAFTING,
+    Command,
+    chosen_step,
+    integer,
+    number,
+    open_model_config,
+)
 from nanojaxgpt.console import warn
 from nanojaxgpt.errors import ConfigError
 from nanojaxgpt.hosts import process
@@ -21,8 +28,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "context": {"default": 0, "type": integer(1), "help": "tokens of a prompt and its answer; "
                 "default: the model's context, up to 2048"},
     "queue": {"default": 128, "type": integer(1, 1 << 20), "help": "requests that wait, at most"},
-    "lookahead": {"default": 0, "type": integer(0, 15), "help": "tokens that are guessed from the "
-                  "text before and verified at once; faster where answers copy"},
+    **DRAFTING,
     "seconds": {"default": 600.0, "type": number(0.1, 1e6), "help": "for an answer, at most"},
     "grace": {"default": 30.0, "type": number(0, 1e6), "help": "seconds for answers to end in "
               "after SIGTERM"},
@@ -48,6 +54,7 @@ def serve(arguments: list[str]) -> None:
     parsed.api_key = parsed.api_key or os.environ.get(KEY, "")
     settings = Settings(**{one.name: getattr(parsed, one.name) for one in fields(Settings)})
     with listen(settings) as listening:
+        draft = language_model.load(parsed.draft, mesh=parsed.mesh) if parsed.draft else None
         sources = {model_name(Path(parsed.run)): (parsed.source, cfg)}
         for path in parsed.others:
             if (name := model_name(Path(path))) in sources:
@@ -59,7 +66,7 @@ def serve(arguments: list[str]) -> None:
             step = chosen_step(parsed) if source is parsed.source else 0
             models[name] = language_model.open_model(source, own, parsed.mesh, step, warn, bases)
         process.leave_threads()  # XLA may be compiling when a signal comes
-        run(Service(models, settings), listening)
+        run(Service(models, settings, draft), listening)
 
 
 COMMANDS = {

@@ -6,11 +6,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 from nanojaxgpt.data.tokenizers import Tokenizer
+from nanojaxgpt.generate.drafts import Repeats
 from nanojaxgpt.generate.grammar import Grammar
 from nanojaxgpt.generate.requests import Limits, Part, Request, TokenScore, join_parts
 from nanojaxgpt.text_stream import TextStream
-
-DRAFT_SIZES = (3, 2)  # ids that must be the same for what followed them to be a guess
 
 
 class Ticket:
@@ -63,33 +62,6 @@ class Ticket:
             self._on_part(part)
 
 
-class Drafts:
-    """Guesses at the next ids: those that followed the last few where they stood before."""
-
-    def __init__(self, ids: Sequence[int]) -> None:
-        self._ids: list[int] = []
-        self._after: dict[tuple[int, ...], int] = {}  # some ids -> the place after them, the last
-        self.add(ids)
-
-    def add(self, ids: Sequence[int]) -> None:
-        """Take ids that follow."""
-        for token in ids:
-            for size in DRAFT_SIZES:
-                if len(self._ids) >= size:
-                    self._after[tuple(self._ids[-size:])] = len(self._ids)
-            self._ids.append(token)
-
-    def guess(self, count: int) -> list[int]:
-        """Return `count` ids, or none; what repeats itself goes on repeating."""
-        for size in DRAFT_SIZES:
-            if (place := self._after.get(tuple(self._ids[-size:]))) is not None:
-                found = self._ids[place : place + count]
-                while len(found) < count:
-                    found += found[: count - len(found)]
-                return found
-        return []
-
-
 @dataclasses.dataclass
 class Answer:
     """The text of a request while its ids arrive. `left` is how many more there may be."""
@@ -98,24 +70,25 @@ class Answer:
     stream: TextStream
     left: int
     ends: frozenset[int]
-    drafts: Drafts | None
+    repeats: Repeats | None
     grammar: Grammar | None
 
     @classmethod
     def begin(
         cls, ticket: Ticket, tokenizer: Tokenizer, end_ids: Sequence[int], limits: Limits,
-        lookahead: int,
+        repeats: bool,
     ) -> "Answer":  # fmt: skip
         """Return the answer before its first token; the last one of a context is never read.
 
-        One with a grammar has no drafts: what may follow a token is known once it was drawn.
+        One with a grammar has no drafts: what may follow a token is known once it was drawn. The
+        others are guessed from what `repeats` itself, if asked for.
         """
         request, grammar = ticket.request, ticket.grammar
         ends = frozenset((*end_ids, *request.end_ids))
         stream = TextStream(tokenizer, request.ids, request.stop, tuple(ends))
         left = min(request.max_tokens, limits.context + 1 - len(request.ids))
-        drafts = Drafts(request.ids) if lookahead and grammar is None else None
-        return cls(request, stream, left, ends, drafts, grammar)
+        found = Repeats(request.ids) if repeats and grammar is None else None
+        return cls(request, stream, left, ends, found, grammar)
 
     def goes_on_after(self, ids: Sequence[int] | None) -> bool:
         """Return whether tokens may be needed after these; None: after one that is not known."""

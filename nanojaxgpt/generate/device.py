@@ -57,18 +57,25 @@ class Chunk(NamedTuple):
 class PendingStep:
     """A step that the device works on; `members` are whom it is for."""
 
-    def __init__(self, drawn: programs.Drawn, members: Sequence[Any], has_scores: bool) -> None:
+    def __init__(
+        self, drawn: programs.Drawn, drafts_BD: Any, members: Sequence[Any], has_scores: bool
+    ) -> None:
         self.members, self._drawn, self._has_scores = members, drawn, has_scores
+        self._drafts_BD = drafts_BD
         self.ids: list[list[int]] | None = None  # of each row; None: not read yet
+        self.draft_counts: list[int] = []  # of each row: how many drafts it had
 
     def read(self) -> list[list[int]]:
         """Wait for the device, and return the new ids of each row."""
         if self.ids is None:
-            counts_B, tokens_BW = jax.device_get((self._drawn.counts_B, self._drawn.tokens_BW))
+            counts_B, tokens_BW, drafts_BD = jax.device_get(
+                (self._drawn.counts_B, self._drawn.tokens_BW, self._drafts_BD)
+            )
             self.ids = [
                 tokens_W[:count].tolist()
                 for tokens_W, count in zip(tokens_BW, counts_B, strict=True)
             ]
+            self.draft_counts = (drafts_BD >= 0).sum(1).tolist()
         return self.ids
 
     def scores(self) -> Any:
@@ -76,36 +83,71 @@ class PendingStep:
         return jax.device_get(self._drawn.scores) if self._has_scores else None
 
 
-class DeviceSlots:
-    """The slots of an engine on its model's devices. Raises MemoryExceeded where they don't fit."""
+class CachedModel:
+    """A model on its devices, with a cache for each of an engine's slots.
+
+    `context` is at most the model's own: no token from there on is read.
+    """
 
     def __init__(
         self, model: LanguageModel, slots: int, context: int, width: int, layouts: Layouts
     ) -> None:
-        self.model, self.slots, self.context, self.width = model, slots, context, width
-        self._layouts = layouts
+        self.model, self.slots, self.width = model, slots, width
+        self.context = min(context, model.config.seq_len)
         self.chunk = min(programs.CHUNK, context)
-        self._length = programs.cache_length(context, width)
-        parts = {
-            "parameters": 2
-            * memory.shard_bytes(model.params),  # as given, and as decoding has them
+        self._layouts = layouts
+        self._length = programs.cache_length(self.context, width)
+        self._facts = programs.Facts(
+            Transformer(model.config), model.tokenizer.vocab_size, self.context
+        )
+        self.parts: dict[str, float] = {  # bytes on each device
+            "parameters": 2 * memory.shard_bytes(model.params),  # as given, and for decoding
             "cache": memory.cache_bytes(model.config, slots, self._length),
         }
-        memory.check("the engine", parts, model.mesh, lambda: LOWER)
-        self._facts = programs.Facts(Transformer(model.config), model.tokenizer.vocab_size, context)
-        self._words = -(-model.config.vocab_size // programs.WORD)
+
+    def check_memory(self, draft: "CachedModel | None") -> None:
+        """Raise MemoryExceeded where the model and its draft model don't fit."""
+        beside = {f"draft {name}": size for name, size in (draft.parts if draft else {}).items()}
+        memory.check("the engine", {**self.parts, **beside}, self.model.mesh, lambda: LOWER)
 
     def warm_up(self) -> None:
         """Lay out the parameters, and run each program once on idle slots."""
-        cfg = self.model.config
         self._params = self._layouts.lay_out(self.model)
-        self._slots = programs.make_slots(cfg, self.slots, self._length)
-        self._all_BX = self._place(np.full((self.slots, self._words), programs.ALL))
-        self.enter(0, Request((0,)))
+        self._cache = programs.make_cache(self.model.config, self.slots, self._length)
         self.read([])
         if self.slots > 1:
             self.copy(0, 0, 0)
-        self.advance([], {}, {}, False).read()
+
+    def read(self, chunks: Sequence[Chunk]) -> Any:
+        """Read chunks; return the scores of the tokens after theirs, or None if none is scored."""
+        rows_P = np.zeros(programs.CHUNKS, np.int32)
+        starts_P = np.full(programs.CHUNKS, self.context, np.int32)
+        ids_PC, targets_PC = np.zeros((2, programs.CHUNKS, self.chunk), np.int32)
+        for place, (row, start, ids, _) in enumerate(chunks):
+            rows_P[place], starts_P[place] = row, min(start, self.context)
+            ids_PC[place, : len(ids) - 1], targets_PC[place, : len(ids) - 1] = ids[:-1], ids[1:]
+        has_scores = any(chunk.is_scored for chunk in chunks)
+        self._cache, scores = programs.read_chunks(
+            self._facts, self._params, self._cache, rows_P, starts_P, ids_PC, targets_PC,
+            np.bool_(has_scores),
+        )  # fmt: skip
+        return jax.device_get(scores) if has_scores else None
+
+    def copy(self, source: int, target: int, count: int) -> None:
+        """Copy the keys and values of `count` tokens from one row to another."""
+        self._cache = programs.copy_slot(self._cache, *map(np.int32, (source, target, count)))
+
+
+class DeviceSlots(CachedModel):
+    """The slots of an engine on its model's devices."""
+
+    def warm_up(self) -> None:
+        """Do the same, and enter a request; the first step is the engine's, with its drafts."""
+        super().warm_up()
+        self.drawing = programs.make_slots(self.model.config, self.slots)  # beside the cache
+        words = -(-self.model.config.vocab_size // programs.WORD)
+        self._all_BX = self._place(np.full((self.slots, words), programs.ALL))
+        self.enter(0, Request((0,)))
 
     def _place(self, x: np.ndarray) -> jax.Array:
         """Return an array on all devices, as those of other calls: a program is compiled once."""
@@ -124,54 +166,33 @@ class DeviceSlots:
         )  # fmt: skip
         last, position = np.int32(request.ids[-1]), np.int32(len(request.ids) - 1)
         biased = ids_A, values_A
-        self._slots = programs.enter(self._slots, np.int32(row), last, position, choice, biased)
-
-    def read(self, chunks: Sequence[Chunk]) -> Any:
-        """Read chunks; return the scores of the tokens after theirs, or None if none is scored."""
-        rows_P = np.zeros(programs.CHUNKS, np.int32)
-        starts_P = np.full(programs.CHUNKS, self.context, np.int32)
-        ids_PC, targets_PC = np.zeros((2, programs.CHUNKS, self.chunk), np.int32)
-        for place, (row, start, ids, _) in enumerate(chunks):
-            rows_P[place], starts_P[place] = row, start
-            ids_PC[place, : len(ids) - 1], targets_PC[place, : len(ids) - 1] = ids[:-1], ids[1:]
-        has_scores = any(chunk.is_scored for chunk in chunks)
-        self._slots, scores = programs.read_chunks(
-            self._facts, self._params, self._slots, rows_P, starts_P, ids_PC, targets_PC,
-            np.bool_(has_scores),
-        )  # fmt: skip
-        return jax.device_get(scores) if has_scores else None
-
-    def copy(self, source: int, target: int, count: int) -> None:
-        """Copy the keys and values of `count` tokens from one row to another."""
-        self._slots = programs.copy_slot(self._slots, *map(np.int32, (source, target, count)))
+        self.drawing = programs.enter(self.drawing, np.int32(row), last, position, choice, biased)
 
     def advance(
         self,
         members: Sequence[Any],
-        drafts: Mapping[int, Sequence[int]],
+        rows: Sequence[int],
+        drafts_BD: Any,
         allowed: Mapping[int, np.ndarray],
         has_scores: bool,
     ) -> PendingStep:
-        """Start a step for members, in the rows that have drafts, which may be none.
+        """Start a step for members, in some rows, with drafts for all (-1: none).
 
         `allowed` has bits of the ids that some rows may draw; the others may draw any.
         """
-        active_B = np.zeros(self.slots, bool)
-        drafts_BD = np.full((self.slots, self.width - 1), -1, np.int32)
-        for row, ids in drafts.items():
-            active_B[row], drafts_BD[row, : len(ids)] = True, ids
+        active_B = np.isin(np.arange(self.slots), rows)
         allowed_BX = self._all_BX
         if allowed:
-            given_BX = np.full((self.slots, self._words), programs.ALL)
+            given_BX = np.full(self._all_BX.shape, programs.ALL)
             for row, bits_X in allowed.items():
                 given_BX[row] = 0
                 given_BX[row, : len(bits_X)] = bits_X
             allowed_BX = self._place(given_BX)
-        self._slots, drawn = programs.advance(
-            self._facts, self._params, self._slots, active_B, drafts_BD, allowed_BX,
+        self._cache, self.drawing, drawn = programs.advance(
+            self._facts, self._params, self._cache, self.drawing, active_B, drafts_BD, allowed_BX,
             np.bool_(has_scores),
         )  # fmt: skip
-        return PendingStep(drawn, members, has_scores)
+        return PendingStep(drawn, drafts_BD, members, has_scores)
 
 
 def make_scores(request: Request, ids: Sequence[int], scores: Any, first: int) -> list[TokenScore]:

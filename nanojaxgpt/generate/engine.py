@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 
 from nanojaxgpt.errors import ConfigError
 from nanojaxgpt.generate.answers import Answer, Ticket
@@ -23,6 +24,7 @@ from nanojaxgpt.generate.device import (
     PendingStep,
     make_scores,
 )
+from nanojaxgpt.generate.drafts import LOOKAHEAD, DraftModel
 from nanojaxgpt.generate.grammar import Grammars
 from nanojaxgpt.generate.requests import (
     EngineFailed,
@@ -56,9 +58,11 @@ class SlotState:
 class Engine:
     """Answers requests for a model, `slots` of them at once, each in `context` tokens.
 
-    A `context` of 0 is the model's, up to 2,048 tokens. `queue` requests wait at most. Engines of
-    models that share arrays share them too as they are laid out for decoding, if all are given the
-    same `layouts`. Raises ConfigError, MemoryExceeded.
+    A `context` of 0 is the model's, up to 2,048 tokens. `queue` requests wait at most. `lookahead`
+    tokens are guessed and verified in each step: those that a smaller model, `draft`, draws (0: 4
+    of them), or else those that followed before. Engines of models that share arrays share them
+    too as they are laid out for decoding, if all are given the same `layouts`. Raises ConfigError,
+    MemoryExceeded.
     """
 
     def __init__(
@@ -69,10 +73,12 @@ class Engine:
         context: int = 0,
         queue: int = 128,
         lookahead: int = 0,
+        draft: LanguageModel | None = None,
         layouts: Layouts | None = None,
     ) -> None:
         seq_len = model.config.seq_len
         context = context or min(seq_len, MOST_CONTEXT)
+        lookahead = lookahead or (LOOKAHEAD if draft else 0)
         for name, value, low, high in (
             ("slots", slots, 1, 1024), ("context", context, 1, seq_len),
             ("queue", queue, 1, 1 << 20), ("lookahead", lookahead, 0, 15),
@@ -80,13 +86,17 @@ class Engine:
             if not low <= value <= high:
                 raise ConfigError(f"{name}={value} must be from {low} to {high:,}")
         self.model, self.slots, self.context = model, slots, context
-        self.queue, self.lookahead = queue, lookahead
+        self.queue, self.lookahead, self.draft = queue, lookahead, draft
         self.limits = Limits(context, model.tokenizer.vocab_size)
         self.grammars = Grammars(model.tokenizer, model.end_ids)
         self.ready = False
         self.failed: BaseException | None = None
         self.compiles = self.prompt_tokens = self.generated_tokens = 0
-        self._device = DeviceSlots(model, slots, context, 1 + lookahead, layouts or Layouts())
+        self.draft_tokens = self.accepted_tokens = 0
+        layouts = layouts or Layouts()
+        self._device = DeviceSlots(model, slots, context, 1 + lookahead, layouts)
+        self._draft = DraftModel(draft, self._device, layouts) if draft else None
+        self._device.check_memory(self._draft)
         self._rows = [SlotState(row) for row in range(slots)]
         self._reading: collections.deque[tuple[SlotState, Ticket]] = collections.deque()
         self._waiting: collections.deque[Ticket] = collections.deque()
@@ -173,6 +183,9 @@ class Engine:
         try:
             with self.model.on_devices("the engine"):
                 self._device.warm_up()
+                if self._draft:
+                    self._draft.warm_up()
+                self._advance([]).read()
                 with self._changed:
                     self.ready = True
                     self._changed.notify_all()
@@ -204,11 +217,11 @@ class Engine:
         if not self._admit():
             return False
         self._read_prompts()
-        if self._pending and self.lookahead:  # drafts follow what was drawn
+        if self._pending and self.lookahead and not self._draft:  # guesses follow what was drawn
             ids = self._pending.read()
             for slot, ticket in self._pending.members:
-                if slot.ticket is ticket and slot.answer and slot.answer.drafts:
-                    slot.answer.drafts.add(ids[slot.row])
+                if slot.ticket is ticket and slot.answer and slot.answer.repeats:
+                    slot.answer.repeats.add(ids[slot.row])
         if self._pending and any(ticket.grammar for _, ticket in self._pending.members):
             last, self._pending = self._pending, None
             self._hand_out(last)
@@ -297,7 +310,10 @@ class Engine:
             if len(found) >= CHUNKS:
                 break
         if found := found[:CHUNKS]:
-            scores = self._device.read([chunk for _, chunk in found])
+            chunks = [chunk for _, chunk in found]
+            scores = self._device.read(chunks)
+            if self._draft:
+                self._draft.read(chunks)
             for number, (slot, chunk) in enumerate(found):
                 self._note_read(slot, chunk, scores, number * size)
         while self._reading:
@@ -324,6 +340,8 @@ class Engine:
         best = max(self._rows, key=lambda other: self._common(other, request))
         if (common := self._common(best, request)) > slot.read:
             self._device.copy(best.row, slot.row, common)
+            if self._draft:
+                self._draft.copy(best.row, slot.row, common)
             slot.read = common
         slot.held = request.ids[: slot.read]
 
@@ -332,9 +350,8 @@ class Engine:
         request, model = ticket.request, self.model
         self._device.enter(slot.row, request)
         try:
-            slot.answer = Answer.begin(
-                ticket, model.tokenizer, model.end_ids, self.limits, self.lookahead
-            )
+            repeats = self.lookahead > 0 and not self._draft
+            slot.answer = Answer.begin(ticket, model.tokenizer, model.end_ids, self.limits, repeats)
             if request.echo:
                 first = TokenScore(request.ids[0], None)
                 ticket.put(Part(prompt_scores=(first, *slot.prompt_scores)))
@@ -345,17 +362,27 @@ class Engine:
 
     def _advance(self, slots: list[SlotState]) -> PendingStep:
         """Start a step of these slots."""
-        members, drafts, allowed, has_scores = [], {}, {}, False
+        members, allowed, has_scores = [], {}, False
         for slot in slots:
             assert slot.ticket
             assert slot.answer
             members.append((slot, slot.ticket))
-            guesses = slot.answer.drafts
-            drafts[slot.row] = guesses.guess(self.lookahead) if guesses else []
             if grammar := slot.answer.grammar:
                 allowed[slot.row] = grammar.allowed_X
             has_scores |= slot.ticket.request.alternatives >= 0
-        return self._device.advance(members, drafts, allowed, has_scores)
+        rows, drafts_BD = [slot.row for slot in slots], self._guess(slots)
+        return self._device.advance(members, rows, drafts_BD, allowed, has_scores)
+
+    def _guess(self, slots: list[SlotState]) -> Any:
+        """Return the drafts [B, D] of these slots, -1: none; those with a grammar have none."""
+        if self._draft:
+            return self._draft.guess([s.row for s in slots if s.answer and not s.answer.grammar])
+        drafts_BD = np.full((self.slots, self.lookahead), -1, np.int32)
+        for slot in slots:
+            if slot.answer and slot.answer.repeats:
+                found = slot.answer.repeats.guess(self.lookahead)
+                drafts_BD[slot.row, : len(found)] = found
+        return drafts_BD
 
     def _hand_out(self, step: PendingStep) -> None:
         """Wait for a step and hand its tokens to those that still hold their slots."""
@@ -364,6 +391,8 @@ class Engine:
             if slot.ticket is not ticket or slot.answer is None:
                 continue
             ids = ids_of[slot.row]
+            self.draft_tokens += step.draft_counts[slot.row]
+            self.accepted_tokens += len(ids) - 1
             try:
                 made = make_scores(ticket.request, ids, scores, slot.row * (1 + self.lookahead))
                 part = slot.answer.add(ids, made)

@@ -41,9 +41,10 @@ class Choice(NamedTuple):
 
 
 class Slots(NamedTuple):
-    """What the device knows of all slots: `tokens_B`, drawn last, are read next."""
+    """What the device knows of all slots beside their caches: `tokens_B`, drawn last, are read
+    next.
+    """
 
-    cache: tuple[Cache, ...]
     tokens_B: jax.Array
     positions_B: jax.Array
     counts_BV: jax.Array  # how often each token was generated
@@ -80,13 +81,17 @@ def cache_length(context: int, width: int) -> int:
 
 
 def placed(slots: Slots) -> Slots:
-    """Return the slots laid out on the mesh, always alike: another layout is another facts."""
+    """Return the slots laid out on the mesh, always alike: another layout is another program."""
+    return jax.tree.map(lambda x: constrain(x, *[None] * x.ndim), slots)
 
-    def place(cache: Cache) -> Cache:
-        return Cache(*(constrain(x_BKSH, "batch", "kv_heads", None, None) for x_BKSH in cache[:2]))
 
-    rest = jax.tree.map(lambda x: constrain(x, *[None] * x.ndim), slots._replace(cache=()))
-    return rest._replace(cache=tuple(map(place, slots.cache)))
+def placed_cache(cache: tuple[Cache, ...]) -> tuple[Cache, ...]:
+    """Return a cache of all slots laid out on the mesh, always alike."""
+
+    def place(layer: Cache) -> Cache:
+        return Cache(*(constrain(x_BKSH, "batch", "kv_heads", None, None) for x_BKSH in layer[:2]))
+
+    return tuple(map(place, cache))
 
 
 def using(
@@ -97,16 +102,21 @@ def using(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def make_slots(cfg: ModelConfig, rows: int, length: int) -> Slots:
+def make_cache(cfg: ModelConfig, rows: int, length: int) -> tuple[Cache, ...]:
+    """Return the empty cache of all slots, each array with a buffer of its own."""
+    return placed_cache(
+        init_cache(cfg.num_layers, rows, length, cfg.num_kv_heads, cfg.head_dim, cfg.compute_dtype)
+    )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def make_slots(cfg: ModelConfig, rows: int) -> Slots:
     """Return empty slots, each array with a buffer of its own."""
     floats_B, ints_B = jnp.zeros(rows), jnp.zeros(rows, jnp.int32)
-    cache = init_cache(
-        cfg.num_layers, rows, length, cfg.num_kv_heads, cfg.head_dim, cfg.compute_dtype
-    )
     counts_BV = jnp.zeros((rows, cfg.vocab_size), jnp.int32)
     shared = [floats_B] * 4
     choice = Choice(ints_B.astype(jnp.uint32), floats_B, ints_B, *shared, bias_V=counts_BV * 0.0)
-    return placed(Slots(cache, ints_B, ints_B, counts_BV, choice))
+    return placed(Slots(ints_B, ints_B, counts_BV, choice))
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -121,7 +131,6 @@ def enter(
     choice = choice._replace(bias_V=bias_V)
     choice = jax.tree.map(lambda all_B, one: all_B.at[row].set(one), slots.choice, choice)
     return placed(Slots(
-        slots.cache,
         slots.tokens_B.at[row].set(token),
         slots.positions_B.at[row].set(position),
         slots.counts_BV.at[row].set(0),
@@ -133,14 +142,14 @@ def enter(
 def read_chunks(
     facts: Facts,
     params: Params,
-    slots: Slots,
+    cache: tuple[Cache, ...],
     rows_P: jax.Array,
     starts_P: jax.Array,
     ids_PC: jax.Array,
     targets_PC: jax.Array,
     has_scores: Any,
-) -> tuple[Slots, Scores]:
-    """Return the slots after some have read chunks, and the scores of the tokens that follow.
+) -> tuple[tuple[Cache, ...], Scores]:
+    """Return the cache after some slots have read chunks, and the scores of the tokens that follow.
 
     A chunk sees what its slot has read before, here too: each layer writes all keys before it
     reads any. Padding after a text is overwritten before a query can see it. Chunks that start
@@ -150,7 +159,7 @@ def read_chunks(
     used = jnp.max(jnp.where(is_chunk_P, starts_P + length, 0))
     found: Any = facts.model.apply(
         {"params": params}, ids_PC, starts_P[:, None] + jnp.arange(length),
-        cache=using(slots.cache, used, rows_P), logits=False,
+        cache=using(cache, used, rows_P), logits=False,
     )  # fmt: skip
     (x_PCD, head), cache = found
 
@@ -161,13 +170,13 @@ def read_chunks(
         )
 
     scores = jax.lax.cond(has_scores, score, lambda: zero_like(score))
-    return placed(slots._replace(cache=cache)), scores
+    return placed_cache(cache), scores
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def copy_slot(slots: Slots, source: Any, target: Any, used: Any) -> Slots:
-    """Return the slots with the first `used` keys and values of `source` in `target` as well."""
-    length = slots.cache[0].k_BKSH.shape[2]
+def copy_slot(cache: tuple[Cache, ...], source: Any, target: Any, used: Any) -> tuple[Cache, ...]:
+    """Return the cache with the first `used` keys and values of `source` in `target` as well."""
+    length = cache[0].k_BKSH.shape[2]
     block = min(BLOCK, length)
 
     def copy_block(number: jax.Array, cache: tuple[Cache, ...]) -> tuple[Cache, ...]:
@@ -180,21 +189,21 @@ def copy_slot(slots: Slots, source: Any, target: Any, used: Any) -> Slots:
 
         return jax.tree.map(copy, cache)
 
-    cache = jax.lax.fori_loop(0, -(-used // block), copy_block, slots.cache)
-    return placed(slots._replace(cache=cache))
+    return placed_cache(jax.lax.fori_loop(0, -(-used // block), copy_block, cache))
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=(2, 3))
 def advance(
     facts: Facts,
     params: Params,
+    cache: tuple[Cache, ...],
     slots: Slots,
     active_B: jax.Array,
     drafts_BD: jax.Array,
     allowed_BX: jax.Array,
     has_scores: Any,
-) -> tuple[Slots, Drawn]:
-    """Return the slots one step on, and the tokens that the active ones drew.
+) -> tuple[tuple[Cache, ...], Slots, Drawn]:
+    """Return the cache and the slots one step on, and the tokens that the active ones drew.
 
     A slot reads its last token and its drafts (-1: none), and draws the token after each one with
     the key of that position; a draw counts where all drafts before it were drawn. So drafts never
@@ -208,7 +217,7 @@ def advance(
     positions_BW = start_B[:, None] + jnp.arange(width)
     used = jnp.max(jnp.where(active_B, slots.positions_B + width, 0))
     found: Any = facts.model.apply(
-        {"params": params}, tokens_BW, positions_BW, cache=using(slots.cache, used)
+        {"params": params}, tokens_BW, positions_BW, cache=using(cache, used)
     )
     logits_BWV, cache = found
     logits_RV = logits_BWV.reshape(-1, logits_BWV.shape[-1])
@@ -224,13 +233,12 @@ def advance(
     holds_BW = (jnp.arange(width) < counts_B[:, None]).astype(jnp.int32)
     rows_B1 = jnp.arange(len(active_B))[:, None]
     moved = Slots(
-        cache,
         jnp.where(active_B, last_B, slots.tokens_B),
         slots.positions_B + counts_B,
         slots.counts_BV.at[rows_B1, drawn_BW].add(holds_BW),
         slots.choice,
     )
-    return placed(moved), Drawn(drawn_BW, counts_B, scores)
+    return placed_cache(cache), placed(moved), Drawn(drawn_BW, counts_B, scores)
 
 
 def draw_tokens(

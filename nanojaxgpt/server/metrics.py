@@ -19,6 +19,8 @@ COUNTERS = {
     "compiles": ("nanojaxgpt_compiles", "Programs compiled; constant after the start."),
     "prompt_tokens": ("nanojaxgpt_prompt_tokens", "Tokens read."),
     "generated_tokens": ("nanojaxgpt_generated_tokens", "Tokens generated."),
+    "draft_tokens": ("nanojaxgpt_draft_tokens", "Tokens guessed, by lookahead."),
+    "accepted_tokens": ("nanojaxgpt_accepted_tokens", "Tokens guessed right."),
 }
 
 

@@ -155,11 +155,15 @@ def url_of(listening: socket.socket) -> str:
 
 
 def serve(
-    model: LanguageModel | str | Path | Mapping[str, LanguageModel | str | Path], **settings: Any
+    model: LanguageModel | str | Path | Mapping[str, LanguageModel | str | Path],
+    *,
+    draft: LanguageModel | str | Path | None = None,
+    **settings: Any,
 ) -> Running:
     """Serve a model, or several by their names, over HTTP from a thread; return where, to stop it.
 
-    Adapters that are opened here share the arrays of their base. `settings` are those of the
+    Adapters that are opened here share the arrays of their base. `draft` is a smaller model that
+    guesses the tokens of all, on the devices of the first. `settings` are those of the
     command `serve`: host, port (0: any free one), api_key, slots, context, queue, lookahead,
     seconds, grace, log_prompts. Raises ConfigError, DataError, CheckpointError, MemoryExceeded.
     """
@@ -172,7 +176,9 @@ def serve(
     for name, one in named.items():
         opened = one if isinstance(one, LanguageModel) else load(one, bases=bases)
         models[name or model_name(opened.run)] = opened
-    service = Service(models, chosen)
+    if draft is not None and not isinstance(draft, LanguageModel):
+        draft = load(draft, mesh=next(iter(models.values())).mesh)
+    service = Service(models, chosen, draft)
     return Running(service, listen(chosen))
 
 

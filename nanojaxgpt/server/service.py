@@ -28,7 +28,7 @@ class Settings:
     slots: int = 8  # requests that are decoded together
     context: int = 0  # tokens of a prompt and its answer; 0: the model's context
     queue: int = 128  # requests that wait, at most
-    lookahead: int = 0  # tokens guessed from the text before and verified at once
+    lookahead: int = 0  # tokens guessed and verified at once
     seconds: float = 600.0  # for an answer, at most
     grace: float = 30.0  # seconds for answers to end in after SIGTERM
     log_prompts: bool = False
@@ -47,7 +47,12 @@ class Served(NamedTuple):
 class Service:
     """The state of a server. Its methods but `warm_up` are for the event loop's thread."""
 
-    def __init__(self, models: Mapping[str, LanguageModel], settings: Settings) -> None:
+    def __init__(
+        self,
+        models: Mapping[str, LanguageModel],
+        settings: Settings,
+        draft: LanguageModel | None = None,
+    ) -> None:
         self.settings, now = settings, int(time.time())
         for model in models.values():  # a template that can't be used is found before any request
             _ = model.chat_template and model.template
@@ -56,7 +61,7 @@ class Service:
             name: Served(
                 name,
                 model,
-                make_engine(name, model, settings, layouts),
+                make_engine(name, model, settings, layouts, draft),
                 Spelling(model.tokenizer),
                 now,
             )
@@ -132,12 +137,18 @@ class Service:
             exchange.fail(refusal)
 
 
-def make_engine(name: str, model: LanguageModel, settings: Settings, layouts: Layouts) -> Engine:
+def make_engine(
+    name: str,
+    model: LanguageModel,
+    settings: Settings,
+    layouts: Layouts,
+    draft: LanguageModel | None,
+) -> Engine:
     """Return the engine of a model, which `start` makes ready. Raises ConfigError."""
     try:
         return Engine(
             model, slots=settings.slots, context=settings.context, queue=settings.queue,
-            lookahead=settings.lookahead, layouts=layouts,
+            lookahead=settings.lookahead, draft=draft, layouts=layouts,
         )  # fmt: skip
     except ConfigError as error:
         raise ConfigError(f"{name}: {error}") from None
