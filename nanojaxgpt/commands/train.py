@@ -35,6 +35,9 @@ def train(arguments: list[str]) -> None:
     check_data(cfg.data)
     from nanojaxgpt.training import fit
 
+    if not parsed.multihost:
+        fit(cfg, run)
+        return
     with open_team(parsed) as team:
         fit(cfg, run, team=team)
 

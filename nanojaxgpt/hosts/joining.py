@@ -127,7 +127,7 @@ def preflight(team: Team, cfg: Config, run: Path | None = None) -> None:
     """
     if team.count == 1:
         return
-    problems = differences(team, facts(cfg))
+    problems = differing_facts(team, facts(cfg))
     if run is not None:
         problems += folder_problems(team, Path(run))
     found = team.gather(problems, "to check its setup")
@@ -136,7 +136,7 @@ def preflight(team: Team, cfg: Config, run: Path | None = None) -> None:
         raise ConfigError("the hosts differ:\n" + "\n".join(lines))
 
 
-def differences(team: Team, mine: dict[str, Any]) -> list[str]:
+def differing_facts(team: Team, mine: dict[str, Any]) -> list[str]:
     """Return what is not as on process 0."""
     first = team.decide(lambda: mine, "to check its setup")
     return [f"{name} is {mine.get(name)}, but {value} on host 0"
