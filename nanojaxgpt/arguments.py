@@ -1,16 +1,21 @@
 """In: the arguments after a command. Out: its options, and the config that they name."""
 
 import argparse
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from nanojaxgpt import config, rundir
 from nanojaxgpt.checks import range_problem, read_float, read_int, show
 from nanojaxgpt.config.sections import Config, Sample
+from nanojaxgpt.console import explain
 from nanojaxgpt.errors import Answered, ConfigError
 from nanojaxgpt.names import unknown_option
+
+if TYPE_CHECKING:
+    from nanojaxgpt.hosts.team import Team
 
 MAX_INT = 2**31 - 1  # as for the fields of the config
 MODEL = ("MODEL", "a run directory, a Hugging Face folder, a .gguf file, or hf:OWNER/NAME")
@@ -78,6 +83,19 @@ def in_range(text: str, read: Callable[[str], Any], low: float, high: float) -> 
     if problem := range_problem(value, low, high):
         raise argparse.ArgumentTypeError(f"{show(value)} {problem}")
     return value
+
+
+TEAM: dict[str, dict[str, Any]] = {  # the options of a command that several processes run as one
+    "multihost": {"default": False, "action": "store_true",
+                  "help": "run with other processes; see docs/hosts.md"},
+    "coordinator": {"default": "", "help": "HOST:PORT of process 0; default: detected"},
+    "num_processes": {"default": -1, "type": integer(1),
+                      "help": "processes on all hosts; default: detected"},
+    "process_id": {"default": -1, "type": integer(0),
+                   "help": "its index, from 0; default: detected"},
+    "join_seconds": {"default": 300.0, "type": number(1, 1e6),
+                     "help": "seconds to wait for the other processes; default: 300"},
+}  # fmt: skip
 
 
 def split_overrides(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
@@ -180,6 +198,27 @@ def adopt(cfg: Config, run: Path) -> Config:
     from nanojaxgpt.interchange.opening import adopt_model
 
     return adopt_model(cfg, run)
+
+
+def check_team(parsed: argparse.Namespace) -> None:
+    """Raise ConfigError where other options of TEAM stand without --multihost."""
+    given = parsed.coordinator, parsed.num_processes, parsed.process_id
+    if not parsed.multihost and given != ("", -1, -1):
+        raise ConfigError("--coordinator, --num_processes and --process_id need --multihost")
+
+
+@contextmanager
+def open_team(parsed: argparse.Namespace) -> Iterator["Team"]:
+    """Give the team of this process by the options TEAM; without --multihost it is alone."""
+    from nanojaxgpt.hosts.joining import joined
+    from nanojaxgpt.hosts.team import ALONE
+
+    if not parsed.multihost:
+        yield ALONE
+        return
+    given = parsed.coordinator, parsed.num_processes, parsed.process_id
+    with joined(*given, parsed.join_seconds, explain) as team:
+        yield team
 
 
 def is_experiment(path: str | None) -> bool:

@@ -25,6 +25,7 @@ from nanojaxgpt.data.loader import (
 )
 from nanojaxgpt.data.tokenizers import Tokenizer
 from nanojaxgpt.errors import ConfigError, DataError
+from nanojaxgpt.hosts.team import ALONE, Team
 from nanojaxgpt.interchange.opening import adopted, config_of, find_model
 from nanojaxgpt.interchange.pretrained import Pretrained
 from nanojaxgpt.interchange.provenance import (
@@ -358,8 +359,12 @@ def open_model(
     step: int = 0,
     report: Callable[[str], None] = warn,
     bases: Bases | None = None,
+    team: Team = ALONE,
 ) -> LanguageModel:
-    """Return an opened model, whose config may have been changed where the model is not."""
+    """Return an opened model, whose config may have been changed where the model is not.
+
+    Of several processes, a `team`, each holds the parts that the mesh gives to its devices.
+    """
     if not isinstance(mesh, Mesh):
         devices = jax.devices() if mesh else jax.devices()[:1]
         mesh = sharding.make_mesh(mesh or {}, devices)
@@ -376,7 +381,7 @@ def open_model(
     with memory.explained("loading the model", mesh, lambda: LOWER), jax.set_mesh(mesh):
         memory.check_model("the model", job_cfg.model, mesh, 0, LOWER)
         if isinstance(source, Path):
-            step, params = load_run_params(source, job_cfg.model, mesh, step, report, bases=bases)
+            step, params = load_run_params(source, job_cfg.model, mesh, step, report, team, bases)
         else:
             params = load_pretrained(source, job_cfg.model, mesh, bases)
     return LanguageModel(job_cfg.model, params, tokenizer, mesh, job_cfg, origin, step, template,

@@ -115,6 +115,29 @@ def get_config():
     return path
 
 
+def write_tfds(folder: Path, name: str, features: dict, **splits: list) -> None:
+    """Let TensorFlow Datasets write version 1.1.0 of a dataset into `folder`, in this order."""
+    tfds = pytest.importorskip("tensorflow_datasets", reason="an extra")
+    with tfds.core.registered.skip_registration():
+
+        class Made(tfds.core.GeneratorBasedBuilder):
+            VERSION = tfds.core.Version("1.1.0")
+
+            def _info(self):
+                kinds = tfds.features.FeaturesDict(features)
+                return tfds.core.DatasetInfo(builder=self, features=kinds, disable_shuffling=True)
+
+            def _split_generators(self, dl_manager):
+                return {split: enumerate(records) for split, records in splits.items()}
+
+            def _generate_examples(self):
+                raise NotImplementedError
+
+    Made.name = name
+    tfds.disable_progress_bar()
+    Made(data_dir=folder, file_format="array_record").download_and_prepare()
+
+
 def write_trial(folder: Path, trial: Trial, loss: float, state: str = "finished") -> None:
     """Write what a trial leaves, without training it."""
     path = run_path(folder, trial.name)

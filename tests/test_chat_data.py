@@ -2,13 +2,15 @@
 
 import gzip
 import json
+import shutil
+import sys
 from pathlib import Path
 
 import jax
 import numpy as np
 import pyarrow
 import pytest
-from conftest import assert_batches_equal, byte_level_tokenizer, data_config
+from conftest import assert_batches_equal, byte_level_tokenizer, data_config, write_tfds
 from pyarrow import parquet
 
 from nanojaxgpt import sharding
@@ -394,6 +396,103 @@ def test_examples_come_from_tables_as_from_json_lines(container, tmp_path):
             DataError, match=r"x\.parquet, row 61 \(messages, message 2\) is an empty"
         ):
             opened(tmp_path, f"chat:parquet:{path}", chat_template="plain")
+
+
+def tfds_folder(tmp_path, features, **splits):
+    """Write the dataset `made`; return the settings that find it."""
+    write_tfds(tmp_path / "tfds", "made", features, **splits)
+    return dict(tfds_dir=str(tmp_path / "tfds"), chat_template="plain")
+
+
+def tfds_features(kind):
+    """Return the features that a dataset has for records of `kind`."""
+    features = pytest.importorskip("tensorflow_datasets", reason="an extra").features
+    text, roles = features.Text(), features.ClassLabel(names=["user", "assistant"])
+    message = {"role": roles, "content": text, "weight": np.int32}
+    return {
+        "chat": {"messages": features.Sequence(message), "id": np.int64},
+        "pairs": {"prompt": text, "completion": text, "score": np.float32},
+        "labels": {"text": text, "label": features.ClassLabel(names=["odd", "even"])},
+        "preferences": {
+            "prompt": text, "chosen": features.Sequence(features.FeaturesDict(message)),
+            "rejected": features.Dataset({"role": text, "content": text}),
+        },
+    }[kind]  # fmt: skip
+
+
+def as_answers(record):
+    """Return a preference whose answers are lists of messages."""
+    answers = {name: [assistant(record[name])] for name in ("chosen", "rejected")}
+    answers["chosen"][0]["weight"] = 1
+    return record | answers
+
+
+@pytest.mark.parametrize(
+    ("kind", "records", "more"),
+    [
+        ("chat", [{"messages": [turn | {"weight": int(turn["content"] != "a")} for turn in talk]}
+                  for talk in (TALK, *(record["messages"] for record in CHATS))], {"id": 7}),
+        ("pairs", [{"prompt": "Für", "completion": "é\0"}, *PAIRS], {"score": 0.5}),
+        ("labels", LABELS, {}),
+        ("preferences", [as_answers(record) for record in PREFERENCES], {}),
+    ],
+)  # fmt: skip
+def test_examples_come_from_tensorflow_datasets_as_from_json_lines(kind, records, more, tmp_path):
+    made = [record | more for record in records]
+    folder, said = tfds_folder(tmp_path, tfds_features(kind), train=made[:1], test=made), []
+    lines = opened(tmp_path, f"{kind}:{write(tmp_path / 'x.jsonl', made)}", **folder)
+    data = opened(tmp_path, f"{kind}:tfds:made:1.1.0@test", said, **folder)
+    assert_batches_equal(all_rows(lines.train(99)[0].rows), all_rows(data.train(99)[0].rows))
+    assert data.labels == lines.labels == (("even", "odd") if kind == "labels" else ())
+    assert said[0].startswith(f"{kind}:tfds:made:1.1.0@test: the format is ")
+    assert said[0].endswith("".join(f"; not read: {name}" for name in more))
+    assert "tensorflow" not in sys.modules
+
+
+def test_a_bad_example_of_a_tensorflow_dataset_is_named(tmp_path):
+    features = pytest.importorskip("tensorflow_datasets", reason="an extra").features
+    fields = {"prompt": features.Text(), "completion": features.Text(), "raw": np.str_}
+    good = {"prompt": "a", "completion": "b", "raw": b"\xff"}
+    splits = dict(
+        train=[good, good | {"completion": " "}], torn=[good | {"prompt": b"ab\xff"}, good]
+    )
+    folder = tfds_folder(tmp_path, fields, **splits)
+    for location, problem in {
+        "pairs:tfds:made": "pairs:tfds:made, example train/1 has an empty completion",
+        "pairs:tfds:made@torn": "made@torn, example torn/0: a text is not UTF-8 at its byte 2",
+        "chat:tfds:made@train[1:]": r"example train\[1:\]/0 has an empty completion",
+        "labels:tfds:made": "example train/0 is not a record of labels: it has .*prompt",
+    }.items():
+        with pytest.raises(DataError, match=problem.removeprefix("pairs:")):
+            opened(tmp_path, location, **folder)
+    data = opened(tmp_path, "pairs:tfds:made@torn", bad_text="skip", **folder)
+    assert len(segments_of(all_rows(data.train(64)[0].rows))) == 1
+    for location, problem in {
+        "made@dev": "no split 'dev'; available: .*train",
+        "made#prompt": "read whole: leave out #prompt",
+    }.items():
+        with pytest.raises(ConfigError, match=problem):
+            opened(tmp_path, f"pairs:tfds:{location}", **folder)
+
+
+def test_classes_have_their_names_or_numbers(tmp_path):
+    features = pytest.importorskip("tensorflow_datasets", reason="an extra").features
+    records = [{"text": "t", "label": n} for n in (10, 9, 2)]
+    numbers = {"text": features.Text(), "label": features.ClassLabel(num_classes=11)}
+    folder = tfds_folder(tmp_path, numbers, train=records)
+    assert opened(tmp_path, "labels:tfds:made", **folder).labels == ("2", "9", "10")
+    named = numbers | {"label": features.ClassLabel(names=[f"class {n}" for n in range(11)])}
+    shutil.rmtree(folder["tfds_dir"])
+    tfds_folder(tmp_path, named, train=records)
+    found = opened(tmp_path, "labels:tfds:made", **folder)
+    assert found.labels == ("class 10", "class 2", "class 9")
+    names = tmp_path / "tfds/made/1.1.0/label.labels.txt"
+    names.write_text(names.read_text().replace("class 2", "class two"))
+    assert "class two" in opened(tmp_path, "labels:tfds:made", **folder).labels  # tokenized anew
+    shutil.rmtree(folder["tfds_dir"])
+    tfds_folder(tmp_path, named, train=[*records, {"text": "t", "label": -1}])
+    with pytest.raises(DataError, match="example train/3 has None as its label"):
+        opened(tmp_path, "labels:tfds:made", **folder)
 
 
 GOOD = {"prompt": "a", "completion": "b"}

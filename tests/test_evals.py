@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from conftest import byte_level_tokenizer, command
 from test_golden_models import GOLDEN, copy_golden
+from test_hosts import in_threads, teams
 
 import nanojaxgpt
 from nanojaxgpt.__main__ import main
@@ -308,6 +309,20 @@ def test_an_evaluation_that_was_stopped_goes_on_with_the_same_bits(
     assert third.summary["compiled_shapes"] == {"scoring": 0, "generating": 0}
 
 
+def test_answers_of_a_team_are_read_and_written_by_its_first_process(tmp_path):
+    path = tmp_path / "evals" / "model.jsonl"
+    answers.AnswerStore(path).add({"a": [-1.1, True, 2]})
+    before = path.read_bytes()
+    members = teams(3)
+    stores = in_threads(3, lambda index: answers.AnswerStore(path, members[index]))
+    assert [store.known for store in stores] == [{"a": [-1.1, True, 2]}] * 3
+    for store in reversed(stores):
+        store.add({"b": "text"})
+        assert store.values(["b", "a"]) == ["text", [-1.1, True, 2]]
+        assert (path.read_bytes() == before) == (store is not stores[0])
+    assert path.read_bytes() == before + b'["b", "text"]\n'
+
+
 def test_answers_are_of_one_model(folder, model):
     other = dataclasses.replace(model, params=jax.tree.map(lambda x: x + 1e-3, model.params))
     names = {answers.model_identity(one) for one in (model, other, make_model(folder))}
@@ -598,6 +613,8 @@ def test_the_command_prints_a_table_and_writes_json(model, data, capsys, tmp_pat
     [
         (["--curve"], 2, "--curve is of benchmarks: name them with --tasks=NAMES"),
         (["--limit=3"], 2, "--limit is of benchmarks: name them with --tasks=NAMES"),
+        (["--multihost"], 2, "--multihost is of benchmarks: name them with --tasks=NAMES"),
+        (["--tasks=arc_easy", "--process_id=1"], 2, "--process_id need --multihost"),
         (["--tasks=arc_easi"], 2, "did you mean arc_easy"),
         (["--tasks=arc_easy", "--data=nowhere"], 3, "there is no file nowhere/eval/arc_easy.jsonl"),
     ],

@@ -3,6 +3,7 @@
 `python -m pytest tests/test_multihost.py -m slow -s` prints the table of docs/hosts.md.
 """
 
+import json
 import os
 import signal
 import subprocess
@@ -59,9 +60,9 @@ def start(tmp_path_factory):
     )
     started = []
 
-    def begin(run, index=0, count=1, address="", *arguments, fault=""):
-        command = [sys.executable, "-c", FAULTY, "train"]
-        command += [f"--config={folder}/tiny.py", f"--run={run}"]
+    def begin(run, index=0, count=1, address="", *arguments, fault="", name="train"):
+        own = [f"--config={folder}/tiny.py"] if name == "train" else []
+        command = [sys.executable, "-c", FAULTY, name, f"--run={run}", *own]
         if count > 1:
             command += ["--multihost", f"--coordinator={address}"]
             command += [f"--num_processes={count}", f"--process_id={index}"]
@@ -84,9 +85,9 @@ def start(tmp_path_factory):
         process.kill()
 
 
-def start_team(start, run, *arguments, fault="", count=2) -> list[subprocess.Popen]:
+def start_team(start, run, *arguments, count=2, **options) -> list[subprocess.Popen]:
     address = free_address()
-    return [start(run, i, count, address, *arguments, fault=fault) for i in range(count)]
+    return [start(run, i, count, address, *arguments, **options) for i in range(count)]
 
 
 def finish(*processes) -> list[str]:
@@ -204,6 +205,107 @@ def test_a_damaged_checkpoint_is_passed_over_on_all_hosts(start, one, tmp_path):
     assert f"{NUM_STEPS} is unusable" in outputs[0]
     assert "resuming from step 6" in outputs[0]
     assert_same(run, one)
+
+
+def write_benchmarks(folder) -> list[str]:
+    """Write tasks in the corpus's letters; return the options that name them."""
+    words = ["ash", "elm", "fir", "beech", "cedar"]
+    rows = [
+        {"query": f"{words[n % 5]} {words[n % 4]} ", "choices": [words[n % 3], "fir, ash"],
+         "gold": n % 2, "text": f"{words[n % 5]} {words[n % 3]}"}
+        for n in range(15)
+    ]  # fmt: skip
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shared = {"file": "rows.jsonl"}
+    described = {
+        "trees": {"kind": "multiple_choice", "context": "{query}", "choices": "{choices}",
+                  "gold": "{gold}", "metric": "acc_norm"} | shared,
+        "words": {"kind": "cloze", "context": "{query}", "continuation": "{text}",
+                  "metric": "perplexity"} | shared,
+        "said": {"kind": "generate", "context": "{query}", "references": ["{text}"],
+                 "max_tokens": 6, "delimiter": "", "metrics": {"exact_match": {}, "chrf": {}},
+                 "metric": "chrf"} | shared,
+        "all": ["trees", "words", "said"],
+    }  # fmt: skip
+    (folder / "own.json").write_text(json.dumps(described))
+    return [f"--tasks={folder}/own.json:all", f"--data={folder}"]
+
+
+def answers(cache) -> dict[str, list]:
+    """Return all answers that are kept, by request; each was written once."""
+    (path,) = (cache / "evals").iterdir()
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len(dict(rows)) == len(rows) > 30
+    return dict(rows)
+
+
+@pytest.mark.slow
+def test_benchmarks_of_two_processes_are_those_of_one(start, tmp_path):
+    named = write_benchmarks(tmp_path)
+    while_training = [
+        f"--config.eval.tasks=('{tmp_path}/own.json:all',)", "--config.eval.tasks_every_steps=6",
+        f"--config.eval.tasks_data={tmp_path}",
+    ]  # fmt: skip
+    run = tmp_path / "run"
+    finish(start(tmp_path / "alone", 0, 1, "", *while_training))
+    finish(*start_team(start, run, *while_training))
+    found, wanted = (
+        [{k: v for k, v in r.items() if k.startswith("task_")} for r in read_metrics(path)]
+        for path in (run, tmp_path / "alone")
+    )
+    found, wanted = list(filter(None, found)), list(filter(None, wanted))
+    assert len(found) == len(wanted) == NUM_STEPS // 6
+    for one, other in zip(found, wanted, strict=True):
+        assert len(one) == 3
+        assert one == pytest.approx(other, rel=1e-4)
+
+    def asked(count, cache, name, *arguments):
+        options = [*named, f"--json={tmp_path}/{name}.json", *arguments]
+        options.append(f"--config.data.cache_dir={tmp_path}/{cache}")
+        begun = (start_team(start, run, *options, name="eval") if count > 1
+                 else [start(run, 0, 1, "", *options, name="eval")])  # fmt: skip
+        said = finish(*begun)
+        assert all("trees" not in text for text in said[1:])  # process 0 alone reports
+        return said[0], json.loads((tmp_path / f"{name}.json").read_text())["tasks"]
+
+    _, alone = asked(1, "cache", "alone")
+    _, both = asked(2, "other", "both")
+    again, kept = asked(2, "other", "again")
+    one, other = answers(tmp_path / "cache"), answers(tmp_path / "other")
+    assert f"{len(other)} of them answered before" in again
+    assert "0 shapes compiled" in again
+    assert kept == both
+    assert one.keys() == other.keys()
+    for key, answer in one.items():
+        if isinstance(answer, str):
+            assert answer == other[key]
+        else:
+            assert other[key] == [pytest.approx(answer[0], abs=LOSS_BOUND), *answer[1:]]
+    for name, task in alone.items():
+        for metric, values in task.pop("metrics").items():
+            rel = 0 if metric.startswith("acc") else 1e-4
+            assert both[name]["metrics"][metric] == pytest.approx(values, rel=rel)
+        assert task.items() <= both[name].items()
+
+
+@pytest.mark.slow
+def test_benchmarks_of_other_files_or_options_are_refused(start, one, tmp_path):
+    named, other = write_benchmarks(tmp_path), tmp_path / "other"
+    other.mkdir()
+    rows = (tmp_path / "rows.jsonl").read_text()
+    (other / "rows.jsonl").write_text(rows.replace("cedar", "elm"))
+    for differs, code, problem in [
+        ("--limit=3", 2, ": the options are not those of host 0 ("),
+        (f"--data={other}", 3, " are not the same on host 1 ("),
+    ]:
+        address = free_address()
+        processes = [
+            start(one, i, 2, address, *named, "--fresh", *([differs] * i), name="eval")
+            for i in range(2)
+        ]
+        ends = end_of(processes, time.monotonic())
+        assert [end[0] for end in ends] == [code, code], ends
+        assert all(problem in line for *_, line in ends), ends
 
 
 def end_of(processes, began) -> list[tuple[int, float, str]]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import SHARED, data_config
+from conftest import SHARED, data_config, write_tfds
 from etils import epath
 from etils.epath import backend
 
@@ -371,30 +371,12 @@ def test_files_may_lie_in_a_bucket(bucket, tmp_path):
         list(read_documents("text:s3://bucket/absent/*.txt"))
 
 
-def prepare_dataset(tmp_path, name, texts, field="text", file_format="array_record"):
+def prepare_dataset(tmp_path, name, texts, field="text"):
     """Write a TensorFlow Dataset with the name and the features of a published one."""
     tfds = pytest.importorskip("tensorflow_datasets")
-    with tfds.core.registered.skip_registration():
-
-        class Made(tfds.core.GeneratorBasedBuilder):
-            VERSION = tfds.core.Version("1.1.0")
-
-            def _info(self):
-                features = {field: tfds.features.Text(), "number": tfds.features.Scalar(np.int32)}
-                return tfds.core.DatasetInfo(
-                    builder=self, features=tfds.features.FeaturesDict(features)
-                )
-
-            def _split_generators(self, dl_manager):
-                return {"train": self._generate_examples(), "test": self._generate_examples()}
-
-            def _generate_examples(self):
-                for number, text in enumerate(texts):
-                    yield number, {field: text, "number": number}
-
-    Made.name = name
-    tfds.disable_progress_bar()
-    Made(data_dir=tmp_path, file_format=file_format).download_and_prepare()
+    features = {field: tfds.features.Text(), "number": tfds.features.Scalar(np.int32)}
+    records = [{field: text, "number": number} for number, text in enumerate(texts)]
+    write_tfds(tmp_path, name, features, train=records, test=records)
 
 
 def test_prepared_dataset_is_read(tmp_path):

@@ -2,17 +2,27 @@
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nanojaxgpt import config, rundir
-from nanojaxgpt.arguments import Command, chosen_step, integer, open_model_config
+from nanojaxgpt.arguments import (
+    TEAM,
+    Command,
+    check_team,
+    chosen_step,
+    integer,
+    open_model_config,
+    open_team,
+)
 from nanojaxgpt.config.sections import Config
 from nanojaxgpt.console import warn
 from nanojaxgpt.errors import ConfigError
 
 if TYPE_CHECKING:
     from nanojaxgpt.evals.evaluate import Evaluated
+    from nanojaxgpt.hosts.team import Team
     from nanojaxgpt.language_model import LanguageModel
 
 DATA = ("evaluate on this source, written as in data.source; default: the validation split. With "
@@ -38,16 +48,14 @@ def evaluate(arguments: list[str]) -> None:
     Of a run over its validation split; with --data=SOURCE on all of another source, with the
     model's own tokenizer.
     """
-    options = {"data": {"default": "", "help": DATA}, **BENCHMARKS, **CURVE}
+    options = {"data": {"default": "", "help": DATA}, **BENCHMARKS, **CURVE, **TEAM}
     parsed, cfg = open_model_config("eval", evaluate.__doc__, arguments, options)
     if parsed.tasks:
-        steps = all_steps(parsed) if parsed.curve else [chosen_step(parsed)]
-        results = run_benchmarks(parsed, [(parsed.source, cfg, step) for step in steps])
-        found = [one.summary for one in results]
-        write_results(parsed.json, found if parsed.curve else found[0])
-        print("\n".join(curve_lines(found) if parsed.curve else benchmark_lines(found[0])))
+        check_team(parsed)
+        with open_team(parsed) as team:
+            evaluate_benchmarks(parsed, cfg, team)
         return
-    for name, settings in (BENCHMARKS | CURVE).items():
+    for name, settings in (BENCHMARKS | CURVE | TEAM).items():
         if getattr(parsed, name) != settings["default"]:
             raise ConfigError(f"--{name} is of benchmarks: name them with --tasks=NAMES")
     if parsed.data:
@@ -56,10 +64,27 @@ def evaluate(arguments: list[str]) -> None:
         cfg = config.override_config(cfg, own | parsed.overrides)
     from nanojaxgpt import language_model
 
-    model = open_on_mesh(parsed.source, cfg, chosen_step(parsed))
+    model = open_on_mesh(parsed.source, cfg, chosen_step(parsed), warn)
     found = language_model.evaluate(model, parsed.data, warn)
     source = {"source": parsed.data} if parsed.data else {}
     print(json.dumps({"step": model.step, **source, **found}))
+
+
+def evaluate_benchmarks(parsed: argparse.Namespace, cfg: Config, team: "Team") -> None:
+    """Print the table of the benchmarks; of several processes, the first one prints and writes."""
+    from nanojaxgpt.hosts.joining import preflight
+
+    preflight(team, cfg)
+    options = {name: getattr(parsed, name) for name in BENCHMARKS | CURVE if name != "json"}
+    if others := team.differing(options):
+        raise ConfigError(f"{others}: the options are not those of {team.name(0)}; start all "
+                          "processes with the same ones")  # fmt: skip
+    steps = team.decide(lambda: all_steps(parsed) if parsed.curve else [chosen_step(parsed)])
+    results = run_benchmarks(parsed, [(parsed.source, cfg, step) for step in steps], team)
+    if team.first:
+        found = [one.summary for one in results]
+        write_results(parsed.json, found if parsed.curve else found[0])
+        print("\n".join(curve_lines(found) if parsed.curve else benchmark_lines(found[0])))
 
 
 def compare(arguments: list[str]) -> None:
@@ -76,8 +101,10 @@ def compare(arguments: list[str]) -> None:
 
     second = find_model(parsed.other)
     second_cfg = config.override_config(config_of(second), parsed.overrides)
-    results = run_benchmarks(parsed, [(parsed.source, cfg, 0), (second, second_cfg, 0)])
     from nanojaxgpt.evals.evaluate import compare_tasks
+    from nanojaxgpt.hosts.team import ALONE
+
+    results = run_benchmarks(parsed, [(parsed.source, cfg, 0), (second, second_cfg, 0)], ALONE)
 
     found = compare_tasks(*results)
     write_results(parsed.json, {"models": [one.summary for one in results], "comparison": found})
@@ -96,39 +123,53 @@ def all_steps(parsed: argparse.Namespace) -> list[int]:
 
 
 def run_benchmarks(
-    parsed: argparse.Namespace, models: list[tuple[Any, Config, int]]
+    parsed: argparse.Namespace, models: list[tuple[Any, Config, int]], team: "Team"
 ) -> list["Evaluated"]:
     """Return the results of each model and step; the files are checked before one is opened."""
     from nanojaxgpt.evals import tasks
+
+    def report(text: str) -> None:
+        if team.first:
+            warn(text)
 
     benchmarks = tasks.find_benchmarks(parsed.tasks)
     data = Path(parsed.data or ".").expanduser()
     if parsed.json:
         rundir.check_file("--json", Path(parsed.json))
     for benchmark in benchmarks:
-        tasks.open_benchmark(benchmark, data, parsed.limit)
+        tasks.open_benchmark(benchmark, data, parsed.limit, report)
     from nanojaxgpt.evals.evaluate import evaluate_tasks
 
     results = []
     for source, cfg, step in models:
-        model = open_on_mesh(source, cfg, step)
+        model = open_on_mesh(source, cfg, step, report, team)
         found = evaluate_tasks(
             model, benchmarks, data, limit=parsed.limit, fewshot=parsed.fewshot, seed=parsed.seed,
             chat=parsed.chat, cache=None if parsed.fresh else config.cache_dir(cfg) / "evals",
+            report=report, team=team,
         )  # fmt: skip
         results.append(found)
     return results
 
 
-def open_on_mesh(source: Any, cfg: Config, step: int) -> "LanguageModel":
-    """Return a model on the mesh of its config, or on one device where that does not fit."""
-    from nanojaxgpt import language_model, sharding
+def open_on_mesh(
+    source: Any, cfg: Config, step: int, report: Callable[[str], None], team: "Team | None" = None
+) -> "LanguageModel":
+    """Return a model on the mesh of its config, or on one device where that does not fit.
 
+    Raises ConfigError where it does not fit the devices of a team of several processes.
+    """
+    from nanojaxgpt import language_model, sharding
+    from nanojaxgpt.hosts.team import ALONE
+
+    team = team or ALONE
     try:
         mesh = sharding.make_mesh(cfg.mesh.given())
     except ConfigError:  # the run's mesh does not fit this machine: one device does
+        if team.count > 1:
+            raise
         mesh = None
-    return language_model.open_model(source, cfg, mesh, step, warn)
+    return language_model.open_model(source, cfg, mesh, step, report, team=team)
 
 
 def write_results(path: str, found: Any) -> None:

@@ -38,6 +38,7 @@ class Recipe:
 
     kind: str
     location: str
+    data: sections.Data
     template: str  # the text of a chat template, or ""
     labels: tuple[str, ...] = ()  # (): those of the source itself
     lossy: bool = False  # the tokenizer may alter texts
@@ -119,7 +120,7 @@ def encode_examples(
     """Yield the documents of each example that can be used, and what its texts lose."""
     numbers = {label: number for number, label in enumerate(labels)}
     bytes_V = tokenizer.token_bytes()
-    for example in read_examples(recipe.kind, recipe.location, bad, bad.report):
+    for example in read_examples(recipe.kind, recipe.location, recipe.data, bad, bad.report):
         if labels and str(example.label) not in numbers:
             known = ", ".join(labels)
             bad(f"{example.place} has an unknown label, {example.label!r}; known: {known}")
@@ -154,7 +155,8 @@ def find_labels(recipe: Recipe, skip: bool) -> tuple[str, ...]:
         return ()
     quiet = BadTexts("skip" if skip else "error", lambda _: None)
     first: dict[str, Example] = {}
-    for example in read_examples(recipe.kind, recipe.location, quiet, lambda _: None):
+    found = read_examples(recipe.kind, recipe.location, recipe.data, quiet, lambda _: None)
+    for example in found:
         first.setdefault(str(example.label), example)
     if len(first) == 1:
         (name,) = first

@@ -346,7 +346,7 @@ def prepare_store(
     recipe = None
     if is_examples(source):
         kind, location = source.partition(":")[0], find_source(source, data)[1]
-        recipe = Recipe(kind, location, template, labels, lossy)
+        recipe = Recipe(kind, location, data, template, labels, lossy)
         key |= {"examples": recipe.key()}
     folder = Path(cache_dir) / content_key(key)
     with making(folder, report) as unfinished:

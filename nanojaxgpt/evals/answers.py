@@ -6,8 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from nanojaxgpt import checkpoint
 from nanojaxgpt.errors import ConfigError, why
+from nanojaxgpt.hosts.team import ALONE, Team
 from nanojaxgpt.language_model import LanguageModel
 from nanojaxgpt.rundir import code_hash
 
@@ -21,6 +24,7 @@ def model_identity(model: LanguageModel) -> str:
         model.vocab_rows,
         code_hash(),
         [device.device_kind for device in model.mesh.devices.flat],
+        jax.process_count(),  # sums over the devices are rounded otherwise
     ]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
@@ -33,27 +37,33 @@ def request_key(*parts: Any) -> str:
 class AnswerStore:
     """Answers by the key of their request; those in the file, if there is one, come first.
 
-    Each batch is appended in one write. A line that was not finished is passed over.
+    Each batch is appended in one write. A line that was not finished is passed over. Of several
+    processes, a `team`, the first one reads the file for all and writes it.
     """
 
-    def __init__(self, path: Path | None = None) -> None:
-        self.path, self.known = path, dict[str, Any]()
-        self.found = 0  # in the file
-        if path is None:
-            return
+    def __init__(self, path: Path | None = None, team: Team = ALONE) -> None:
+        self.path, self.known = path if team.first else None, dict[str, Any]()
+        self._torn = False
+        if path is not None:
+            self.known = team.decide(self._read, "to read the answers it has kept")
+        self.found = len(self.known)  # in the file
+
+    def _read(self) -> dict[str, Any]:
+        assert self.path is not None
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            lines = path.read_bytes().split(b"\n") if path.exists() else []
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            lines = self.path.read_bytes().split(b"\n") if self.path.exists() else []
         except OSError as error:
-            raise ConfigError(f"can't read the answers in {path}: {error.strerror}") from error
+            raise ConfigError(f"can't read the answers in {self.path}: {error.strerror}") from error
+        known = {}
         for line in lines:
             try:
                 key, answer = json.loads(line)
-                self.known[key] = answer
+                known[key] = answer
             except (ValueError, TypeError):  # torn, or the empty one after the last line end
                 continue
-        self.found = len(self.known)
         self._torn = bool(lines and lines[-1])
+        return known
 
     def add(self, new: Mapping[str, Any]) -> None:
         """Keep answers. Raises ConfigError where the file can't be written."""

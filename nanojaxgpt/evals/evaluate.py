@@ -23,6 +23,7 @@ from nanojaxgpt.evals.metrics import (
 )
 from nanojaxgpt.evals.scoring import Pair, check_pair, roll, score_pairs
 from nanojaxgpt.evals.tasks import Benchmark, Opened, few_shot, open_benchmark
+from nanojaxgpt.hosts.team import ALONE, Team
 from nanojaxgpt.interchange.templates import break_control
 from nanojaxgpt.language_model import LanguageModel, Score
 from nanojaxgpt.rundir import code_hash
@@ -59,13 +60,15 @@ def evaluate_tasks(
     chat: bool = False,
     cache: Path | None = None,
     report: Callable[[str], None] = warn,
+    team: Team = ALONE,
 ) -> Evaluated:
     """Return the metrics of a model on benchmarks whose files are in the folder `data`.
 
     Of each the first `limit` questions count (0: all), after `fewshot` examples (-1: as the task
     says) drawn by `seed`. With `chat` a question is a message of the user, in the model's template.
-    In the folder `cache` answers are kept, and those there are not asked again. Raises
-    ConfigError, DataError, MemoryExceeded.
+    In the folder `cache` answers are kept, and those there are not asked again. Several processes,
+    a `team`, ask as one, and the first one keeps the answers. Raises ConfigError, DataError,
+    MemoryExceeded.
     """
     for benchmark in benchmarks:
         check_metrics(benchmark)
@@ -73,9 +76,12 @@ def evaluate_tasks(
         make_prompts(model, open_benchmark(one, data, limit, report), fewshot, seed, chat)
         for one in benchmarks
     ]
-    keep = cache is not None and jax.process_count() == 1  # hosts must run the same batches
+    if others := team.differing([prompts.text_hash for prompts in asked]):
+        raise DataError(f"the tasks' files in {data} are not the same on {others} as on "
+                        f"{team.name(0)}")  # fmt: skip
+    keep = cache is not None and jax.process_count() == team.count  # all must run the same batches
     path = cache / f"{model_identity(model)}.jsonl" if cache is not None and keep else None
-    answers = AnswerStore(path)
+    answers = AnswerStore(path, team)
     shapes = score_prompts(model, asked, answers, report)
     metrics, tasks, sums = {}, {}, []
     for prompts in asked:

@@ -119,42 +119,50 @@ def facts(cfg: Config) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def preflight(team: Team, cfg: Config, run: Path) -> None:
+def preflight(team: Team, cfg: Config, run: Path | None = None) -> None:
     """Compare all hosts with process 0 before the first step.
 
-    Config, code, versions, devices, the one run directory, its free space. Raises ConfigError
-    on all hosts, with every mismatch of every host.
+    Config, code, versions, devices, and where there is a run directory, that it is one, and its
+    free space. Raises ConfigError on all hosts, with every mismatch of every host.
     """
     if team.count == 1:
         return
-    mine, token = facts(cfg), secrets.token_hex(8)
-    probe = Path(run) / f".probe-{team.index}"
+    problems = differing_facts(team, facts(cfg))
+    if run is not None:
+        problems += folder_problems(team, Path(run))
+    found = team.gather(problems, "to check its setup")
+    if any(found):
+        lines = [f"  {team.name(i)}: {p}" for i, told in enumerate(found) for p in told]
+        raise ConfigError("the hosts differ:\n" + "\n".join(lines))
 
-    def write_probe() -> str:
-        try:
-            Path(run).mkdir(parents=True, exist_ok=True)
-            probe.write_text(token)
-        except OSError as error:
-            return f"can't write to {run}: {error.strerror}"
-        return ""
 
-    failed = write_probe()
-    said = team.gather({"facts": mine if team.first else {}, "token": token}, "to check its setup")
-    problems = [failed] if failed else unseen(Path(run), said[0]["token"])
+def differing_facts(team: Team, mine: dict[str, Any]) -> list[str]:
+    """Return what is not as on process 0."""
+    first = team.decide(lambda: mine, "to check its setup")
+    return [f"{name} is {mine.get(name)}, but {value} on host 0"
+            for name, value in first.items() if mine.get(name) != value]  # fmt: skip
+
+
+def folder_problems(team: Team, run: Path) -> list[str]:
+    """Return what keeps this host from writing to the run directory that process 0 writes to."""
+    probe, token, failed = run / f".probe-{team.index}", secrets.token_hex(8), ""
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        probe.write_text(token)
+    except OSError as error:
+        failed = f"can't write to {run}: {error.strerror}"
+    expected = team.decide(lambda: token, "to check its setup")
+    problems = [failed] if failed else unseen(run, expected)
     try:
         free = shutil.disk_usage(run).free
         if free < MIN_FREE_BYTES:
             problems.append(f"only {free / 2**20:,.0f} MiB are free in {run}")
     except OSError:
         pass  # told above
-    for name, value in said[0]["facts"].items():
-        if mine.get(name) != value:
-            problems.append(f"{name} is {mine.get(name)}, but {value} on host 0")
-    found = team.gather(problems, "to check its setup")
-    probe.unlink(missing_ok=True)
-    if any(found):
-        lines = [f"  {team.name(i)}: {p}" for i, told in enumerate(found) for p in told]
-        raise ConfigError("the hosts differ:\n" + "\n".join(lines))
+    team.gather(None, "to check its setup")  # all have looked
+    if not failed:
+        probe.unlink(missing_ok=True)
+    return problems
 
 
 def unseen(run: Path, token: str) -> list[str]:

@@ -1,6 +1,6 @@
 """Shared by every kind of source: a document, its functions, the handling of bad texts."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from nanojaxgpt.checks import kind_of
@@ -75,6 +75,17 @@ def choose_field(source: str, field: str, texts: list[str]) -> str:
             f"{source}: {problem}; choose one with #FIELD: {', '.join(texts) or 'there is none'}"
         )
     return choice
+
+
+def class_name(names: Sequence[str], number: int) -> str | int | None:
+    """Return the name of a class; its number if the classes have none, None if it is unlabelled.
+
+    TensorFlow Datasets and Hugging Face's write -1 for an example without a label.
+    """
+    if number < 0:
+        return None
+    # A feature without names calls its classes "0", "1", ...
+    return number if list(names) == [str(i) for i in range(len(names))] else names[number]
 
 
 def check_text(name: str, value: object, refuse: Refuse) -> str:

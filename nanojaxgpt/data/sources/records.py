@@ -1,6 +1,6 @@
 """In: a file of examples for fine-tuning. Out: the examples, whatever format they have.
 
-It is JSON lines, or with KIND:parquet:PATH or KIND:hf:NAME one of these.
+It is JSON lines, or with KIND:parquet:PATH, KIND:hf:NAME or KIND:tfds:NAME one of these.
 The format is that of the first record; a record of another one is an error with its line.
 """
 
@@ -13,6 +13,7 @@ from nanojaxgpt.data.sources.documents import Document, Refuse, check_text
 from nanojaxgpt.data.sources.files import JSON_ENDINGS, identify_files, read_objects
 from nanojaxgpt.data.sources.hub import identify_hub_rows, read_hub_rows
 from nanojaxgpt.data.sources.parquet import identify_rows, read_rows
+from nanojaxgpt.data.sources.tfds import identify_tfds_records, read_tfds_records
 
 Message = Mapping[str, Any]  # role, content, and what else a template reads
 
@@ -40,10 +41,14 @@ SHAREGPT_ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "a
                   "assistant": "assistant"}  # fmt: skip
 
 
+# What reads records elsewhere than in JSON lines, and what identifies them; as a Source has them.
 CONTAINERS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
-    "parquet": (read_rows, identify_rows),
-    "hf": (read_hub_rows, identify_hub_rows),
-}
+    "parquet": (lambda path, _, refuse: read_rows(path, refuse),
+                lambda path, _: identify_rows(path)),
+    "hf": (lambda name, _, refuse: read_hub_rows(name, refuse),
+           lambda name, _: identify_hub_rows(name)),
+    "tfds": (read_tfds_records, identify_tfds_records),
+}  # fmt: skip
 
 
 class Example(NamedTuple):
@@ -69,11 +74,15 @@ def is_examples(source: str) -> bool:
 
 
 def read_examples(
-    kind: str, location: str, refuse: Refuse, report: Callable[[str], object]
+    kind: str,
+    location: str,
+    data: sections.Data,
+    refuse: Refuse,
+    report: Callable[[str], object],
 ) -> Iterator[Example]:
     """Yield the examples of a source; `report` is told which format they have."""
     found, first = "", ""
-    for place, record in read_records(kind, location, refuse):
+    for place, record in read_records(kind, location, data, refuse):
         try:
             if not found:
                 found, first = detect(kind, record), place
@@ -89,12 +98,12 @@ def read_examples(
 
 
 def read_records(
-    kind: str, location: str, refuse: Refuse
+    kind: str, location: str, data: sections.Data, refuse: Refuse
 ) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Yield (where it stands, fields) of each record."""
     container, path = split_container(location)
     if container in CONTAINERS:
-        yield from CONTAINERS[container][0](path, refuse)
+        yield from CONTAINERS[container][0](path, data, refuse)
     else:
         advice = " or ".join(FORMATS[name][1] for name in KINDS[kind])
         lines = read_objects(kind, path, f"write one per line: {advice}", refuse)
@@ -102,7 +111,7 @@ def read_records(
 
 
 def split_container(location: str) -> tuple[str, str]:
-    """Return ("parquet" or "hf", what follows), or ("", the path of JSON lines)."""
+    """Return (one of CONTAINERS, what follows it), or ("", the path of JSON lines)."""
     container, _, path = location.partition(":")
     return (container, path) if container in CONTAINERS else ("", location)
 
@@ -258,9 +267,9 @@ def check_string(field: str, value: object) -> str:
     return check_text(f"has a {field} that", value, refuse)
 
 
-def read_texts(kind: str, location: str, refuse: Refuse) -> Iterator[Document]:
+def read_texts(kind: str, location: str, data: sections.Data, refuse: Refuse) -> Iterator[Document]:
     """Yield the texts of each example as a document, for a tokenizer that learns from them."""
-    for example in read_examples(kind, location, refuse, lambda _: None):
+    for example in read_examples(kind, location, data, refuse, lambda _: None):
         yield Document(example.place, "\n".join(example_texts(example)))
 
 
@@ -272,11 +281,11 @@ def example_texts(example: Example) -> list[str]:
     return texts
 
 
-def identify_examples(kind: str, location: str) -> dict[str, Any]:
+def identify_examples(kind: str, location: str, data: sections.Data) -> dict[str, Any]:
     """Return what tells the examples from any others."""
     container, path = split_container(location)
     if container in CONTAINERS:
-        return {"container": container, **CONTAINERS[container][1](path)}
+        return {"container": container, **CONTAINERS[container][1](path, data)}
     return identify_files(kind, path, JSON_ENDINGS)
 
 
@@ -284,9 +293,9 @@ def readers(kind: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """Return `read` and `identify` as a Source has them."""
 
     def read(location: str, data: sections.Data, refuse: Refuse) -> Iterator[Document]:
-        return read_texts(kind, location, refuse)
+        return read_texts(kind, location, data, refuse)
 
     def identify(location: str, data: sections.Data) -> dict[str, Any]:
-        return identify_examples(kind, location)
+        return identify_examples(kind, location, data)
 
     return read, identify

@@ -1,4 +1,4 @@
-"""In: NAME[/CONFIG][:VERSION][@SPLIT][#FIELD]. Out: the texts of a TensorFlow Dataset.
+"""In: NAME[/CONFIG][:VERSION][@SPLIT][#FIELD]. Out: texts or records of a TensorFlow Dataset.
 
 Read without TensorFlow, from array_record files that lie prepared in `data.tfds_dir`. Nothing is
 ever downloaded: without a network that would fail only after minutes of retries.
@@ -6,9 +6,10 @@ ever downloaded: without a network that would fail only after minutes of retries
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
 from etils import epath
 
 from nanojaxgpt.config import sections
@@ -17,6 +18,7 @@ from nanojaxgpt.data.sources.documents import (
     Refuse,
     check_text,
     choose_field,
+    class_name,
 )
 from nanojaxgpt.data.sources.files import check_scheme
 from nanojaxgpt.errors import ConfigError, DataError
@@ -32,7 +34,7 @@ class Prepared(NamedTuple):
 
     builder: Any
     split: str
-    field: str
+    field: str  # "" where none was named
 
 
 def check_tfds(location: str) -> None:
@@ -42,7 +44,29 @@ def check_tfds(location: str) -> None:
 
 def read_tfds(location: str, data: sections.Data, refuse: Refuse) -> Iterator[Document]:
     """Yield one document per example that has any text, in the order of the files."""
-    builder, split, field = open_tfds(location, data)
+    prepared = open_tfds(location, data)
+    field = choose_text(location, prepared)
+    for name, example in examples_of(location, prepared):
+        if text := decode_example(f"tfds:{location}, example {name}", example[field], refuse):
+            yield Document(name, text)
+
+
+def read_tfds_records(
+    location: str, data: sections.Data, refuse: Refuse
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (where it stands, all fields) of each example, in the order of the files."""
+    prepared = open_records(location, data)
+    for name, example in examples_of(location, prepared):
+        place = f"tfds:{location}, example {name}"
+        try:
+            yield place, as_plain(prepared.builder.info.features, example)
+        except UnicodeDecodeError as error:
+            refuse(f"{place}: a text is not UTF-8 at its byte {error.start} ({error.reason})")
+
+
+def examples_of(location: str, prepared: Prepared) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the name SPLIT/NUMBER of each example and its fields. Raises DataError."""
+    builder, split, _ = prepared
     if not builder.info.splits[split].num_examples:
         return
     try:
@@ -50,11 +74,7 @@ def read_tfds(location: str, data: sections.Data, refuse: Refuse) -> Iterator[Do
         for start in range(0, len(examples), READ_AT_ONCE):
             numbers = range(start, min(start + READ_AT_ONCE, len(examples)))
             for number, example in zip(numbers, examples.__getitems__(numbers), strict=True):
-                name = f"{split}/{number}"
-                if text := decode_example(
-                    f"tfds:{location}, example {name}", example[field], refuse
-                ):
-                    yield Document(name, text)
+                yield f"{split}/{number}", example
     except NotImplementedError as error:
         raise DataError(
             f"{builder.data_path} is not in array_record format; {how_to_prepare(location)}"
@@ -63,19 +83,66 @@ def read_tfds(location: str, data: sections.Data, refuse: Refuse) -> Iterator[Do
         raise DataError(f"{builder.data_path} can't be read: {error}") from error
 
 
+def as_plain(kind: Any, value: Any) -> Any:
+    """Return a value of the feature `kind` as a JSON file would have it.
+
+    Texts are str, a class is its name, if it has one (None: unlabelled), and a sequence of dicts,
+    which TFDS stores as a dict of lists, is a list. Raises UnicodeDecodeError for a text.
+    """
+    from tensorflow_datasets import features
+
+    if value is None:  # an optional feature
+        return None
+    if isinstance(kind, features.FeaturesDict):
+        return {name: as_plain(kind[name], part) for name, part in value.items()}
+    if isinstance(kind, features.Sequence):
+        return [as_plain(kind.feature, part) for part in elements_of(value)]
+    if isinstance(kind, features.ClassLabel):
+        return class_name(kind.names, int(value))
+    if isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError:
+            if isinstance(kind, features.Text):
+                raise
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def elements_of(value: Any) -> list[Any]:
+    """Return the elements of a sequence; a dict of lists becomes a list of dicts."""
+    if not isinstance(value, Mapping):
+        return list(value)
+    columns = [elements_of(column) for column in value.values()]
+    return [dict(zip(value, row, strict=True)) for row in zip(*columns, strict=True)]
+
+
 def identify_tfds(location: str, data: sections.Data) -> dict[str, Any]:
-    """Return the dataset's full name, the part of it that is read, and its files.
+    """Return the dataset's full name, the part of it that is read, and its files."""
+    prepared = open_tfds(location, data)
+    return dict(field=choose_text(location, prepared), **identify_prepared(prepared))
+
+
+def identify_tfds_records(location: str, data: sections.Data) -> dict[str, Any]:
+    """Return what `identify_tfds` does, with the hash of the features and of the classes' names."""
+    prepared = open_records(location, data)
+    folder, digest = prepared.builder.data_path, hashlib.sha256()
+    for path in sorted([*folder.glob("features.json"), *folder.glob("*.labels.txt")]):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return dict(features=digest.hexdigest(), **identify_prepared(prepared))
+
+
+def identify_prepared(prepared: Prepared) -> dict[str, Any]:
+    """Return the dataset's full name, the split that is read, and its files.
 
     `info` is the hash of dataset_info.json, where TFDS counts examples and bytes of each file: the
     files themselves, often hundreds of gigabytes, are not read for this.
     """
-    builder, split, field = open_tfds(location, data)
+    builder, split, _ = prepared
     info = builder.info.splits[split]
     paths = sorted({epath.Path(part.filename) for part in info.file_instructions})
     return dict(
         dataset=builder.info.full_name,
         split=split,
-        field=field,
         examples=info.num_examples,
         info=hashlib.sha256((builder.data_path / "dataset_info.json").read_bytes()).hexdigest(),
         files=[dict(name=path.name, bytes=path.stat().length) for path in paths],
@@ -116,9 +183,24 @@ def open_tfds(location: str, data: sections.Data) -> Prepared:
     except (KeyError, ValueError) as error:
         known = ", ".join(builder.info.splits)
         raise ConfigError(f"tfds:{location}: no split {split!r}; available: {known}") from error
-    features: Any = builder.info.features
-    texts = [k for k, kind in features.items() if isinstance(kind, tfds.features.Text)]
-    return Prepared(builder, split, choose_field(f"tfds:{location}", field, texts))
+    return Prepared(builder, split, field)
+
+
+def open_records(location: str, data: sections.Data) -> Prepared:
+    """Return the dataset whose examples are read whole. Raises as `open_tfds`."""
+    prepared = open_tfds(location, data)
+    if prepared.field:
+        raise ConfigError(f"tfds:{location}: an example is read whole: leave out #{prepared.field}")
+    return prepared
+
+
+def choose_text(location: str, prepared: Prepared) -> str:
+    """Return which field of text is read. Raises ConfigError."""
+    from tensorflow_datasets import features
+
+    fields: Any = prepared.builder.info.features
+    texts = [name for name, kind in fields.items() if isinstance(kind, features.Text)]
+    return choose_field(f"tfds:{location}", prepared.field, texts)
 
 
 def find_prepared(
