@@ -1,7 +1,9 @@
 """The papers' criteria: a prototype's figures pass, a feature that does nothing fails."""
 
 import functools
+import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -9,7 +11,9 @@ import pytest
 from conftest import ROOT, SHARED
 
 from nanojaxgpt import sharding
-from nanojaxgpt.config import editable, load_module, override_config
+from nanojaxgpt.config import base_config, editable, load_module, override_config, typed
+from nanojaxgpt.model.config import complete
+from nanojaxgpt.model.parameters import parameters
 from nanojaxgpt.papers import scaling
 from nanojaxgpt.papers.paper import Arm, Paper, Run
 from nanojaxgpt.papers.reproduce import measure_claim, reproduce
@@ -165,6 +169,64 @@ def test_muon_that_is_adam_fails():
     assert judged(adamw, [1.979, 1.9, 1.87, 1.95]) == "PPP"
     assert judged(adamw, adamw) == "FPP"
     assert judged(adamw, [1.979, 1.9, 1.87, 1.86]) == "PPF"
+
+
+def test_lora_that_is_full_fine_tuning_fails(monkeypatch):
+    found = module("lora_forgets_less")
+    paper = found.get_paper()
+    arms = {arm.name: arm for arm in paper.arms}
+    assert found.RATES == (1e-3, 3e-3, 1e-2, 3e-2)
+
+    def judged(rank=25.0, **rows):
+        """Return the verdicts on (losses in German by the rates, that in English at the best)."""
+        english = {name: kept for name, (_, kept) in rows.items()} | {"base": 1.4}
+        losses = {name: german for name, (german, _) in rows.items()} | {"base": [1.4]}
+        runs = {name: fake(arms[name], [losses[name]] * 2) for name in english}
+        runs["base"] = [row[0] for row in runs["base"]]
+
+        def kept(base, run):
+            run = found.best(run) if isinstance(run, list) else run
+            return english[run.path.name.split("-")[0]]
+
+        monkeypatch.setattr(found, "kept", kept)
+        monkeypatch.setattr(
+            found, "change_rank", lambda base, runs: 6.0 if runs[0].cfg.lora.rank else rank
+        )
+        return verdicts(paper, runs)
+
+    full, high = ([1.65, 1.6, 1.7, 9], 3.0), ([9, 1.75, 1.7, 1.72], 2.8)
+    low = ([9, 1.9, 1.82, 1.8], 2.5)
+    assert judged(full=full, rank_8=high, rank_2=low) == "PPPPPPPP"
+    assert judged(full=full, rank_8=full, rank_2=full) == "FPPFPPPF"
+    assert judged(full=full, rank_8=low, rank_2=high) == "PFPPFPPP"
+    assert judged(full=low, rank_8=high, rank_2=full) == "FFPFFPPF"
+    diverged = ([1.65, 1.6, None, None], 1.5)
+    assert judged(full=diverged, rank_8=high, rank_2=low, rank=15.0) == "PPFFFFPP"
+
+
+def test_the_rank_of_a_change(monkeypatch):
+    """Three equal singular values in every kernel, whichever dimension a layer sums over."""
+    found = module("lora_forgets_less")
+    cfg = complete(typed(override_config(base_config(), {"model.vocab_size": "7"})))
+    rng, run = np.random.default_rng(0), Run(ROOT / "base-0", base_config(), [])
+    tuned = replace(run, path=ROOT / "full-0")
+    before: dict = {"layers": {}}
+    after: dict = {"layers": {}}
+    for row in parameters(cfg.model).values():
+        if row.kind == "kernel":
+            inputs = math.prod(row.shape[axis] for axis in row.summed)
+            outputs = math.prod(row.shape) // inputs
+            u, v = (np.linalg.qr(rng.normal(size=(n, 3)))[0] for n in (inputs, outputs))
+            outer = [axis for axis in range(len(row.shape)) if axis not in row.summed]
+            order = [*row.summed, *outer]
+            change = (u @ v.T).reshape([row.shape[axis] for axis in order])
+            change = np.transpose(change, np.argsort(order))
+            before["layers"][row.name] = rng.normal(size=(row.layers, *row.shape))
+            after["layers"][row.name] = before["layers"][row.name] + change
+    monkeypatch.setattr(found, "base_job", lambda base: SimpleNamespace(cfg=cfg))
+    monkeypatch.setattr(found, "merged", lambda base, path: before if path == base else after)
+    assert len(before["layers"]) == 6
+    assert found.change_rank(run, [tuned]) == 3
 
 
 @pytest.mark.slow

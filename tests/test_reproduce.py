@@ -277,6 +277,26 @@ def test_a_claim_about_fine_tuning(tiny, tmp_path):
     assert again.results[0].measured == found.results[0].measured
 
 
+def test_an_arm_that_tunes_may_have_a_corpus_of_its_own(tiny, tmp_path):
+    """What it needs is known once its base, whose tokenizer it has, was trained."""
+    (plain,) = (replace(arm, seeds=(3,)) for arm in tiny.arms)
+    tuned = {"init.from_run": "plain", "init.step": "10", "train.num_steps": "1"}
+    cfg = override_config(plain.config, tuned)
+    arms = (
+        plain,
+        Arm("absent", override_config(cfg, {"data.source": f"text:{tmp_path}/absent.txt"}), (3,),
+            branch_of="plain", tunes=True),
+        Arm("other", cfg, (3,), branch_of="plain", tunes=True, tokens="0123456789abcdef"),
+    )  # fmt: skip
+    claims = [tiny.claims[0]]
+    claims += [claim(measure=lambda run: 1.0, arms=(arm.name,)) for arm in arms[1:]]
+    found = reproduce(replace(tiny, arms=arms, claims=tuple(claims)), tmp_path, lambda _: None)
+    assert [result.verdict for result in found.results] == ["PASS", "NOT-RUN", "NOT-RUN"]
+    assert "absent.txt" in found.results[1].reason
+    assert "its tokens are not those of hash 0123456789abcdef" in found.results[2].reason
+    assert [path.name for path in (tmp_path / "trials").iterdir()] == ["plain-3"]
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

@@ -61,6 +61,7 @@ class Arm:
     space: Space | None = None
     branch_of: str = ""
     tunes: bool = False
+    tokens: str = ""  # as Paper.tokens, where it has a corpus of its own
 
     def points(self) -> list[dict[str, Any]]:
         """Return what is set in the config: nothing, once, where there is no space."""
@@ -144,7 +145,9 @@ class Paper:
     claims: tuple[Claim, ...]
     arms: tuple[Arm, ...] = ()
     scaled_down: str = ""  # how it is smaller than the paper's own experiment; "": it is not
-    tokens: str = ""  # hash of the corpus's tokens, as in identity.json: no other one will do
+    # Hash of the corpus's tokens, as in identity.json: no other one will do. Of a mixture those of
+    # all its sources, separated by spaces.
+    tokens: str = ""
     needs: str = ""  # hardware, in words, where a CPU is not enough: there its arms are not run
     plots: tuple[Plot, ...] = ()
 

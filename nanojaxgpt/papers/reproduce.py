@@ -67,16 +67,12 @@ def reproduce(paper: Paper, folder: Path, report: Report = print) -> Reproductio
     that the user can mend, Stopped after a signal; the same call then resumes.
     """
     extras.require_package("matplotlib", "plots", "a report has figures")
-    began, missing = time.monotonic(), {}
-    for arm in paper.arms:
-        try:
-            check_arm(paper, arm, folder)
-        except DataError as error:
-            missing[arm.name] = str(error)
-            report(f"{arm.name}: {NOT_RUN}: {error}")
-    arms = [arm for arm in paper.arms if not missing.keys() & {arm.name, arm.branch_of}]
-    missing |= {arm.name: missing[arm.branch_of] for arm in paper.arms if arm.branch_of in missing}
+    began = time.monotonic()
+    missing = find_missing(paper, folder, {}, report)
     for branched in (False, True):  # branches need the runs that they begin in
+        if branched:
+            missing = find_missing(paper, folder, missing, report, tuned_only=True)
+        arms = [arm for arm in paper.arms if arm.name not in missing]
         trials = [
             trial
             for arm in arms
@@ -97,10 +93,30 @@ def reproduce(paper: Paper, folder: Path, report: Report = print) -> Reproductio
     return Reproduction(paper, results, runs, time.monotonic() - began)
 
 
+def find_missing(
+    paper: Paper, folder: Path, known: dict[str, str], report: Report, tuned_only: bool = False
+) -> dict[str, str]:
+    """Return by name why arms can't be run here, `known` included, and report what is new.
+
+    An arm that fine-tunes is checked in full once its origin has run, for it has its tokenizer.
+    """
+    missing = dict(known)
+    for arm in paper.arms:
+        if arm.name in missing or (tuned_only and not arm.tunes):
+            continue
+        try:
+            check_arm(paper, arm, folder)
+        except DataError as error:
+            missing[arm.name] = str(error)
+            report(f"{arm.name}: {NOT_RUN}: {error}")
+    origins = {arm.name: arm.branch_of for arm in paper.arms if arm.branch_of in missing}
+    return {name: missing[origin] for name, origin in origins.items()} | missing
+
+
 def check_arm(paper: Paper, arm: Arm, folder: Path) -> None:
     """Raise DataError where an arm can't be run here, ConfigError where `folder` has other runs.
 
-    Its corpus must be there, and be the one that the paper names, if it names one.
+    Its corpus must be there, and be the one that the arm or the paper names, if one does.
     """
     if paper.needs and jax.default_backend() == "cpu":
         raise DataError(f"it needs {paper.needs}, and only a CPU is available")
@@ -109,10 +125,12 @@ def check_arm(paper: Paper, arm: Arm, folder: Path) -> None:
         return  # the tokenizer is that of a run which is not there yet
     data = prepare_data(trials[0].cfg if arm.tunes else arm.config, lambda _: None)
     tokens = [part["tokens"] for part in data.identity.get("parts", [])]
-    if paper.tokens and tokens != [paper.tokens]:
+    wanted = (arm.tokens or paper.tokens).split()
+    if wanted and tokens != wanted:
+        named = ", ".join(arm.config.data.mixture) or arm.config.data.source
         raise DataError(
-            f"{arm.config.data.source} is not the corpus of this paper: its tokens are not those "
-            f"of hash {paper.tokens}"
+            f"{named} is not the corpus of this paper: its tokens are not those of hash "
+            f"{' '.join(wanted)}"
         )
     for trial in trials:
         run = run_path(folder, trial.name)
