@@ -182,6 +182,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1.0, help="seconds per turn, about")
     parser.add_argument("--python", default=sys.executable, help="the Python that has PyTorch")
     parser.add_argument("--nanogpt", default="", help="a checkout of nanoGPT, measured too")
+    parser.add_argument("--only", default="", help="the others whose name begins so, to save memory")
     parser.add_argument("--before", default="", help="compare with this checkout of the project")
     parser.add_argument("--worker", choices=WORKERS, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -192,6 +193,8 @@ def main() -> None:
     flags = [f"--shape={args.shape}", f"--dtype={args.dtype}", f"--threads={args.threads}"]
     commands = {}
     for name in WORKERS[: None if args.nanogpt else 3]:
+        if name != "nanojaxgpt" and not name.startswith(args.only):
+            continue
         python = sys.executable if name == "nanojaxgpt" else args.python
         commands[name] = [python, __file__, *flags, f"--worker={name}"]
         commands[name] += [f"--nanogpt={args.nanogpt}"] if args.nanogpt else []
