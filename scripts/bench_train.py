@@ -182,7 +182,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1.0, help="seconds per turn, about")
     parser.add_argument("--python", default=sys.executable, help="the Python that has PyTorch")
     parser.add_argument("--nanogpt", default="", help="a checkout of nanoGPT, measured too")
-    parser.add_argument("--only", default="", help="the others whose name begins so, to save memory")
+    parser.add_argument("--only", default="", help="the others whose name begins so")
     parser.add_argument("--before", default="", help="compare with this checkout of the project")
     parser.add_argument("--worker", choices=WORKERS, help=argparse.SUPPRESS)
     args = parser.parse_args()
