@@ -27,7 +27,7 @@ def get_config(variant: str = "base") -> ConfigDict:
         cfg.data.source = "jsonl:runs/data/dialogues_train.jsonl"
         cfg.data.validation_source = "jsonl:runs/data/dialogues_validation.jsonl"
         cfg.data.tokenizer, cfg.data.tokenizer_vocab_size = "sentencepiece", 2048
-        cfg.train.num_steps, cfg.optim.learning_rate = 300, 2e-3
+        cfg.train.num_steps, cfg.optim.learning_rate = 600, 2e-3
     elif variant == "chat":
         cfg.init.from_run = "runs/base"
         cfg.data.source = "chat:runs/data/turns_train.jsonl"
