@@ -2,9 +2,10 @@
 
 Paper: Biderman et al. 2024, "LoRA Learns Less and Forgets Less" (arXiv:2405.09673). There, Llama-2
 7B is trained further on code and mathematics; LoRA of rank 16 to 256 adapts all kernels of its
-layers, with an alpha of twice the rank. Here, a model of English captions, by bytes, learns German ones. Ranks 2
-and 8 are to its 128 dimensions what 64 and 256 are to Llama's 4,096. As Llama had seen some code,
-the base sees 5 % German, so that no byte is new: adapters leave the table of the bytes as it is.
+layers, with an alpha of twice the rank. Here, a model of English captions, by bytes, learns German
+ones. Ranks 2 and 8 are to its 128 dimensions what 64 and 256 are to Llama's 4,096. As Llama had
+seen some code, the base sees 5 % German, so that no byte is new: adapters leave the table of the
+bytes as it is.
 
     nanojaxgpt reproduce experiments/papers/lora_forgets_less.py
 
