@@ -262,7 +262,12 @@ def test_the_adapter_gives_what_the_evaluator_gives(case, manager, ours):
         np.testing.assert_allclose(logs(found.answers[name]), logs(mine), rtol=0, atol=2e-4)
 
 
-def test_the_command_runs_the_harness(case, tmp_path, capsys):
+def no_fork() -> int:
+    raise AssertionError("a fork of a process that runs JAX may hang")
+
+
+def test_the_command_runs_the_harness(case, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(os, "fork", no_fork)  # perplexity has its error from bootstrap samples
     lines = [{"a": "A man", "b": "walks"}, {"a": "Two dogs", "b": "play"}]
     (tmp_path / "own.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     task = {"task": "own", "dataset_path": "json", "test_split": "test",

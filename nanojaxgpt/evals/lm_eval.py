@@ -3,6 +3,7 @@
 Requests go through the same scorer and sampler as `eval --tasks`. Greedy decoding only.
 """
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -49,6 +50,8 @@ class Adapter(TemplateLM):
             settings = replace(model.experiment.eval, batch_size=int(batch_size))
             model = replace(model, experiment=replace(model.experiment, eval=settings))
         self.model = model
+        # lm-eval forks for its bootstrap samples: a fork of a process that runs JAX may hang.
+        os.environ.setdefault("DISABLE_MULTIPROC", "1")
 
     @property
     def eot_token_id(self) -> int:
