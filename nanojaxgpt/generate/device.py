@@ -100,8 +100,13 @@ class CachedModel:
         self._facts = programs.Facts(
             Transformer(model.config), model.tokenizer.vocab_size, self.context
         )
+        stored, computed = (
+            np.dtype(dtype).itemsize
+            for dtype in (model.config.param_dtype, model.config.compute_dtype)
+        )
         self.parts: dict[str, float] = {  # bytes on each device
-            "parameters": 2 * memory.shard_bytes(model.params),  # as given, and for decoding
+            # As given, and for decoding.
+            "parameters": memory.shard_bytes(model.params) * (1 + computed / stored),
             "cache": memory.cache_bytes(model.config, slots, self._length),
         }
 

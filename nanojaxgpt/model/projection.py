@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from nanojaxgpt.model.config import ModelConfig
-from nanojaxgpt.model.parameters import Parameter, Params, layer_rows
+from nanojaxgpt.model.parameters import Parameter, Params, layer_rows, parameters
 from nanojaxgpt.model.quantize import Int8, dequantize_base, project_int8
 from nanojaxgpt.products import alone_on_cpu, multiply, multiply_transposed
 
@@ -51,6 +51,9 @@ def project(
     gradient is jax's own: a policy sees no product in a function with another.
     """
     x_TI = x_BTI.reshape(-1, x_BTI.shape[-1])
+    if len(x_TI) == 1 and x_TI.dtype == jnp.bfloat16 and alone_on_cpu():
+        # XLA's CPU backend takes one row of bfloat16 at an eighth of the speed of two.
+        x_TI = jnp.concatenate([x_TI, x_TI])
     if isinstance(kernel, Blocks):
         y_GTO = jax.lax.map(lambda block_IO: x_TI @ block_IO, kernel.blocks_GIO)
         y_TO = jnp.swapaxes(y_GTO, 0, 1).reshape(len(x_TI), -1)[:, : kernel.width]
@@ -60,6 +63,7 @@ def project(
         y_TO = project_matrix(x_TI, kernel, terms, dtype)
     else:
         y_TO = jnp.einsum(terms, x_TI, kernel, preferred_element_type=dtype)
+    y_TO = y_TO[: math.prod(x_BTI.shape[:-1])]
     return y_TO.reshape(*x_BTI.shape[:-1], -1)
 
 
@@ -106,24 +110,31 @@ def decoding_params(
     """Return the parameters laid out for decoding `rows` rows; those that are come back as given.
 
     The layers become a tuple: a decoding loop reads each in place, where from a stack it would
-    copy every layer at every token (2x of the time on CPU). A few rows times a kernel are bound by
+    copy every layer at every token (2x of the time on CPU). Matrices are cast to the compute dtype,
+    which each token would do again (5x in bfloat16). A few rows times a kernel are bound by
     reading the kernel, which XLA's CPU matmul does at 4 to 6 GB/s, and at 7 to 9 in blocks.
     Each array is changed by `apply(change, array, *static)`, so that a caller can keep the result.
     """
     if isinstance(params.get("layers"), tuple):
         return params
     params = dequantize_base(cfg, params)
-    rest = {name: leaf for name, leaf in params.items() if name not in cfg.stacks}
+    dtype, matrices = jnp.dtype(cfg.compute_dtype), matrix_paths(cfg)
+    rest = {
+        name: apply(cast, leaf, dtype.name) if name in matrices and leaf.dtype != dtype else leaf
+        for name, leaf in params.items()
+        if name not in cfg.stacks
+    }
     parts = {
-        stack: {name: apply(unstack, leaf) for name, leaf in params[stack].items()}
+        stack: {
+            name: apply(unstack, leaf, dtype.name if f"{stack}/{name}" in matrices else "")
+            for name, leaf in params[stack].items()
+        }
         for stack in cfg.stacks
     }
     layers = [{name: of[row] for name, of in parts[stack].items()} for stack, row in cfg.places]
-    # Blocks are multiplied as they are stored.
-    is_float32 = params["embed_VD"].dtype == jnp.dtype(cfg.compute_dtype) == jnp.float32
-    # A block of a sharded kernel is no shard.
-    if alone_on_cpu() and is_float32 and rows <= MOST_ROWS:
-        head_VD = rest.pop("head_VD", params["embed_VD"])
+    # Of float32 alone; and a block of a sharded kernel is no shard.
+    if alone_on_cpu() and dtype == jnp.float32 and rows <= MOST_ROWS:
+        head_VD = rest.pop("head_VD", rest["embed_VD"])
         rest["head_VD"] = apply(cut_head, head_VD, COLUMNS if rows > 1 else len(head_VD))
         for index, layer in enumerate(layers if rows > 1 else []):
             for name, row in layer_rows(cfg, cfg.layer(index)).items():
@@ -132,9 +143,19 @@ def decoding_params(
     return {**rest, "layers": tuple(layers)}
 
 
-def unstack(stacked: jax.Array) -> tuple[jax.Array, ...]:
-    """Return the layers of a stack of parameters."""
-    return tuple(stacked[row] for row in range(len(stacked)))
+def matrix_paths(cfg: ModelConfig) -> set[str]:
+    """Return the paths of the parameters that a model uses in its compute dtype alone."""
+    return {path for path, row in parameters(cfg).items() if row.is_matrix}
+
+
+def cast(array: jax.Array, dtype: str) -> jax.Array:
+    """Return the array in a dtype."""
+    return array.astype(dtype)
+
+
+def unstack(stacked: jax.Array, dtype: str) -> tuple[jax.Array, ...]:
+    """Return the layers of a stack of parameters, in a dtype or ("") as they are."""
+    return tuple(row.astype(dtype) if dtype else row for row in stacked)
 
 
 def cut_head(head_VD: jax.Array, columns: int) -> Blocks:
