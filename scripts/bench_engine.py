@@ -3,7 +3,7 @@
 Both answer the same prompts, 1, 8 and 32 at once, in turns: compare the ratios. Rates count
 generated tokens and include reading the prompts, of some 20 tokens. "first" is the median time to
 the first token, "host" the part of the time that the engine's thread spends outside the device's
-functions. Then lookahead, on a text that copies and on one that does not.
+functions.
 """
 
 import argparse
@@ -20,7 +20,6 @@ from nanojaxgpt.hosts import process
 from nanojaxgpt.language_model import LanguageModel
 
 STORY = "Once there were {} lighthouses on a rock in the sea, and a keeper told me this story:"
-LIST = "one apple, two pears, three plums, four figs, five dates; " * 4
 
 
 class Clock:
@@ -87,38 +86,18 @@ def compare(model: LanguageModel, counts: list[int], tokens: int, rounds: int) -
               flush=True)  # fmt: skip
 
 
-def compare_lookahead(model: LanguageModel, lookahead: int, tokens: int, rounds: int) -> None:
-    """Print the rate of one greedy request with drafts and without."""
-    print(f"{'text':>7} {'off':>8} {f'{lookahead}':>8} {'ratio':>6}")
-    rates: dict[tuple[str, int], list[float]] = {}
-    texts = {"copies": LIST, "story": STORY}
-    for size in (0, lookahead):
-        with Engine(model, slots=1, lookahead=size) as engine:
-            for name, text in texts.items():
-                request = Request(tuple(model.encode(text)), tokens, temperature=0.0)
-                answer_all(engine, [request])
-                runs = [answer_all(engine, [request])[0] for _ in range(rounds)]
-                rates[name, size] = runs
-    for name in texts:
-        off, on = (statistics.median(rates[name, size]) for size in (0, lookahead))
-        print(f"{name:>7} {off:8.1f} {on:8.1f} {on / off:6.2f}", flush=True)
-
-
 def main() -> None:
-    """Parse the command line and print both tables."""
+    """Parse the command line and print the table."""
     process.keep_freed_memory()
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("model", help="a run directory, a Hugging Face folder or a .gguf file")
     parser.add_argument("--counts", default="1,8,32", help="requests at once")
     parser.add_argument("--tokens", type=int, default=64, help="of each answer")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--lookahead", type=int, default=3, help="0: leave this out")
     args = parser.parse_args()
     process.keep_freed_memory()
     model = nanojaxgpt.load(args.model)
     compare(model, [int(count) for count in args.counts.split(",")], args.tokens, args.rounds)
-    if args.lookahead:
-        compare_lookahead(model, args.lookahead, args.tokens, args.rounds)
 
 
 if __name__ == "__main__":

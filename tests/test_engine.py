@@ -258,6 +258,13 @@ def test_text_ends_before_a_stop_string_wherever_it_stands(engine, monkeypatch, 
     assert (ended.finish, ended.ids) == ("stop", free.ids[: first + 1])
 
 
+def test_a_ticket_tells_its_answer_as_often_as_it_is_asked(engine):
+    ticket = engine.submit(Request(prompt(6, 5), 6, seed=9))
+    parts = [*ticket]
+    assert ticket.result() == ticket.result() == join_parts(parts)
+    assert [*ticket] == []
+
+
 def test_an_answer_ends_where_the_context_does(engine):
     part = engine.submit(Request(prompt(60), 50)).result()
     assert (part.finish, len(part.ids)) == ("length", 5)  # the last one is never read

@@ -30,18 +30,19 @@ class Ticket:
         self.cancelled = self.finished = False
         self._on_part, self._wake, self._began = on_part, wake, time.monotonic()
         self._parts: queue.SimpleQueue[Part] = queue.SimpleQueue()
+        self._taken: list[Part] = []
 
     def __iter__(self) -> Iterator[Part]:
         """Yield the parts that were not yet taken, up to the last; each is given once."""
-        while True:
-            part = self._parts.get()
-            yield part
-            if part.finish:
-                return
+        while not (self._taken and self._taken[-1].finish):
+            self._taken.append(self._parts.get())
+            yield self._taken[-1]
 
     def result(self) -> Part:
         """Return all parts as one, once the last is there."""
-        return join_parts(list(self))
+        for _ in self:
+            pass
+        return join_parts(self._taken)
 
     def cancel(self) -> None:
         """Ask for the end: the slot is free at the next step."""
