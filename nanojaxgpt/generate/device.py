@@ -36,7 +36,7 @@ class Layouts:
         with self._lock:
             return decoding_params(model.config, model.params, 1, self._apply)
 
-    def _apply(self, change: Callable, array: jax.Array, *static: int) -> Any:
+    def _apply(self, change: Callable, array: jax.Array, *static: Any) -> Any:
         key = (change, id(array), *static)
         if key not in self._known:
             numbers = tuple(range(1, 1 + len(static)))

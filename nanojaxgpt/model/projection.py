@@ -118,17 +118,18 @@ def decoding_params(
     if isinstance(params.get("layers"), tuple):
         return params
     params = dequantize_base(cfg, params)
-    dtype, matrices = jnp.dtype(cfg.compute_dtype), matrix_paths(cfg)
-    rest = {
-        name: apply(cast, leaf, dtype.name) if name in matrices and leaf.dtype != dtype else leaf
-        for name, leaf in params.items()
-        if name not in cfg.stacks
-    }
+    dtype, table = jnp.dtype(cfg.compute_dtype), parameters(cfg)
+
+    def lay_out(path: str, leaf: jax.Array) -> Any:
+        row = table[path]
+        wanted = dtype.name if row.is_matrix else leaf.dtype.name
+        if row.stack:
+            return apply(unstack, leaf, wanted)
+        return leaf if leaf.dtype == wanted else apply(cast, leaf, wanted)
+
+    rest = {name: lay_out(name, leaf) for name, leaf in params.items() if name not in cfg.stacks}
     parts = {
-        stack: {
-            name: apply(unstack, leaf, dtype.name if f"{stack}/{name}" in matrices else "")
-            for name, leaf in params[stack].items()
-        }
+        stack: {name: lay_out(f"{stack}/{name}", leaf) for name, leaf in params[stack].items()}
         for stack in cfg.stacks
     }
     layers = [{name: of[row] for name, of in parts[stack].items()} for stack, row in cfg.places]
@@ -143,19 +144,14 @@ def decoding_params(
     return {**rest, "layers": tuple(layers)}
 
 
-def matrix_paths(cfg: ModelConfig) -> set[str]:
-    """Return the paths of the parameters that a model uses in its compute dtype alone."""
-    return {path for path, row in parameters(cfg).items() if row.is_matrix}
-
-
 def cast(array: jax.Array, dtype: str) -> jax.Array:
     """Return the array in a dtype."""
     return array.astype(dtype)
 
 
 def unstack(stacked: jax.Array, dtype: str) -> tuple[jax.Array, ...]:
-    """Return the layers of a stack of parameters, in a dtype or ("") as they are."""
-    return tuple(row.astype(dtype) if dtype else row for row in stacked)
+    """Return the layers of a stack of parameters in a dtype."""
+    return tuple(layer.astype(dtype) for layer in stacked)
 
 
 def cut_head(head_VD: jax.Array, columns: int) -> Blocks:
