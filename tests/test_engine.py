@@ -259,9 +259,11 @@ def test_text_ends_before_a_stop_string_wherever_it_stands(engine, monkeypatch, 
 
 
 def test_a_ticket_tells_its_answer_as_often_as_it_is_asked(engine):
-    ticket = engine.submit(Request(prompt(6, 5), 6, seed=9))
+    ids = prompt(6, 5)
+    ticket = engine.submit(Request(tuple(np.array(ids)), 6, seed=9))  # numpy's integers, too
     parts = [*ticket]
     assert ticket.result() == ticket.result() == join_parts(parts)
+    assert ticket.result() == engine.submit(Request(ids, 6, seed=9)).result()
     assert [*ticket] == []
 
 

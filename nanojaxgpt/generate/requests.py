@@ -8,6 +8,8 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from nanojaxgpt.checks import field_problems, range_problem, show
 from nanojaxgpt.config.sections import Sample
 from nanojaxgpt.errors import ConfigError
@@ -132,8 +134,8 @@ def check_request(request: Request, limits: Limits) -> None:
 
 
 def whole(value: Any) -> int:
-    """Return an integer as it is, and -2, which no field takes, for anything else."""
-    return value if type(value) is int else -2
+    """Return an integer, numpy's too, and -2, which no field takes, for anything else."""
+    return int(value) if type(value) is int or isinstance(value, np.integer) else -2
 
 
 def number_problems(name: str, value: Any, largest: float) -> list[str]:
