@@ -192,6 +192,8 @@ def test_answers_fit_a_schema_of_the_command_or_of_the_row(run, tmp_path):
     assert found[3]["finish"] == "length"
     assert "objekt" in found[4]["error"]
     assert "schema=['a'] is not the text" in found[5]["error"]
+    with pytest.raises(ConfigError, match="other options"):
+        generate([*call, "--lookahead=2"])  # on which bits depend
     choice.write_text('{"enum": ["yes"]}')
     with pytest.raises(ConfigError, match="other options"):
         generate(call)

@@ -581,6 +581,15 @@ def test_an_address_of_others_needs_a_key():
         serve(make_model(), colour="red")
 
 
+def test_a_port_that_is_taken_is_told_before_models_are_loaded(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=r"can't listen on 127\.0\.0\.1, port"):
+            serve(tmp_path / "none", port=port)
+    with pytest.raises(ConfigError, match="none"):
+        serve(tmp_path / "none", port=port)
+
+
 # Faults, with an engine that follows a script.
 
 

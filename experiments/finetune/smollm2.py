@@ -8,7 +8,7 @@ The variants `topics_*` classify the texts of AG News (Zhang et al. 2015, arXiv:
 head, where all layers train, the last two, or adapters; or with the topics as words of the model.
 `summaries` learns from DialogSum (Chen et al. 2021, arXiv:2105.06762), `translation` from Multi30k
 (Elliott et al. 2016, arXiv:1605.00459). Each takes minutes on two cores; docs/finetune.md has the
-figures of topics and translation, measured by tasks.json.
+figures, measured by tasks.json.
 """
 
 import os

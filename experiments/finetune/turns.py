@@ -6,7 +6,7 @@
     nanojaxgpt chat runs/chat
 
 The dialogues are DialogSum's (Chen et al. 2021, arXiv:2105.06762). The base model reads them as
-text, the chat then trains on the answers alone. It has four layers and reads 500 dialogues: expect
+text, the chat then trains on the answers alone. It has four layers and reads 496 dialogues: expect
 the manner of a dialogue, and no knowledge.
 """
 

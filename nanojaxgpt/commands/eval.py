@@ -192,7 +192,7 @@ def benchmark_lines(summary: dict[str, Any]) -> list[str]:
         lines.append(f"mean of (* - chance) / (1 - chance): {summary['centered']:.4f}")
     template = "on" if summary["chat_template"] else "off"
     shapes = summary["compiled_shapes"]
-    lines.append(f"chat template {template}; {sum(shapes.values())} shapes compiled")
+    lines.append(f"chat template {template}; shapes compiled: {sum(shapes.values())}")
     return lines
 
 

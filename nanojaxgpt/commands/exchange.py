@@ -20,7 +20,8 @@ def open_two(
     name: str, about: str | None, arguments: list[str], options: dict[str, Any], target: str
 ) -> tuple[Any, Path, Any]:
     """Return the parsed arguments of a command with a MODEL and a target, that, and the config."""
-    more = {"target": {"metavar": target, "help": f"the {target.lower()} to write"}}
+    kind = "the run directory" if target == "RUN" else "the folder, or for gguf the file,"
+    more = {"target": {"metavar": target, "help": f"{kind} to write"}}
     parsed, cfg = open_model_config(name, about, arguments, options, more)
     if not parsed.target:
         raise ConfigError(f"{name} needs a model and a target: nanojaxgpt {name} MODEL {target}")

@@ -59,6 +59,7 @@ def generate(arguments: list[str]) -> None:
         raise ConfigError(f"IN and OUT are the same file, {source}")
     schema = read_schema_file(Path(parsed.schema)) if parsed.schema else ""
     from nanojaxgpt import language_model
+    from nanojaxgpt.generate.drafts import LOOKAHEAD
     from nanojaxgpt.generate.engine import Engine
     from nanojaxgpt.generate.files import AnswerFile, read_prompts_file
 
@@ -66,6 +67,8 @@ def generate(arguments: list[str]) -> None:
     step = chosen_step(parsed)
     model = language_model.open_model(parsed.source, cfg, parsed.mesh, step, warn)
     known = [str(model.run), model.step, config.config_hash(model.experiment), cfg.sample.given()]
+    # An answer's bits depend on these too; with a draft model there are guesses by default.
+    known += [parsed.slots, parsed.context, parsed.lookahead or (LOOKAHEAD if draft else 0)]
     known += [schema] if schema else []
     settings = hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]
     answers = AnswerFile(target, settings)

@@ -367,12 +367,13 @@ class Init(Section):
         host_only=True, choices=("params", "all"))
     step: int = field(0, "checkpoint of from_run; 0: the newest", host_only=True)
     scale: float = field(1.0,
-        "scales the random initial values of all matrices; unused with from_run", host_only=True)
+        "scales the random initial values of all matrices; unused with from_run and from_model",
+        host_only=True)
 
 
 @dataclass(frozen=True)
 class Sample(Section, resume=True, host_only=True):
-    """The defaults of the command `sample`."""
+    """The defaults of the commands `sample`, `chat` and `generate`."""
 
     prompt: str = field("\n", '"": a new document, from the tokenizer\'s end token')
     max_tokens: int = field(256, "new tokens of a sample", low=1)

@@ -1,7 +1,7 @@
 """The model families of Hugging Face: a table each of tensors and of the keys of config.json.
 
 A key maps to a field of our section `model`, both ways. What a table can't say, small functions
-do: layers.py for windows, rope.py for rotary positions. Every key must be known: those that change
+do: windows.py for windows, rope.py for rotary positions. Every key must be known: those that change
 no logits are listed, any other is an error.
 """
 

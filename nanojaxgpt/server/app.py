@@ -172,7 +172,8 @@ class Api:
 
     async def metrics(self, http: Request) -> Response:
         """Answer GET /metrics."""
-        return Response(self.service.metrics.text(), media_type="text/plain; version=1.0.0")
+        found = self.service.metrics
+        return Response(found.text(), media_type=found.content_type)
 
     async def openapi(self, http: Request) -> Response:
         """Answer GET /openapi.json."""

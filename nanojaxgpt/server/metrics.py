@@ -2,7 +2,13 @@
 
 from collections.abc import Iterable, Mapping
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    CollectorRegistry,
+    Counter,
+    Histogram,
+    generate_latest,
+)
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -62,6 +68,8 @@ class Metrics:
             "nanojaxgpt_token_seconds", "Time per token after the first.", ["model"],
             buckets=TOKEN_SECONDS, registry=registry,
         )  # fmt: skip
+
+    content_type = CONTENT_TYPE_LATEST  # of `text`
 
     def text(self) -> bytes:
         """Return all metrics as Prometheus reads them."""

@@ -74,7 +74,7 @@ def responses(path: str, statuses: tuple[int, ...]) -> dict[str, Any]:
     found: dict[str, Any] = {"200": {"description": "The answer.", "content": content}}
     if path == "/health":
         told = {"application/json": {"schema": {"type": "object"}}}
-        return found | {"503": {"description": "Not now.", "content": told}}
+        statuses, found["503"] = (403,), {"description": "Not now.", "content": told}
     return found | {
         str(status): {"description": REFUSALS[status], "content": refused} for status in statuses
     }

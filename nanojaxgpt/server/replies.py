@@ -100,6 +100,7 @@ def exchanging(
         if first := exchange.first_token_seconds:
             record["first_token_seconds"] = round(first, 4)
             service.metrics.first_token.labels(one.name).observe(first)
-            if (more := exchange.generated - len(requests)) > 0:
+            # Answers at once take the time of one.
+            if (more := exchange.generated / len(requests) - 1) > 0:
                 per_token = exchange.later_seconds() / more
                 service.metrics.per_token.labels(one.name).observe(per_token)

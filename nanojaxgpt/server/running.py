@@ -1,6 +1,7 @@
 """Listening: the socket, uvicorn, signals, and the exit code. `serve` is the public function."""
 
 import asyncio
+import contextlib
 import signal
 import socket
 import threading
@@ -173,13 +174,16 @@ def serve(
         raise ConfigError(f"serve: {error}") from None
     named = model if isinstance(model, Mapping) else {"": model}
     bases, models = Bases(), dict[str, LanguageModel]()
-    for name, one in named.items():
-        opened = one if isinstance(one, LanguageModel) else load(one, bases=bases)
-        models[name or model_name(opened.run)] = opened
-    if draft is not None and not isinstance(draft, LanguageModel):
-        draft = load(draft, mesh=next(iter(models.values())).mesh)
-    service = Service(models, chosen, draft)
-    return Running(service, listen(chosen))
+    with contextlib.ExitStack() as stack:  # it closes the socket where a model can't be opened
+        listening = stack.enter_context(listen(chosen))
+        for name, one in named.items():
+            opened = one if isinstance(one, LanguageModel) else load(one, bases=bases)
+            models[name or model_name(opened.run)] = opened
+        if draft is not None and not isinstance(draft, LanguageModel):
+            draft = load(draft, mesh=next(iter(models.values())).mesh)
+        service = Service(models, chosen, draft)
+        stack.pop_all()
+    return Running(service, listening)
 
 
 def model_name(path: Path) -> str:

@@ -26,7 +26,7 @@ class Settings:
     port: int = 8000  # 0: any free one
     api_key: str = ""  # "": none is asked for, on a loopback address alone
     slots: int = 8  # requests that are decoded together
-    context: int = 0  # tokens of a prompt and its answer; 0: the model's context
+    context: int = 0  # tokens of a prompt and its answer; 0: the model's, up to 2,048
     queue: int = 128  # requests that wait, at most
     lookahead: int = 0  # tokens guessed and verified at once
     seconds: float = 600.0  # for an answer, at most
