@@ -16,8 +16,7 @@ from nanojaxgpt.console import LIBRARY_ERRORS
 from nanojaxgpt.errors import CheckpointError, why
 from nanojaxgpt.hosts.team import ALONE, Team
 from nanojaxgpt.model.config import ModelConfig
-from nanojaxgpt.model.parameters import Params, PyTree, parameters
-from nanojaxgpt.model.transformer import init_params
+from nanojaxgpt.model.parameters import Params, PyTree, abstract_tree, parameters
 from nanojaxgpt.rundir import check_present, identify, saved_steps, writing
 
 
@@ -265,7 +264,7 @@ def load_params(
 
 def abstract_params(cfg: ModelConfig, mesh: Mesh) -> Params:
     """Return the parameters of a model without arrays, with their shardings."""
-    shapes = jax.eval_shape(lambda: init_params(cfg, jax.random.key(0)))
+    shapes = abstract_tree(cfg)
     return with_shardings(shapes, sharding.tree_shardings(shapes, parameters(cfg), mesh))
 
 

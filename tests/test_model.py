@@ -11,11 +11,12 @@ import pytest
 from conftest import allocates_at_most, random_tokens, small_model
 
 from nanojaxgpt.attention.cache import init_cache
+from nanojaxgpt.config import sections
 from nanojaxgpt.config.remat import named_activations
 from nanojaxgpt.config.rotary import parse_rotary
 from nanojaxgpt.errors import ConfigError
 from nanojaxgpt.model.config import ModelConfig, Multipliers
-from nanojaxgpt.model.parameters import count_params
+from nanojaxgpt.model.parameters import abstract_tree, count_params
 from nanojaxgpt.model.rotary import frequencies, sinusoids
 from nanojaxgpt.model.transformer import Transformer, init_params
 
@@ -49,6 +50,13 @@ VARIANTS = {
 def fresh(cfg: ModelConfig) -> dict:
     """Return the initial parameters."""
     return init_params(cfg, jax.random.key(0))
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_table_has_the_shapes_and_dtypes_of_the_parameters(name):
+    lora = sections.Lora(rank=2)
+    cfg = small_model(**VARIANTS[name], lora=lora, param_dtype="bfloat16", num_labels=3)
+    assert abstract_tree(cfg) == jax.eval_shape(lambda: fresh(cfg))
 
 
 @pytest.mark.parametrize(

@@ -78,10 +78,9 @@ class Weights(nn.Module):
         raise NotImplementedError
 
     def stored(self, name: str) -> jax.Array:
-        """Return a parameter as it is stored: in cfg.param_dtype, an adapter in float32."""
+        """Return a parameter as it is stored."""
         row = self.rows[name]
-        dtype = "float32" if row.kind == "adapter" else self.cfg.param_dtype
-        array: Any = self.param(name, row.init, row.shape, jnp.dtype(dtype))
+        array: Any = self.param(name, row.init, row.shape, jnp.dtype(row.dtype(self.cfg)))
         return array
 
     def weight(self, name: str) -> jax.Array:

@@ -31,7 +31,7 @@ def add_adapters(cfg: ModelConfig, params: Params, rng: jax.Array) -> Params:
     for path, row in parameters(cfg).items():
         if row.kind == "adapter":
             key = jax.random.fold_in(rng, zlib.crc32(path.encode()))
-            leaf = row.init(key, (row.layers, *row.shape), jnp.float32)
+            leaf = row.init(key, row.array_shape, jnp.float32)
             found[row.stack] = {**found[row.stack], row.name: leaf}
     return found
 

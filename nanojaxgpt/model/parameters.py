@@ -53,6 +53,15 @@ class Parameter(NamedTuple):
         return self.kind in ("embedding", "kernel", "head")
 
     @property
+    def array_shape(self) -> tuple[int, ...]:
+        """The shape of the array, of all layers."""
+        return (self.layers, *self.shape) if self.stack else self.shape
+
+    def dtype(self, cfg: ModelConfig) -> str:
+        """Return what it is stored in."""
+        return "float32" if self.kind == "adapter" else cfg.param_dtype
+
+    @property
     def logical_axes(self) -> tuple[str, ...]:
         """The logical names of all dimensions of the array."""
         return ("layers", *self.axes) if self.stack else self.axes
@@ -233,6 +242,15 @@ def parameters(cfg: ModelConfig) -> dict[str, Parameter]:
         rows = layer_rows(cfg, cfg.layer(stack.first)).values()
         found += [row._replace(stack=name, layers=stack.count) for row in rows]
     return {row.path: row for row in found}
+
+
+def abstract_tree(cfg: ModelConfig) -> Params:
+    """Return the parameters without arrays: their shapes and dtypes."""
+    found: dict[str, Any] = {}
+    for row in parameters(cfg).values():
+        place = found.setdefault(row.stack, {}) if row.stack else found
+        place[row.name] = jax.ShapeDtypeStruct(row.array_shape, row.dtype(cfg))
+    return found
 
 
 def count_params(cfg: ModelConfig) -> int:
