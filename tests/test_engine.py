@@ -258,6 +258,11 @@ def test_text_ends_before_a_stop_string_wherever_it_stands(engine, monkeypatch, 
     assert (ended.finish, ended.ids) == ("stop", free.ids[: first + 1])
 
 
+def test_programs_that_are_compiled_are_counted(model):
+    with Engine(model, slots=5) as engine:  # no other engine of the suite has as many
+        assert engine.compiles > 0
+
+
 def test_a_ticket_tells_its_answer_as_often_as_it_is_asked(engine):
     ids = prompt(6, 5)
     ticket = engine.submit(Request(tuple(np.array(ids)), 6, seed=9))  # numpy's integers, too

@@ -495,9 +495,7 @@ def test_metrics(running):
     assert rise('nanojaxgpt_requests_total{code="400",path="/v1/completions"}') == 1
     assert rise('nanojaxgpt_first_token_seconds_count{model="tiny"}') == 1
     assert rise('nanojaxgpt_token_seconds_count{model="tiny"}') == 1
-    assert rise('nanojaxgpt_compiles_total{model="tiny"}') == 0 < after[
-        'nanojaxgpt_compiles_total{model="tiny"}'
-    ]  # fmt: skip
+    assert rise('nanojaxgpt_compiles_total{model="tiny"}') == 0
     assert after['nanojaxgpt_busy_slots{model="tiny"}'] == 0
     assert after['nanojaxgpt_slots{model="tiny"}'] == 4
 
