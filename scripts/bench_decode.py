@@ -12,13 +12,13 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bench_train import print_table, take_turns
+from bench_train import print_table, take_turns, time_turns
 
 TOKENS, CONTEXT, LOOKAHEAD = 64, 512, 3
 CODE = """\
@@ -40,11 +40,8 @@ TEXTS = {
     "copies": f"# File {{}}\n{CODE}\n# The same file once more\n{CODE[:40]}",
     "free": "Story {}: once there was a lighthouse on a rock in the sea, and its keeper told me",
 }
-KINDS = {
-    "nanojaxgpt": "ours", "with lookahead": "ours", "transformers": "theirs",
-    "with prompt lookup": "theirs", "llama.cpp": "llama_cpp", "llama.cpp, the file": "llama_cpp",
-}  # fmt: skip
 EXPORTED, GIVEN = "model.gguf", "given.gguf"
+LOOKUP, AS_GIVEN = "with prompt lookup", "llama.cpp, the file"
 
 
 def ours(folder: Path, dtype: str, prompts: list[str], lookahead: int) -> Callable[[], None]:
@@ -62,10 +59,7 @@ def ours(folder: Path, dtype: str, prompts: list[str], lookahead: int) -> Callab
     parsed, cfg = open_model_config("bench", "", flags, {})
     model = open_model(parsed.source, cfg)
     setattr(type(model), "end_ids", ())  # noqa: B010  all answers have the same length
-    requests = [
-        Request(tuple(map(int, model.encode(prompt))), TOKENS, temperature=0.0)
-        for prompt in prompts
-    ]
+    requests = [Request(tuple(model.encode(prompt)), TOKENS, temperature=0.0) for prompt in prompts]
 
     def answer(engine: Engine) -> list[tuple[int, ...]]:
         tickets = [engine.submit(request) for request in requests]
@@ -115,12 +109,12 @@ def theirs(folder: Path, dtype: str, prompts: list[str], lookahead: int) -> Call
     return run
 
 
-def llama_cpp(file: Path, prompts: list[str]) -> Callable[[], None]:
-    """Return a function that answers the prompts once with llama.cpp."""
+def llama_cpp(folder: Path, dtype: str, prompts: list[str], file: str) -> Callable[[], None]:
+    """Return a function that answers the prompts once with llama.cpp, in the types of a file."""
     import xllamacpp
 
     how = xllamacpp.CommonParams()
-    how.model.path, how.n_gpu_layers = str(file), 0
+    how.model.path, how.n_gpu_layers = str(folder / file), 0
     how.n_parallel, how.n_ctx = len(prompts), len(prompts) * CONTEXT
     how.cpuparams.n_threads = how.cpuparams_batch.n_threads = len(os.sched_getaffinity(0))
     server = xllamacpp.Server(how)
@@ -137,19 +131,14 @@ def llama_cpp(file: Path, prompts: list[str]) -> Callable[[], None]:
     return run
 
 
-def work(name: str, folder: Path, dtype: str, prompts: list[str]) -> None:
-    """Be a worker: for each line on standard input, answer once and print the seconds."""
-    lookahead = LOOKAHEAD if name.startswith("with ") else 0
-    if KINDS[name] == "llama_cpp":
-        run = llama_cpp(folder / (GIVEN if "file" in name else EXPORTED), prompts)
-    else:
-        run = (ours if KINDS[name] == "ours" else theirs)(folder, dtype, prompts, lookahead)
-    run()
-    print("ready", flush=True)
-    for _ in sys.stdin:
-        began = time.perf_counter()
-        run()
-        print(time.perf_counter() - began, flush=True)
+WORKERS: dict[str, Callable[[Path, str, list[str]], Callable[[], None]]] = {
+    "nanojaxgpt": partial(ours, lookahead=0),
+    "with lookahead": partial(ours, lookahead=LOOKAHEAD),
+    "transformers": partial(theirs, lookahead=0),
+    LOOKUP: partial(theirs, lookahead=LOOKAHEAD),
+    "llama.cpp": partial(llama_cpp, file=EXPORTED),
+    AS_GIVEN: partial(llama_cpp, file=GIVEN),
+}
 
 
 def main() -> None:
@@ -160,26 +149,28 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1, help="prompts at once")
     parser.add_argument("--text", choices=TEXTS, default="free")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--worker", choices=KINDS, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", choices=WORKERS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     prompts = [TEXTS[args.text].format(number) for number in range(1, args.batch + 1)]
     if args.worker:
-        return work(args.worker, Path(args.model), args.dtype, prompts)
+        run = WORKERS[args.worker](Path(args.model), args.dtype, prompts)
+        run()
+        return time_turns(lambda count: run())
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "model"
         export = [sys.executable, "-m", "nanojaxgpt", "export", args.model]
         for more in ([str(folder)], [str(folder / EXPORTED), "--format=gguf"]):
             subprocess.run([*export, *more, f"--dtype={args.dtype}"], check=True)
-        skipped = {"with prompt lookup"} if args.batch > 1 else set()  # it takes one row
+        skipped = {LOOKUP} if args.batch > 1 else set()  # it takes one row
         if args.model.endswith(".gguf"):
             (folder / GIVEN).symlink_to(Path(args.model).resolve())
         else:
-            skipped.add("llama.cpp, the file")
+            skipped.add(AS_GIVEN)
         flags = [str(folder), f"--dtype={args.dtype}", f"--batch={args.batch}"]
         flags.append(f"--text={args.text}")
         commands = {
             name: [sys.executable, __file__, *flags, f"--worker={name}"]
-            for name in KINDS
+            for name in WORKERS
             if name not in skipped
         }
         seconds = take_turns(commands, dict.fromkeys(commands, 1), args.rounds)

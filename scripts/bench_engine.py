@@ -88,7 +88,6 @@ def compare(model: LanguageModel, counts: list[int], tokens: int, rounds: int) -
 
 def main() -> None:
     """Parse the command line and print the table."""
-    process.keep_freed_memory()
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("model", help="a run directory, a Hugging Face folder or a .gguf file")
     parser.add_argument("--counts", default="1,8,32", help="requests at once")

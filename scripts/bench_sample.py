@@ -10,10 +10,9 @@ import argparse
 import json
 import os
 import sys
-import time
 from collections.abc import Callable
 
-from bench_train import before, print_table, take_turns
+from bench_train import before, print_table, take_turns, time_turns
 
 WORKERS = ("nanojaxgpt", "transformers")
 PROMPT_LEN = 32
@@ -72,14 +71,10 @@ def torch_generate(batch: int, new_tokens: int) -> Callable[[], None]:
 
 
 def work(name: str, batch: int, new_tokens: int) -> None:
-    """Be a worker: for each line on standard input, generate once and print the seconds."""
+    """Be a worker, whose turns are calls of `generate`."""
     run = (jax_generate if name == "nanojaxgpt" else torch_generate)(batch, new_tokens)
     run()
-    print("ready", flush=True)
-    for _ in sys.stdin:
-        began = time.perf_counter()
-        run()
-        print(time.perf_counter() - began, flush=True)
+    time_turns(lambda count: run())
 
 
 def main() -> None:

@@ -121,12 +121,17 @@ def torch_steps(
 
 
 def work(name: str, shape: dict[str, int], dtype: str, nanogpt: str) -> None:
-    """Be a worker: for each number on standard input, run as many steps and print the seconds."""
+    """Be a worker, whose turns are training steps."""
     if name == "nanojaxgpt":
         run = jax_steps(shape, dtype)
     else:
         run = torch_steps(name, shape, dtype, nanogpt)
     run(3)
+    time_turns(run)
+
+
+def time_turns(run: Callable[[int], None]) -> None:
+    """For each number on standard input, run as often and print the seconds: see `take_turns`."""
     print("ready", flush=True)
     for line in sys.stdin:
         began = time.perf_counter()

@@ -8,6 +8,8 @@ from nanojaxgpt.arguments import Command, chosen_step, open_model_config
 from nanojaxgpt.console import warn
 from nanojaxgpt.errors import CheckpointError, ConfigError, DataError
 
+RUN = ("RUN", "the run directory to write")
+FOLDER = ("FOLDER", "the folder to write, or the file of gguf")
 FORMATS, DTYPES = ("hf", "gguf", "peft"), ("float32", "bfloat16", "float16", "q8_0")
 # Text of several kinds, to see whether the tokenizer gives it back, and that the loss is a number.
 SAMPLE = (
@@ -17,21 +19,22 @@ SAMPLE = (
 
 
 def open_two(
-    name: str, about: str | None, arguments: list[str], options: dict[str, Any], target: str
-) -> tuple[Any, Path, Any]:
+    name: str, about: str | None, arguments: list[str], options: dict[str, Any],
+    target: tuple[str, str],
+) -> tuple[Any, Path, Any]:  # fmt: skip
     """Return the parsed arguments of a command with a MODEL and a target, that, and the config."""
-    kind = "the run directory" if target == "RUN" else "the folder, or for gguf the file,"
-    more = {"target": {"metavar": target, "help": f"{kind} to write"}}
+    place, about_it = target
+    more = {"target": {"metavar": place, "help": about_it}}
     parsed, cfg = open_model_config(name, about, arguments, options, more)
     if not parsed.target:
-        raise ConfigError(f"{name} needs a model and a target: nanojaxgpt {name} MODEL {target}")
-    rundir.check_folder(target, Path(parsed.target).parent)
+        raise ConfigError(f"{name} needs a model and a target: nanojaxgpt {name} MODEL {place}")
+    rundir.check_folder(place, Path(parsed.target).parent)
     return parsed, Path(parsed.target), cfg
 
 
 def import_model(arguments: list[str]) -> None:
     """Write a model of another format as a run directory, after it was checked."""
-    parsed, target, cfg = open_two("import", import_model.__doc__, arguments, {}, "RUN")
+    parsed, target, cfg = open_two("import", import_model.__doc__, arguments, {}, RUN)
     from nanojaxgpt import language_model
 
     model = language_model.open_model(parsed.source, cfg, None, chosen_step(parsed), warn)
@@ -50,7 +53,7 @@ def export(arguments: list[str]) -> None:
         "format": {"default": "hf", "choices": FORMATS, "help": "default: hf"},
         "dtype": {"default": "", "choices": DTYPES, "help": "default: that of the parameters"},
     }
-    parsed, target, cfg = open_two("export", export.__doc__, arguments, options, "FOLDER")
+    parsed, target, cfg = open_two("export", export.__doc__, arguments, options, FOLDER)
     from nanojaxgpt import language_model
 
     model = language_model.open_model(parsed.source, cfg, None, chosen_step(parsed), warn)

@@ -59,16 +59,18 @@ def generate(arguments: list[str]) -> None:
         raise ConfigError(f"IN and OUT are the same file, {source}")
     schema = read_schema_file(Path(parsed.schema)) if parsed.schema else ""
     from nanojaxgpt import language_model
-    from nanojaxgpt.generate.drafts import LOOKAHEAD
     from nanojaxgpt.generate.engine import Engine
     from nanojaxgpt.generate.files import AnswerFile, read_prompts_file
 
     draft = language_model.load(parsed.draft, mesh=parsed.mesh) if parsed.draft else None
     step = chosen_step(parsed)
     model = language_model.open_model(parsed.source, cfg, parsed.mesh, step, warn)
+    engine = Engine(
+        model, slots=parsed.slots, context=parsed.context, queue=AHEAD * parsed.slots,
+        lookahead=parsed.lookahead, draft=draft,
+    )  # fmt: skip
     known = [str(model.run), model.step, config.config_hash(model.experiment), cfg.sample.given()]
-    # An answer's bits depend on these too; with a draft model there are guesses by default.
-    known += [parsed.slots, parsed.context, parsed.lookahead or (LOOKAHEAD if draft else 0)]
+    known += [engine.slots, engine.context, engine.lookahead]  # on which bits depend, too
     known += [schema] if schema else []
     settings = hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]
     answers = AnswerFile(target, settings)
@@ -76,10 +78,6 @@ def generate(arguments: list[str]) -> None:
         before = answers.done
         if before:
             warn(f"{target}: {before:,} rows are there already")
-        engine = Engine(
-            model, slots=parsed.slots, context=parsed.context, queue=AHEAD * parsed.slots,
-            lookahead=parsed.lookahead, draft=draft,
-        )  # fmt: skip
         if parsed.schema:
             engine.grammars.begin(schema)  # one that can't be followed is reported once
         defaults = cfg.sample.given() | {"schema": schema}

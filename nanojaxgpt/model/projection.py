@@ -53,7 +53,8 @@ def project(
     x_TI = x_BTI.reshape(-1, x_BTI.shape[-1])
     if len(x_TI) == 1 and x_TI.dtype == jnp.bfloat16 and alone_on_cpu():
         # XLA's CPU backend takes one row of bfloat16 at an eighth of the speed of two.
-        x_TI = jnp.concatenate([x_TI, x_TI])
+        y_TO = project(jnp.concatenate([x_TI, x_TI]), kernel, terms, dtype, recomputed)[:1]
+        return y_TO.reshape(*x_BTI.shape[:-1], -1)
     if isinstance(kernel, Blocks):
         y_GTO = jax.lax.map(lambda block_IO: x_TI @ block_IO, kernel.blocks_GIO)
         y_TO = jnp.swapaxes(y_GTO, 0, 1).reshape(len(x_TI), -1)[:, : kernel.width]
@@ -63,7 +64,6 @@ def project(
         y_TO = project_matrix(x_TI, kernel, terms, dtype)
     else:
         y_TO = jnp.einsum(terms, x_TI, kernel, preferred_element_type=dtype)
-    y_TO = y_TO[: math.prod(x_BTI.shape[:-1])]
     return y_TO.reshape(*x_BTI.shape[:-1], -1)
 
 
